@@ -1,0 +1,44 @@
+"""Which implementation of a loss runs: "reference", "blocked" or "triton".
+
+The choice depends on the device and on what is installed, never on a tensor's value, so it is made once while a graph
+is traced and costs nothing in a compiled step.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "blocked", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+HAS_TRITON = find_spec("triton") is not None
+# Triton reads this variable when a kernel is decorated, so it must be set before our kernels are imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose_backend(backend: str | None, tensor: Tensor) -> Backend:
+    """The backend for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
+
+    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
+    """
+    if backend is None:
+        return "triton" if HAS_TRITON and tensor.is_cuda else "blocked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="blocked"')
+        if not (tensor.is_cuda or INTERPRETED):
+            raise ValueError(
+                f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
+                "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+            )
+    return cast(Backend, backend)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float32, or float64 when any of `tensors` is float64."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

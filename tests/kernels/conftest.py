@@ -1,0 +1,37 @@
+"""Seeds that are printed, and a Triton that runs where there is no GPU."""
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated: it has to be there before the first import of optima_kernels.triton.*
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# OPTIMA_TEST_EXAMPLES scales how many random problems each property is tried on.
+settings.register_profile(
+    "kernels",
+    max_examples=int(os.environ.get("OPTIMA_TEST_EXAMPLES", "25")),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("kernels")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed, set for torch and printed with a failing test; OPTIMA_TEST_SEED repeats a run."""
+    value = int(os.environ.get("OPTIMA_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"OPTIMA_TEST_SEED={value} reproduces {request.node.nodeid}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run in this session."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
