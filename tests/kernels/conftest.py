@@ -2,10 +2,14 @@
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `from kernel_support import ...` under --import-mode=importlib
 
 if not torch.cuda.is_available():
     # Read when a kernel is decorated: it has to be there before the first import of optima_kernels.triton.*
