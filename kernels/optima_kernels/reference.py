@@ -7,12 +7,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from optima_kernels.dispatch import compute_dtype
 
 # One tensor for all layers, or one entry a layer.
 PerLayer = Tensor | Sequence[Tensor | None] | None
+
+LAYERNORM_EPS = 1e-5
+L2_EPS = 1e-12
 
 
 def attention_map_loss(
@@ -121,6 +125,125 @@ def attention_map_losses(
     return apply_gate(torch.stack(losses), gate)
 
 
+def hidden_mse(
+    h_s: Tensor,
+    h_t: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalize: str | None = None,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error between the projected student state and the teacher state.
+
+    With `p = h_s weight^T + bias` (`p = h_s` without a weight) and `n` the normalisation,
+    `loss = gate * sum_i w_i sum_j (n(p_i)_j - n(h_t_i)_j)^2 / (D_t * sum_i w_i)`: a weighted mean over tokens `i` and
+    teacher features `j`, where `w_i` is 0 for a masked token and the weight of the token's sample otherwise. It is 0
+    when the weights sum to 0. What a masked token holds, NaN included, does not matter.
+
+    `normalize="layernorm"` is layer normalisation over the features without gain and bias (eps 1e-5);
+    `normalize="l2"` divides by the Euclidean length (at least 1e-12).
+    """
+    if mask is not None:
+        h_s, h_t = (h.masked_fill(~mask.expand(h.shape[:-1])[..., None], 0.0) for h in (h_s, h_t))
+    dtype = _dtype(h_s, h_t, weight, bias)
+    projected = h_s.to(dtype)
+    if weight is not None:
+        projected = F.linear(projected, weight.to(dtype), None if bias is None else bias.to(dtype))
+    error = (_normalized(projected, normalize) - _normalized(h_t.detach().to(dtype), normalize)).square().mean(-1)
+    return apply_gate(_weighted_mean(error, token_weights(error, mask, sample_weight)), gate)
+
+
+def hidden_mses(
+    h_s: Sequence[Tensor],
+    h_t: Sequence[Tensor],
+    weight: PerLayer = None,
+    bias: PerLayer = None,
+    *,
+    normalize: str | None = None,
+    mask: PerLayer = None,
+    sample_weight: PerLayer = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """`hidden_mse` of every layer: one sequence entry a layer, `gate` [L], returns the losses [L].
+
+    The optional arguments may also be one tensor that all layers share.
+    """
+    layers = len(h_s)
+    losses = [
+        hidden_mse(*arguments, normalize=normalize, mask=masks, sample_weight=sample_weights)
+        for *arguments, masks, sample_weights in zip(
+            h_s,
+            h_t,
+            *(per_layer(argument, layers) for argument in (weight, bias, mask, sample_weight)),
+            strict=True,
+        )
+    ]
+    return apply_gate(torch.stack(losses), gate)
+
+
+def linear_kl(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor,
+    w_t: Tensor,
+    *,
+    bias_s: Tensor | None = None,
+    bias_t: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Divergence of the student's token distribution from the teacher's, each given as hidden state and head.
+
+    `z = h w^T + bias` are the logits, `P_t = softmax(z_t / T)` and `P_s = softmax(z_s / T)`, and the loss is
+    `gate * T^2 *` the mean of `divergence_rows` over the tokens that `mask` keeps (0 when it keeps none).
+    The factor `T^2` (Hinton, Vinyals, Dean 2015) keeps the size of the gradient when T changes.
+
+    With `labels` (int64, one a token) the result is `(loss, cross_entropy)`: the cross entropy of `softmax(z_s)`, at
+    T = 1, averaged over the tokens that `mask` keeps and whose label is not `ignore_index` (0 when there is none).
+    `gate` multiplies both.
+    """
+    if mask is not None:
+        h_s, h_t = (h.masked_fill(~mask.expand(h.shape[:-1])[..., None], 0.0) for h in (h_s, h_t))
+    dtype = _dtype(h_s, w_s, h_t, w_t, bias_s, bias_t)
+    z_s = F.linear(h_s.to(dtype), w_s.to(dtype), None if bias_s is None else bias_s.to(dtype))
+    z_t = F.linear(*(x.detach().to(dtype) for x in (h_t, w_t)), None if bias_t is None else bias_t.detach().to(dtype))
+    rows = divergence_rows(z_s, z_t, temperature=temperature, divergence=divergence, beta=beta)
+    kl = apply_gate(temperature**2 * _weighted_mean(rows, token_weights(rows, mask, None)), gate)
+    if labels is None:
+        return kl
+    counted = labels != ignore_index
+    nll = -z_s.log_softmax(-1).gather(-1, labels.masked_fill(~counted, 0)[..., None]).squeeze(-1)
+    if mask is not None:
+        counted = counted & mask
+    return kl, apply_gate(_weighted_mean(nll, counted.to(dtype)), gate)
+
+
+def prediction_kl(
+    z_s: Tensor,
+    z_t: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    sample_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """`linear_kl` on given logits `z` [..., V], with `sample_weight` [B] for the first dimension."""
+    dtype = compute_dtype(z_s, z_t)
+    rows = divergence_rows(
+        z_s.to(dtype), z_t.detach().to(dtype), temperature=temperature, divergence=divergence, beta=beta
+    )
+    return apply_gate(temperature**2 * _weighted_mean(rows, token_weights(rows, None, sample_weight)), gate)
+
+
 def regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:
     """[B, H, N, d] -> [B, R, N, H * d / R]: the concatenated heads cut anew, as MiniLMv2 does (arXiv 2012.15828)."""
     x_BNHd = x_BHNd.transpose(1, 2)
@@ -151,6 +274,35 @@ def attended_elements(
     return attends
 
 
+def divergence_rows(z_s: Tensor, z_t: Tensor, *, temperature: float, divergence: str, beta: float) -> Tensor:
+    """Divergence of `P_s = softmax(z_s / T)` from `P_t = softmax(z_t / T)` in nats, a value a row.
+
+    - `"forward"`: `KL(P_t || P_s)`
+    - `"reverse"`: `KL(P_s || P_t)`
+    - `"jsd"`: `beta KL(P_t || M) + (1 - beta) KL(P_s || M)` with `M = beta P_t + (1 - beta) P_s` and
+      `0 < beta < 1`: the generalised Jensen-Shannon divergence of Agarwal et al., "On-Policy Distillation of Language
+      Models" (GKD, arXiv 2306.13649, equation 1). It is 0 at both ends of beta; divided by `beta` it
+      tends to the forward KL as beta goes to 0, and divided by `1 - beta` to the reverse KL as beta goes to 1.
+    """
+    lp_s, lp_t = (z_s / temperature).log_softmax(-1), (z_t / temperature).log_softmax(-1)
+    if divergence == "forward":
+        return (lp_t.exp() * (lp_t - lp_s)).sum(-1)
+    if divergence == "reverse":
+        return (lp_s.exp() * (lp_s - lp_t)).sum(-1)
+    lp_m = torch.logaddexp(lp_t + math.log(beta), lp_s + math.log1p(-beta))
+    return (beta * lp_t.exp() * (lp_t - lp_m) + (1.0 - beta) * lp_s.exp() * (lp_s - lp_m)).sum(-1)
+
+
+def token_weights(rows: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor:
+    """The weight of every token, in the shape and dtype of `rows` [B, ...]: 0 where masked, else its sample's weight."""
+    weights = torch.ones_like(rows)
+    if sample_weight is not None:
+        weights = weights * sample_weight.detach().to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+    if mask is not None:
+        weights = weights * mask
+    return weights
+
+
 def apply_gate(loss: Tensor, gate: Tensor | None) -> Tensor:
     """`gate * loss`, and exactly 0 with a zero gradient where the gate is 0, whatever the loss is there."""
     return loss if gate is None else torch.where(gate == 0, 0, loss * gate.to(loss.dtype))
@@ -170,3 +322,20 @@ def _log_attention_map(
         scores = scores + bias
     scores = scores.masked_fill(~attends, -math.inf).masked_fill(~attends.any(-1, keepdim=True), 0.0)
     return scores.log_softmax(-1).masked_fill(~attends, 0.0)
+
+
+def _weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return (rows * weights).sum() / torch.where(total == 0, 1.0, total)
+
+
+def _normalized(h: Tensor, normalize: str | None) -> Tensor:
+    if normalize == "layernorm":
+        return F.layer_norm(h, h.shape[-1:], eps=LAYERNORM_EPS)
+    if normalize == "l2":
+        return F.normalize(h, dim=-1, eps=L2_EPS)
+    return h
+
+
+def _dtype(*tensors: Tensor | None) -> torch.dtype:
+    return compute_dtype(*(tensor for tensor in tensors if tensor is not None))
