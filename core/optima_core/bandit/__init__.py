@@ -1,0 +1,20 @@
+"""The bandit that picks the module to distil next, as tensor operations on the device.
+
+    policy = make_policy("discounted_thompson", arms=3)
+    state = policy.init(batch=1, seed=0, device="cpu")
+    arm, state = policy.select(state)             # int64 [batch]
+    state = policy.update(state, arm, reward)     # floating point [batch]
+
+The batch runs independent bandits: one while distilling, hundreds in a simulation, the same code. `POLICIES` names every
+policy, `arm_gates` turns the chosen arm into gates.
+
+That module-wise distillation is a bandit with loss decrements as rewards and a modified Thompson sampling as its policy is the
+paper's (Liang et al. 2023, arXiv 2310.04550, of which we hold the abstract only). Formulas are credited where they stand;
+default values are ours, chosen by the simulation of `optima.simulate`.
+"""
+
+from optima_core.bandit.arms import ArmKind, arm_gates, arm_names, count_arms
+from optima_core.bandit.policy import Policy, State
+from optima_core.bandit.registry import POLICIES, make_policy
+
+__all__ = ["POLICIES", "ArmKind", "Policy", "State", "arm_gates", "arm_names", "count_arms", "make_policy"]

@@ -1,0 +1,125 @@
+"""What every policy shares: the interface, the clock, the forced pulls, and checked hyper-parameters."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima_core.rng import make_keys
+
+State = dict[str, Tensor]
+"""A bandit's whole memory: named tensors whose first dimension is the batch.
+
+Save it with safetensors, `torch.save` or torch.distributed.checkpoint as it is; slice every tensor alike to take bandits
+out of a batch.
+"""
+
+_NEVER = -(2**40)
+
+
+def hyper_parameter(default: float, low: float, high: float, doc: str) -> Any:
+    """A dataclass field that `Policy` checks against the closed interval [low, high] and `describe_policies` prints."""
+    return field(default=default, metadata={"low": low, "high": high, "doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Chooses an arm every round and learns from its reward, for a batch of independent bandits at once.
+
+    A policy holds hyper-parameters only. All memory is in the `State` that its methods take and return; they are pure
+    tensor functions without host synchronisation, so they compile with `fullgraph=True` and may be captured in a CUDA
+    graph. Statistics are float64: rewards shrink by orders of magnitude while a run lasts.
+    """
+
+    arms: int
+
+    def __post_init__(self) -> None:
+        if self.arms < 1:
+            raise ValueError(f"arms must be at least 1, got {self.arms}")
+        for parameter in fields(self):
+            if "low" in parameter.metadata:
+                low, high, value = parameter.metadata["low"], parameter.metadata["high"], getattr(self, parameter.name)
+                if not low <= value <= high:
+                    raise ValueError(f"{parameter.name} must be in [{low:g}, {high:g}], got {value}")
+
+    def init(self, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> State:
+        """The state of `batch` bandits that have seen nothing.
+
+        Bandit i of any batch draws the same random numbers under the same `seed`, an integer in [0, 2**64).
+
+        Raises:
+            ValueError: `batch` is less than 1, or `seed` is out of range.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        clock = {
+            "key": make_keys(seed, (batch, self.arms), device),
+            "round": torch.zeros(batch, dtype=torch.int64, device=device),
+        }
+        return clock | self.init_belief(batch, torch.device(device))
+
+    def select(self, state: State) -> tuple[Tensor, State]:
+        """The arm of this round, int64 [batch], and the state with its round counted.
+
+        `AllModules` answers -1, every other policy a number in [0, arms).
+        """
+        arm = self.choose(state)
+        return arm, state | {"round": state["round"] + 1}
+
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
+        """The state after `reward` (floating point [batch]) was seen for `arm` (int64 [batch])."""
+        pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
+        return state | self.learn(state, pulled, reward.to(torch.float64)[:, None])
+
+    @abstractmethod
+    def init_belief(self, batch: int, device: torch.device) -> State:
+        """What the policy keeps beside the clock."""
+
+    @abstractmethod
+    def choose(self, state: State) -> Tensor:
+        """int64 [batch], from the state before the round is counted."""
+
+    @abstractmethod
+    def learn(self, state: State, pulled: Tensor, reward: Tensor) -> State:
+        """The changed entries of the state, given `pulled` bool [batch, arms] and `reward` float64 [batch, 1]."""
+
+    @abstractmethod
+    def posterior(self, state: State) -> tuple[Tensor, Tensor]:
+        """Estimated reward of every arm and the spread of that estimate, each float64 [batch, arms], for display.
+
+        Both are in units of the reward. An arm never pulled shows the mean of all the others.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptivePolicy(Policy):
+    """A policy that compares arms: it tries each once, in order, before it compares, and can guarantee a minimum share.
+
+    `min_share` bounds idleness rather than drawing lots: an arm that has waited longer than 1 / min_share rounds is pulled,
+    the one that waited longest first. So an arm is pulled at least once in every 1 / min_share + arms rounds, wherever in the
+    run they lie, at no cost in randomness.
+    """
+
+    min_share: float = hyper_parameter(0.0, 0.0, 1.0, "least share of the rounds every arm gets; at most 1 / arms")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_share * self.arms > 1:
+            raise ValueError(f"min_share must be at most 1 / arms = {1 / self.arms:.4g}, got {self.min_share}")
+
+    def init(self, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> State:
+        last = torch.full((batch, self.arms), _NEVER, dtype=torch.int64, device=device)
+        return super().init(batch, seed, device) | {"last": last}
+
+    def select(self, state: State) -> tuple[Tensor, State]:
+        preferred, after = super().select(state)
+        longest, idlest = torch.max(state["round"][:, None] - state["last"], dim=-1)
+        patience = 1.0 / self.min_share if self.min_share > 0 else -_NEVER / 2
+        return torch.where(longest > patience, idlest, preferred), after
+
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
+        after = super().update(state, arm, reward)
+        pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
+        return after | {"last": torch.where(pulled, state["round"][:, None], state["last"])}

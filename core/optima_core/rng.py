@@ -1,0 +1,84 @@
+"""Random numbers as a pure function of (key, counter), in integer tensor arithmetic.
+
+A generator object is state that hides outside the tensors: it breaks `torch.compile(fullgraph=True)`, differs between
+CPU and CUDA, and must be saved apart. Here the draw of bandit i, arm k, round t is a function of those three numbers and
+the seed. Resuming needs no random state, every rank and device draws the same words, and a bandit draws the same
+whether it is alone or one of 4096 in a batch.
+
+The function is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), also the default of JAX. It needs additions, rotations and exclusive ors only, so 32-bit words carried in int64
+never overflow, which would be undefined in compiled C++. Not for cryptography.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry_2x32(key_0: Tensor, key_1: Tensor, counter_0: Tensor, counter_1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two random 32-bit words from a 64-bit key and a 64-bit counter.
+
+    All arguments and results are int64 tensors that hold values in [0, 2**32); they broadcast against each other.
+    """
+    schedule = (key_0, key_1, key_0 ^ key_1 ^ _PARITY)
+    x_0 = (counter_0 + key_0) & _MASK
+    x_1 = (counter_1 + key_1) & _MASK
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            # x_0 may outgrow 32 bits between key injections; only its low word reaches x_1.
+            x_0 = x_0 + x_1
+            shifted = x_1 << rotation
+            x_1 = (shifted ^ (shifted >> 32) ^ x_0) & _MASK
+        x_0 = (x_0 + schedule[(group + 1) % 3]) & _MASK
+        x_1 = (x_1 + schedule[(group + 2) % 3] + group + 1) & _MASK
+    return x_0, x_1
+
+
+def make_keys(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """Independent keys, one per element of `shape`: int64 [*shape, 2].
+
+    The key at index (i, j, ...) is `seed`'s key, folded with i, then with j, and so on, so it does not depend on how large
+    the other dimensions are.
+
+    Raises:
+        ValueError: `seed` is not in [0, 2**64).
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+    key = torch.tensor([seed & _MASK, seed >> 32], dtype=torch.int64, device=device)
+    for size in shape:
+        index = torch.arange(size, dtype=torch.int64, device=device)
+        words = threefry_2x32(key[..., None, 0], key[..., None, 1], index, torch.zeros_like(index))
+        key = torch.stack(words, dim=-1)
+    return key
+
+
+def random_words(key: Tensor, counter: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """Two int64 tensors of 32-bit words, shaped like `key` [..., 2] without its last dimension.
+
+    `counter` (int64, broadcastable to that shape) is the round. Different `stream` numbers in [0, 2**32) give independent
+    words for different uses within one round.
+    """
+    return threefry_2x32(key[..., 0], key[..., 1], counter & _MASK, torch.full_like(counter, stream))
+
+
+def uniform(key: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
+    """Uniform numbers in (0, 1): float64, shaped like `random_words`, on a grid of 2**-52."""
+    high, low = random_words(key, counter, stream)
+    return ((high << 20) + (low >> 12) + 0.5) * 2.0**-52
+
+
+def normal(key: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
+    """Standard normal numbers: float64, shaped like `random_words`, by Box and Muller (1958); none exceeds 6.8.
+
+    float64, because log and cos differ between devices in the last bit: at float64 that almost never changes which of
+    several samples is the largest.
+    """
+    radius, angle = random_words(key, counter, stream)
+    radius_squared = -2.0 * torch.log((radius + 0.5) * 2.0**-32)
+    return torch.sqrt(radius_squared) * torch.cos(angle * (2.0 * math.pi * 2.0**-32))
