@@ -294,7 +294,7 @@ def divergence_rows(z_s: Tensor, z_t: Tensor, *, temperature: float, divergence:
 
 
 def token_weights(rows: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor:
-    """The weight of every token, in the shape and dtype of `rows` [B, ...]: 0 where masked, else its sample's weight."""
+    """A weight for each token, shaped and typed like `rows` [B, ...]: 0 where masked, else its sample's weight."""
     weights = torch.ones_like(rows)
     if sample_weight is not None:
         weights = weights * sample_weight.detach().to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))

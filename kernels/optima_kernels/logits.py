@@ -1,0 +1,182 @@
+"""Vocabulary distillation: how far the student's token distribution is from the teacher's.
+
+With a vocabulary of 50 thousand and 2 thousand tokens one logits matrix is 400 MB, and the usual way makes about five of
+that size. `linear_kl` takes the hidden states and the heads instead and only ever holds tiles of logits.
+`prediction_kl` is for heads whose logits are small enough to exist: a few answers, or a few thousand.
+"""
+
+import torch
+from torch import Tensor
+
+from optima_kernels import reference
+from optima_kernels.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_gate,
+    check_mask,
+    check_sample_weight,
+    check_shape,
+)
+from optima_kernels.dispatch import choose_backend
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+def linear_kl(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor,
+    w_t: Tensor,
+    *,
+    bias_s: Tensor | None = None,
+    bias_t: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Divergence between token distributions given as hidden states and heads, without a logits matrix in memory.
+
+    With `z = h w^T + bias`, `P_t = softmax(z_t / T)` and `P_s = softmax(z_s / T)` the loss is `gate * T^2` times the mean,
+    over the tokens that `mask` keeps (0 when there is none), of one of
+
+    - `"forward"`: `KL(P_t || P_s)`, what Hinton et al. (2015) distil with;
+    - `"reverse"`: `KL(P_s || P_t)`;
+    - `"jsd"`: `beta KL(P_t || M) + (1 - beta) KL(P_s || M)`, `M = beta P_t + (1 - beta) P_s`, the generalised
+      Jensen-Shannon divergence of GKD (Agarwal et al., arXiv 2306.13649). It vanishes at both ends of beta; divided by
+      `beta` it tends to forward as beta goes to 0, divided by `1 - beta` to reverse as beta goes to 1.
+
+    Args:
+        h_s: student state [..., D_s], usually [tokens, D_s]. Gets a gradient.
+        w_s: student head [V, D_s]. Gets a gradient.
+        h_t: teacher state [..., D_t]. Never gets a gradient, nor do `w_t` and `bias_t`.
+        w_t: teacher head [V, D_t], of the same vocabulary.
+        bias_s: [V]. Gets a gradient.
+        bias_t: [V].
+        temperature: T > 0.
+        divergence: "forward", "reverse" or "jsd".
+        beta: strictly between 0 and 1, only read by "jsd".
+        labels: int64 [...], one a token, each in [0, V) or `ignore_index`. Adds the cross entropy of the same student
+            logits at T = 1, averaged over tokens that `mask` keeps and whose label is not `ignore_index`.
+        ignore_index: the label of a token that has none.
+        mask: bool, broadcastable to [...]; True counts. What a masked token holds does not matter.
+        gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and the triton
+            backend does no work.
+        backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
+
+    Returns:
+        The loss, or `(loss, cross_entropy)` when labels are given: scalars, float64 if any floating argument is, float32
+        otherwise. Sums are kept in that dtype, also under autocast; each gradient has the dtype of its argument.
+
+    Raises:
+        ValueError: a shape (unequal vocabularies among them), device or option does not fit.
+        TypeError: a tensor has the wrong kind of dtype.
+    """
+    check_floating(h_s, h_s=h_s, w_s=w_s, h_t=h_t, w_t=w_t, bias_s=bias_s, bias_t=bias_t)
+    check_device(h_s, labels=labels, mask=mask, gate=gate)
+    for name, h in (("h_s", h_s), ("h_t", h_t)):
+        if h.dim() == 0:
+            raise ValueError(f"{name} must have a feature dimension, not be 0-d")
+    for name, w in (("w_s", w_s), ("w_t", w_t)):
+        if w.dim() != 2:
+            raise ValueError(f"{name} must be [V, D], not have shape {tuple(w.shape)}")
+    vocabulary, tokens = w_s.shape[0], h_s.shape[:-1]
+    if w_t.shape[0] != vocabulary:
+        raise ValueError(
+            f"w_t must have as many rows as w_s, {vocabulary}, not {w_t.shape[0]}: a divergence is only defined between "
+            "distributions over the same vocabulary"
+        )
+    check_shape("w_s", w_s, (vocabulary, h_s.shape[-1]), "[V, D_s]")
+    check_shape("h_t", h_t, (*tokens, w_t.shape[1]), "the tokens of h_s, the width of w_t")
+    for name, bias in (("bias_s", bias_s), ("bias_t", bias_t)):
+        if bias is not None:
+            check_shape(name, bias, (vocabulary,), "[V]")
+    if labels is not None:
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, not {labels.dtype}")
+        check_shape("labels", labels, tokens, "the tokens of h_s")
+    check_mask(mask, tokens)
+    check_gate(gate)
+    _check_options(temperature, divergence, beta)
+    choose_backend(backend, h_s)
+    return reference.linear_kl(
+        h_s,
+        w_s,
+        h_t,
+        w_t,
+        bias_s=bias_s,
+        bias_t=bias_t,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        gate=gate,
+    )
+
+
+def prediction_kl(
+    z_s: Tensor,
+    z_t: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    sample_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The loss of `linear_kl` on given logits, for answer sets that are small (VQA, NLVR2, SNLI-VE).
+
+    It is plain torch on every device: at the 3129 answers of VQA and 256 questions the logits are 3 MB, the whole loss is
+    a handful of launches that `torch.compile` fuses into two, and a kernel of our own would save nothing that shows in
+    a step.
+
+    Args:
+        z_s: student logits [..., V]. Gets a gradient.
+        z_t: teacher logits [..., V]. Never gets one.
+        temperature, divergence, beta: as in `linear_kl`.
+        sample_weight: [B], B being the first dimension: the loss is the weighted mean over rows, 0 when the weights sum
+            to 0.
+        gate: 0-d tensor that multiplies the loss.
+
+    Returns:
+        A scalar, float64 if any floating argument is, float32 otherwise.
+
+    Raises:
+        ValueError: a shape (unequal vocabularies among them), device or option does not fit.
+        TypeError: a tensor has the wrong kind of dtype.
+    """
+    check_floating(z_s, z_s=z_s, z_t=z_t, sample_weight=sample_weight)
+    check_device(z_s, gate=gate)
+    if z_s.dim() == 0:
+        raise ValueError("z_s must be [..., V], not 0-d")
+    check_shape("z_t", z_t, z_s.shape, "that of z_s: the same rows over the same answers")
+    check_sample_weight(sample_weight, z_s.shape[:-1])
+    check_gate(gate)
+    _check_options(temperature, divergence, beta)
+    return reference.prediction_kl(
+        z_s,
+        z_t,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        sample_weight=sample_weight,
+        gate=gate,
+    )
+
+
+def _check_options(temperature: float, divergence: str, beta: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    check_choice("divergence", divergence, DIVERGENCES)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f'beta must lie strictly between 0 and 1, not be {beta}; the limits are divergence="forward" (beta to 0) '
+            'and divergence="reverse" (beta to 1)'
+        )
