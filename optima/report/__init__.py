@@ -1,0 +1,10 @@
+"""Reports a person wants to open: one HTML file per run, or one for several runs side by side.
+
+A report is a function of the run directory alone, so it can be made again at any time. It holds everything it shows: no
+script, no font, no picture is fetched, and its content security policy forbids the browser to try.
+"""
+
+from optima.report.page import write_report
+from optima.report.side_by_side import write_comparison
+
+__all__ = ["write_comparison", "write_report"]

@@ -1,0 +1,279 @@
+"""The report of one run: what the numbers come to in words, and the page around the plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from optima.report import formatting, pictures, plots
+from optima.report.run_directory import Round, Run, Sample, Summary, read_run
+from optima.report.svg import ARM_COLOURS, HEAT_LEVELS, RISE_LEVELS, inline
+
+SHOWN_AT_ONCE = 6
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `report.html` into a run directory, and returns its path.
+
+    Raises:
+        ValueError: a required file of the run directory is missing or malformed; one line says which and why.
+    """
+    output = Path(run_dir) / "report.html"
+    output.write_text(render_report(read_run(Path(run_dir))), encoding="utf-8")
+    return output
+
+
+def render_report(run: Run) -> str:
+    """The page of a run, as HTML."""
+    rounds, summary = run.rounds, run.summary
+    return render(
+        "report.html",
+        run=run,
+        summary=summary,
+        title=f"{formatting.task_title(summary.task)}: {run.path.resolve().name}",
+        headline=headline(summary),
+        hero=hero(summary),
+        facts=facts(summary),
+        scores=score_table(summary),
+        arms=arm_table(rounds),
+        timeline=inline(lambda layout: plots.timeline(rounds, layout), "timeline", _timeline_label(rounds)),
+        heat=_heat(rounds),
+        curves=_curves(rounds, summary),
+        samples=sample_groups(run.samples),
+        shown=SHOWN_AT_ONCE,
+        attention=_attention(run),
+        swatch=plots.colour_indices(rounds),
+        environment={key: str(value) for key, value in summary.environment.items()},
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills a template of the package; everything but `Markup` is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("optima.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        name: getattr(formatting, name) for name in ("words", "plain", "count", "duration", "memory", "task_title")
+    }
+    environment.filters["data_uri"] = pictures.data_uri
+    environment.globals |= {"arm_colours": ARM_COLOURS, "heat_levels": HEAT_LEVELS, "rise_levels": RISE_LEVELS}
+    return environment.get_template(template).render(**values)
+
+
+def headline(summary: Summary) -> str:
+    """The result in a sentence, whichever way it went."""
+    teacher, before, after = (summary.scores[model][summary.headline_metric] for model in ("teacher", "before", "after"))
+    if after <= before:
+        return "Distillation did not raise the student’s score"
+    if after >= teacher:
+        return "The student has caught up with its teacher"
+    return f"The student reaches {100 * after / teacher:.0f}% of its teacher’s score"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Scores along one axis: texts to print and places in per cent of the axis."""
+
+    metric: str
+    text: Mapping[str, str]
+    place: Mapping[str, float]
+
+
+def hero(summary: Summary) -> Bar:
+    """The headline metric of teacher, student before and student after on a common axis from 0."""
+    metric = summary.headline_metric
+    values = {model: summary.scores[model][metric] for model in ("teacher", "before", "after")}
+    share = formatting.is_share(metric, values.values())
+    full = 1.0 if share else 1.05 * max(1e-12, *values.values())
+    return Bar(
+        metric=metric,
+        text={model: formatting.score(value, share) for model, value in values.items()},
+        place={model: round(100 * min(1.0, max(0.0, value / full)), 2) for model, value in values.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure of the headline: what it is, the figure, and what it is made of."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def facts(summary: Summary) -> list[Fact]:
+    """Size, speed, memory and time, as far as the run recorded them."""
+    found = []
+    size, speed = summary.parameters, summary.images_per_second
+    if size.get("teacher") and size.get("student"):
+        detail = f"{formatting.count(size['student'])} of {formatting.count(size['teacher'])} parameters"
+        found.append(Fact("smaller", formatting.factor(size["teacher"] / size["student"]), detail))
+    if speed.get("teacher") and speed.get("student"):
+        detail = f"{speed['student']:.0f} against {speed['teacher']:.0f} pictures a second"
+        found.append(Fact("faster", formatting.factor(speed["student"] / speed["teacher"]), detail))
+    if math.isfinite(summary.peak_mib):
+        found.append(Fact("peak memory", formatting.memory(summary.peak_mib), "of the whole run"))
+    if math.isfinite(summary.seconds):
+        found.append(Fact("wall time", formatting.duration(summary.seconds), "of the whole run"))
+    return found
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A metric of the score table; `closed` is the share of the gap to the teacher that distillation closed."""
+
+    metric: str
+    text: Mapping[str, str]
+    closed: str
+
+
+def score_table(summary: Summary) -> list[ScoreRow]:
+    """Every metric of every model, the headline metric first."""
+    names = dict.fromkeys([summary.headline_metric, *(name for scores in summary.scores.values() for name in scores)])
+    rows = []
+    for name in names:
+        values = {model: scores[name] for model, scores in summary.scores.items() if name in scores}
+        share = formatting.is_share(name, values.values())
+        rows.append(
+            ScoreRow(
+                metric=formatting.words(name),
+                text={model: formatting.score(values.get(model), share) for model in summary.scores},
+                closed=_gap_closed(values),
+            )
+        )
+    return rows
+
+
+def _gap_closed(values: Mapping[str, float]) -> str:
+    """The share of the teacher's lead that is gone; says nothing where the teacher hardly led."""
+    if len(values) < 3 or not all(map(math.isfinite, values.values())):
+        return formatting.ABSENT
+    gap = values["teacher"] - values["before"]
+    if abs(gap) <= 0.01 * max(abs(values["teacher"]), abs(values["before"])):
+        return formatting.ABSENT
+    return f"{100 * (values['after'] - values['before']) / gap:.0f}%".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """How an arm fared: rounds it was chosen for, its mean reward, and what the bandit believed of it at the end."""
+
+    name: str
+    modules: tuple[str, ...]
+    rounds: int
+    share: str
+    reward: str
+    posterior: str
+
+
+def arm_table(rounds: Sequence[Round]) -> list[ArmRow]:
+    """A row an arm; the table is also the legend of the timeline."""
+    rows = []
+    for arm in plots.arms_of(rounds):
+        own = [r.reward for r in rounds if r.arm == arm]
+        paid = [reward for reward in own if math.isfinite(reward)]
+        mean, std = rounds[-1].posterior_mean.get(arm), rounds[-1].posterior_std.get(arm)
+        rows.append(
+            ArmRow(
+                name=arm,
+                modules=tuple(arm.split("+")),
+                rounds=len(own),
+                share=f"{100 * len(own) / len(rounds):.0f}%",
+                reward=formatting.plain(sum(paid) / len(paid)) if paid else formatting.ABSENT,
+                posterior=formatting.ABSENT
+                if mean is None or std is None
+                else f"{formatting.plain(mean)} ± {formatting.plain(std)}",
+            )
+        )
+    return rows
+
+
+def _timeline_label(rounds: Sequence[Round]) -> str:
+    chosen = ", ".join(f"{formatting.words(row.name)} {row.rounds}" for row in arm_table(rounds))
+    return f"Chosen module, posterior and reward over {len(rounds)} rounds. Rounds per arm: {chosen}."
+
+
+@dataclass(frozen=True)
+class Heat:
+    """The heat map with the two ends of its colour scale."""
+
+    plot: Markup
+    floor: str
+    rises: bool
+
+
+def _heat(rounds: Sequence[Round]) -> Heat | None:
+    relative = plots.relative_losses(rounds)
+    if len(rounds) < 2 or not relative:
+        return None
+    ends = {name: values[-1] for name, values in relative.items() if math.isfinite(values[-1])}
+    label = "Probe losses at the end relative to the first round: " + ", ".join(
+        f"{name} {value:.2f}" for name, value in ends.items()
+    )
+    return Heat(
+        plot=inline(lambda layout: plots.heat_map(rounds, layout), "heat", label),
+        floor=f"{formatting.plain(plots.heat_floor(relative))}×",
+        rises=any((values > 1).any() for values in relative.values()),
+    )
+
+
+def _curves(rounds: Sequence[Round], summary: Summary) -> Markup | None:
+    panels = plots.curve_panels(rounds, summary)
+    if not panels:
+        return None
+    label = "Learning curves over optimiser steps: " + ", ".join(map(formatting.words, panels))
+    return inline(lambda layout: plots.learning_curves(rounds, summary, layout), "curves", label)
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """Samples with the same fate."""
+
+    title: str
+    explanation: str
+    samples: tuple[Sample, ...]
+
+
+def sample_groups(samples: Sequence[Sample]) -> list[SampleGroup]:
+    """Changed for the better, for the worse, right all along, wrong still; empty groups are left out."""
+    fates = (
+        ("Changed by distillation", "wrong before, right after", False, True),
+        ("Right", "before and after", True, True),
+        ("Wrong", "before and after", False, False),
+        ("Lost by distillation", "right before, wrong after", True, False),
+    )
+    groups = []
+    for title, explanation, before, after in fates:
+        own = tuple(s for s in samples if s.correct["before"] == before and s.correct["after"] == after)
+        if own:
+            groups.append(SampleGroup(title, explanation, own))
+    return groups
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The picture a caption was read off, and the same picture lit by each word's attention."""
+
+    picture: str
+    caption: str
+    words: Sequence[tuple[str, str]]
+
+
+def _attention(run: Run) -> Attention | None:
+    if run.cross_attention is None:
+        return None
+    return Attention(
+        picture=pictures.data_uri(run.cross_attention.image),
+        caption=" ".join(run.cross_attention.caption),
+        words=pictures.spotlights(run.cross_attention),
+    )

@@ -1,0 +1,54 @@
+"""Pictures inside the page: PNG files as data URIs, and where each word of a caption looked."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from optima.report.run_directory import CrossAttention
+
+SPOTLIGHT_SIDE = 128
+# Share of a pixel's own light that stays where a word does not look at all.
+AMBIENT = 0.16
+
+
+def data_uri(path: Path) -> str:
+    """A PNG file as a data URI.
+
+    Raises:
+        ValueError: the file is no PNG.
+    """
+    return _encode(_open(path))
+
+
+def spotlights(attention: CrossAttention) -> list[tuple[str, str]]:
+    """(word, data URI) per word: the picture, lit in proportion to the word's weights, the largest at full light."""
+    picture = _open(attention.image).convert("RGB").resize((SPOTLIGHT_SIDE, SPOTLIGHT_SIDE), Image.Resampling.NEAREST)
+    pixels = np.asarray(picture, dtype=np.float32)
+    lit = []
+    for word, table in zip(attention.caption, attention.maps, strict=True):
+        weights = np.asarray(table, dtype=np.float32)
+        weights = weights / max(float(weights.max()), 1e-12)
+        smooth = Image.fromarray(weights).resize(picture.size, Image.Resampling.BICUBIC)
+        light = AMBIENT + (1 - AMBIENT) * np.clip(np.asarray(smooth), 0, 1)
+        lit.append((word, _encode(Image.fromarray((pixels * light[..., None]).astype(np.uint8)))))
+    return lit
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            return picture
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        raise ValueError(f"picture {path} is not a readable PNG file") from None
+
+
+def _encode(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
