@@ -1,0 +1,104 @@
+"""Text to token ids and back.
+
+A thin layer over HuggingFace `tokenizers`: fixed-length int64 rows with start, end and padding, which is all a CoCa wants to
+know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set; any other `tokenizers`
+model (CLIP's byte pairs, say) fits behind the same class.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+
+PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
+VOCABULARY = Path(__file__).with_name("vocabulary.json")
+
+
+class Tokenizer:
+    """Encodes texts into rows of equal length.
+
+    Args:
+        backend: the `tokenizers` model that splits a text into ids.
+        pad: token that fills a row up.
+        start: token put before a text.
+        end: token put after a text.
+
+    Raises:
+        ValueError: if one of the three tokens is not in the backend's vocabulary.
+    """
+
+    def __init__(self, backend: Backend, pad: str = PAD, start: str = START, end: str = END) -> None:
+        ids = {}
+        for role, token in (("pad", pad), ("start", start), ("end", end)):
+            ids[role] = backend.token_to_id(token)
+            if ids[role] is None:
+                raise ValueError(f"{role}: a token of the vocabulary, got {token!r}")
+        self._backend = backend
+        self._ids = ids
+        self._special = frozenset(ids.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._backend.get_vocab_size())
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills a row up."""
+        return int(self._ids["pad"])
+
+    @property
+    def start_id(self) -> int:
+        """Id put before a text."""
+        return int(self._ids["start"])
+
+    @property
+    def end_id(self) -> int:
+        """Id put after a text."""
+        return int(self._ids["end"])
+
+    def encode(self, texts: Sequence[str], length: int, start: bool = True, end: bool = True) -> Tensor:
+        """Token ids, int64 [texts, length]: start, the text, end, then padding.
+
+        Args:
+            texts: the texts; a word outside the vocabulary becomes the unknown token.
+            length: tokens in a row, special ones included.
+            start: whether a row begins with the start token.
+            end: whether the text is followed by the end token.
+
+        Raises:
+            ValueError: if a text does not fit into `length` tokens.
+        """
+        before = [self.start_id] if start else []
+        after = [self.end_id] if end else []
+        rows = []
+        for text, encoding in zip(texts, self._backend.encode_batch(list(texts)), strict=True):
+            row = before + encoding.ids + after
+            if len(row) > length:
+                raise ValueError(f"length: {text!r} takes {len(row)} tokens, got {length}")
+            rows.append(row + [self.pad_id] * (length - len(row)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length)
+
+    def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Texts of rows of token ids [texts, tokens]: a row ends at its first end token; start and padding are left out."""
+        rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
+        texts = []
+        for row in rows:
+            kept = row[: row.index(self.end_id)] if self.end_id in row else row
+            texts.append(str(self._backend.decode([i for i in kept if i not in self._special], False)))
+        return texts
+
+
+@cache
+def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
+    """The word-level tokenizer of a vocabulary file: a JSON object from word to id, `<unk>` among them."""
+    words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    backend = Backend(WordLevel(words, unk_token=UNKNOWN))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return Tokenizer(backend)
