@@ -1,13 +1,13 @@
 """Random numbers as a pure function of (key, counter), in integer tensor arithmetic.
 
 A generator object is state that hides outside the tensors: it breaks `torch.compile(fullgraph=True)`, differs between
-CPU and CUDA, and must be saved apart. Here the draw of bandit i, arm k, round t is a function of those three numbers and
-the seed. Resuming needs no random state, every rank and device draws the same words, and a bandit draws the same
+CPU and CUDA, and must be saved apart. Here the draw of bandit i, arm k, round t is a function of those three numbers
+and the seed. Resuming needs no random state, every rank and device draws the same words, and a bandit draws the same
 whether it is alone or one of 4096 in a batch.
 
-The function is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), also the default of JAX. It needs additions, rotations and exclusive ors only, so 32-bit words carried in int64
-never overflow, which would be undefined in compiled C++. Not for cryptography.
+The function is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
+3", SC 2011), also the default of JAX. It needs additions, rotations and exclusive ors only, so 32-bit words carried
+in int64 never overflow, which would be undefined in compiled C++. Not for cryptography.
 """
 
 import math
@@ -42,8 +42,8 @@ def threefry_2x32(key_0: Tensor, key_1: Tensor, counter_0: Tensor, counter_1: Te
 def make_keys(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Independent keys, one per element of `shape`: int64 [*shape, 2].
 
-    The key at index (i, j, ...) is `seed`'s key, folded with i, then with j, and so on, so it does not depend on how large
-    the other dimensions are.
+    The key at index (i, j, ...) is `seed`'s key, folded with i, then with j, and so on, so it does not depend on how
+    large the other dimensions are.
 
     Raises:
         ValueError: `seed` is not in [0, 2**64).
@@ -61,8 +61,8 @@ def make_keys(seed: int, shape: tuple[int, ...], device: torch.device | str = "c
 def random_words(key: Tensor, counter: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
     """Two int64 tensors of 32-bit words, shaped like `key` [..., 2] without its last dimension.
 
-    `counter` (int64, broadcastable to that shape) is the round. Different `stream` numbers in [0, 2**32) give independent
-    words for different uses within one round.
+    `counter` (int64, broadcastable to that shape) is the round. Different `stream` numbers in [0, 2**32) give
+    independent words for different uses within one round.
     """
     return threefry_2x32(key[..., 0], key[..., 1], counter & _MASK, torch.full_like(counter, stream))
 

@@ -5,12 +5,12 @@
     arm, state = policy.select(state)             # int64 [batch]
     state = policy.update(state, arm, reward)     # floating point [batch]
 
-The batch runs independent bandits: one while distilling, hundreds in a simulation, the same code. `POLICIES` names every
-policy, `arm_gates` turns the chosen arm into gates.
+The batch runs independent bandits: one while distilling, hundreds in a simulation, the same code. `POLICIES` names
+every policy, `arm_gates` turns the chosen arm into gates.
 
-That module-wise distillation is a bandit with loss decrements as rewards and a modified Thompson sampling as its policy is the
-paper's (Liang et al. 2023, arXiv 2310.04550, of which we hold the abstract only). Formulas are credited where they stand;
-default values are ours, chosen by the simulation of `optima.simulate`.
+That module-wise distillation is a bandit with loss decrements as rewards and a modified Thompson sampling as its
+policy is the paper's (Liang et al. 2023, arXiv 2310.04550, of which we hold the abstract only). Formulas are credited
+where they stand; default values are ours, chosen by the simulation of `optima.simulate`.
 """
 
 from optima_core.bandit.arms import ArmKind, arm_gates, arm_names, count_arms

@@ -1,6 +1,7 @@
 """What an arm stands for: one module, or a set of them.
 
-The chosen arm is a device tensor and must stay one, so it becomes gates by looking up a row of a table, never by an `if`.
+The chosen arm is a device tensor and must stay one, so it becomes gates by looking up a row of a table, never by an
+`if`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ def count_arms(modules: int, kind: ArmKind = "modules") -> int:
     """Number of arms over `modules` modules: themselves, or their 2**modules - 1 non-empty subsets.
 
     Raises:
-        ValueError: there is no module, `kind` is unknown, or there are more subsets than a bandit could learn to tell apart.
+        ValueError: there is no module, `kind` is unknown, or there are more subsets than a bandit could learn to tell
+        apart.
     """
     if modules < 1:
         raise ValueError(f"modules must be at least 1, got {modules}")
@@ -32,9 +34,10 @@ def count_arms(modules: int, kind: ArmKind = "modules") -> int:
 def arm_gates(modules: int, kind: ArmKind = "modules", device: torch.device | str = "cpu") -> Tensor:
     """The table whose row `arm` says which modules that arm distils: float32 [rows, modules] of 0 and 1.
 
-    `arm_gates(...)[arm]` gives the gates of a device tensor `arm` [batch] without leaving the device: [batch, modules]. The last
-    row is all modules, so the -1 of the policy `all_modules` means what it says. With `kind="modules"` that row is beyond the
-    arms, with `kind="subsets"` it is the last of them; subset number a holds module m if bit m of a + 1 is set.
+    `arm_gates(...)[arm]` gives the gates of a device tensor `arm` [batch] without leaving the device: [batch,
+    modules]. The last row is all modules, so the -1 of the policy `all_modules` means what it says. With
+    `kind="modules"` that row is beyond the arms, with `kind="subsets"` it is the last of them; subset number a holds
+    module m if bit m of a + 1 is set.
 
     Raises:
         ValueError: as `count_arms`.

@@ -7,21 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_core.rng import make_keys
+from optima_core.rng import make_keys, uniform
 
 State = dict[str, Tensor]
 """A bandit's whole memory: named tensors whose first dimension is the batch.
 
-Save it with safetensors, `torch.save` or torch.distributed.checkpoint as it is; slice every tensor alike to take bandits
-out of a batch.
+Save it with safetensors, `torch.save` or torch.distributed.checkpoint as it is; slice every tensor alike to take
+bandits out of a batch.
 """
 
-_NEVER = -(2**40)
+# The idleness, in rounds, of an arm that was never pulled: longer than any run.
+_ALWAYS = 2**40
 
 
 def hyper_parameter(default: float, low: float, high: float, doc: str) -> Any:
     """A dataclass field that `Policy` checks against the closed interval [low, high] and `describe_policies` prints."""
     return field(default=default, metadata={"low": low, "high": high, "doc": doc})
+
+
+def draw_arm(state: State, probability: Tensor) -> Tensor:
+    """One arm per bandit, int64 [batch], drawn with `probability` [batch, arms], which sums to 1 over the arms."""
+    threshold = uniform(state["key"][:, 0], state["round"])[:, None]
+    return (probability.cumsum(dim=-1) < threshold).sum(dim=-1).clamp(max=probability.shape[-1] - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +48,9 @@ class Policy(ABC):
         for parameter in fields(self):
             if "low" in parameter.metadata:
                 low, high, value = parameter.metadata["low"], parameter.metadata["high"], getattr(self, parameter.name)
-                if not low <= value <= high:
-                    raise ValueError(f"{parameter.name} must be in [{low:g}, {high:g}], got {value}")
+                if not low <= value <= high or (parameter.type is int and value != int(value)):
+                    kind = "an integer" if parameter.type is int else "a number"
+                    raise ValueError(f"{parameter.name} must be {kind} in [{low:g}, {high:g}], got {value}")
 
     def init(self, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> State:
         """The state of `batch` bandits that have seen nothing.
@@ -97,9 +105,9 @@ class Policy(ABC):
 class AdaptivePolicy(Policy):
     """A policy that compares arms: it tries each once, in order, before it compares, and can guarantee a minimum share.
 
-    `min_share` bounds idleness rather than drawing lots: an arm that has waited longer than 1 / min_share rounds is pulled,
-    the one that waited longest first. So an arm is pulled at least once in every 1 / min_share + arms rounds, wherever in the
-    run they lie, at no cost in randomness.
+    `min_share` bounds idleness rather than drawing lots: an arm that has waited longer than 1 / min_share rounds is
+    pulled, the one that waited longest first. So an arm is pulled at least once in every 1 / min_share + arms rounds,
+    wherever in the run they lie, at no cost in randomness.
     """
 
     min_share: float = hyper_parameter(0.0, 0.0, 1.0, "least share of the rounds every arm gets; at most 1 / arms")
@@ -110,13 +118,13 @@ class AdaptivePolicy(Policy):
             raise ValueError(f"min_share must be at most 1 / arms = {1 / self.arms:.4g}, got {self.min_share}")
 
     def init(self, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> State:
-        last = torch.full((batch, self.arms), _NEVER, dtype=torch.int64, device=device)
+        last = torch.full((batch, self.arms), -_ALWAYS, dtype=torch.int64, device=device)
         return super().init(batch, seed, device) | {"last": last}
 
     def select(self, state: State) -> tuple[Tensor, State]:
         preferred, after = super().select(state)
         longest, idlest = torch.max(state["round"][:, None] - state["last"], dim=-1)
-        patience = 1.0 / self.min_share if self.min_share > 0 else -_NEVER / 2
+        patience = 1.0 / self.min_share if self.min_share > 0 else _ALWAYS - 1
         return torch.where(longest > patience, idlest, preferred), after
 
     def update(self, state: State, arm: Tensor, reward: Tensor) -> State:

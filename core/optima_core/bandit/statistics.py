@@ -1,44 +1,26 @@
-"""Discounted count, sum and sum of squares of each arm's rewards, and what is read off them.
+"""Count, sum and sum of squares of each arm's rewards, what is read off them, and the beliefs built on them.
 
-Every round all three are multiplied by gamma, then the pulled arm adds (1, r, r**2). Rewards are stored relative to the
-bandit's first one: sum of squares minus squared sum loses its digits when all rewards share a large offset.
+Rewards are stored relative to the bandit's first one: sum of squares minus squared sum loses its digits when all
+rewards share a large offset.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optima_core.bandit.policy import State
+from optima_core.bandit.policy import Policy, State, hyper_parameter
 
-# The count of an arm that is never pulled decays into denormal numbers, whose arithmetic is slow and whose quotients are
-# noise. Below this it is forgotten.
+# The count of an arm that is never pulled decays into denormal numbers, whose arithmetic is slow and whose
+# quotients are noise. Below this it is forgotten.
 FORGOTTEN = 1e-12
 
 
-def init_statistics(batch: int, arms: int, device: torch.device) -> State:
-    """`count`, `total`, `square` float64 [batch, arms], and `origin` [batch, 1], the reward they are relative to."""
-    zeros = torch.zeros(batch, arms, dtype=torch.float64, device=device)
-    return {"origin": zeros[:, :1].clone(), "count": zeros, "total": zeros.clone(), "square": zeros.clone()}
-
-
 def relative_to_origin(state: State, reward: Tensor) -> tuple[Tensor, Tensor]:
-    """`reward` [batch, 1] minus the origin, and the origin, which the first reward sets."""
+    """`reward` [batch, 1] minus the origin, and the origin [batch, 1], which the first reward sets."""
     nothing_seen = state["count"].sum(dim=-1, keepdim=True) == 0
     origin = torch.where(nothing_seen, reward, state["origin"])
     return reward - origin, origin
-
-
-def observe(state: State, pulled: Tensor, reward: Tensor, gamma: float) -> State:
-    """The statistics after one round: `pulled` bool [batch, arms], `reward` float64 [batch, 1]."""
-    centred, origin = relative_to_origin(state, reward)
-    weight = pulled.to(torch.float64)
-    count = gamma * state["count"] + weight
-    kept = count > FORGOTTEN
-    return {
-        "origin": origin,
-        "count": torch.where(kept, count, 0.0),
-        "total": torch.where(kept, gamma * state["total"] + weight * centred, 0.0),
-        "square": torch.where(kept, gamma * state["square"] + weight * centred**2, 0.0),
-    }
 
 
 def pooled_mean(state: State) -> Tensor:
@@ -55,6 +37,49 @@ def pooled_sigma(state: State) -> Tensor:
     return torch.sqrt(within.sum(dim=-1, keepdim=True) / state["count"].sum(dim=-1, keepdim=True).clamp(min=FORGOTTEN))
 
 
-def shrunk_mean(state: State, prior_count: float) -> Tensor:
-    """Mean reward of each arm, drawn towards the pooled one by `prior_count` rewards' worth, [batch, arms]."""
-    return (state["total"] + prior_count * pooled_mean(state)) / (state["count"] + prior_count)
+def total_sigma(state: State) -> Tensor:
+    """Standard deviation of all rewards about their common mean, [batch, 1]."""
+    count = state["count"].sum(dim=-1, keepdim=True).clamp(min=FORGOTTEN)
+    return torch.sqrt((state["square"].sum(dim=-1, keepdim=True) / count - pooled_mean(state) ** 2).clamp(min=0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Belief(Policy):
+    """Estimates from count N, sum S and sum of squares Q of each arm, whichever rewards these hold.
+
+    With m the pooled mean, sigma the pooled spread within arms and n_0 the prior's worth in rewards:
+
+        mean_k = (S_k + n_0 m) / (N_k + n_0)        std_k = sigma / sqrt(N_k + n_0)
+    """
+
+    prior_count: float = hyper_parameter(0.01, 1e-6, 100.0, "rewards' worth of the prior at the mean of all arms")
+
+    def init_belief(self, batch: int, device: torch.device) -> State:
+        def zeros(width: int) -> Tensor:
+            return torch.zeros(batch, width, dtype=torch.float64, device=device)
+
+        return {"origin": zeros(1), "count": zeros(self.arms), "total": zeros(self.arms), "square": zeros(self.arms)}
+
+    def posterior(self, state: State) -> tuple[Tensor, Tensor]:
+        count = state["count"] + self.prior_count
+        mean = state["origin"] + (state["total"] + self.prior_count * pooled_mean(state)) / count
+        return mean, pooled_sigma(state) / torch.sqrt(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscountedBelief(Belief):
+    """N, S and Q are multiplied by gamma every round, then the pulled arm adds (1, r, r**2)."""
+
+    gamma: float = hyper_parameter(0.98, 0.5, 1.0, "discount per round; the memory is about 1 / (1 - gamma) rounds")
+
+    def learn(self, state: State, pulled: Tensor, reward: Tensor) -> State:
+        centred, origin = relative_to_origin(state, reward)
+        weight = pulled.to(torch.float64)
+        count = self.gamma * state["count"] + weight
+        kept = count > FORGOTTEN
+        return {
+            "origin": origin,
+            "count": torch.where(kept, count, 0.0),
+            "total": torch.where(kept, self.gamma * state["total"] + weight * centred, 0.0),
+            "square": torch.where(kept, self.gamma * state["square"] + weight * centred**2, 0.0),
+        }
