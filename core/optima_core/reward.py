@@ -5,11 +5,21 @@ learning progress as a bandit's reward goes back to Graves et al., arXiv 1704.03
 decrements follow whichever module has the largest loss scale, so by default a decrement is taken relative to where
 the loss stood.
 
-All functions work on device tensors with a leading batch dimension, without host synchronisation.
+The losses come from a held probe batch, measured at the end of every round (`RewardMeter.measure`: costs a forward
+pass, little noise), or from training itself (`observe` every step, `finish` at the round's end: free, noisier, and a
+module that is not distilled has no loss to tell).
+
+Everything works on device tensors with a leading batch dimension, without host synchronisation, in float64.
 """
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+State = dict[str, Tensor]
 
 
 def relative_decrement(
@@ -35,3 +45,134 @@ def relative_decrement(
 def absolute_decrement(before: Tensor, after: Tensor, *, clip: float = 1.0) -> Tensor:
     """Mean over losses of before - after, clipped to [-clip, clip]: float64 [batch], from losses [batch, losses]."""
     return (before.to(torch.float64) - after.to(torch.float64)).mean(dim=-1).clamp(-clip, clip)
+
+
+@dataclass(frozen=True)
+class RewardMeter:
+    """Turns the losses of successive rounds into rewards.
+
+    Like a policy it holds settings only; its memory is a dictionary of tensors [batch, ...] that can be saved as it is.
+
+    Attributes:
+        kind: `relative_decrement` or `absolute_decrement`.
+        floor: share of each loss's first value in the denominator of a relative decrement.
+        clip: bound on the size of a decrement, before baseline and normaliser.
+        baseline: subtract the discounted mean of all rewards so far. Early in a run every loss falls, so whichever arm
+            is pulled early looks good; this takes that away.
+        normaliser: `zscore` divides the deviation from the discounted mean by the discounted standard deviation;
+        `quantile`
+            maps the 20 % and 80 % quantiles of the last `window` rewards to -1 and 1 and clips, as Graves et al. do.
+        gamma: discount per round of mean and standard deviation.
+        window: rounds remembered for the quantiles.
+        smoothing: weight of the past in the running training losses, per step that measured the loss.
+    """
+
+    kind: Literal["relative", "absolute"] = "relative"
+    floor: float = 0.3
+    clip: float = 1.0
+    baseline: bool = False
+    normaliser: Literal["none", "zscore", "quantile"] = "none"
+    gamma: float = 0.98
+    window: int = 200
+    smoothing: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("relative", "absolute"):
+            raise ValueError(f"kind must be 'relative' or 'absolute', got {self.kind!r}")
+        if self.normaliser not in ("none", "zscore", "quantile"):
+            raise ValueError(f"normaliser must be 'none', 'zscore' or 'quantile', got {self.normaliser!r}")
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"floor must be a finite number of at least 0, got {self.floor}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 round, got {self.window}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
+
+    def init(self, losses: Tensor) -> State:
+        """The state at a run's start, given `losses` [batch, losses] of the probe batch."""
+        measured = torch.ones_like(losses, dtype=torch.bool)
+        return self.observe(self.init_unmeasured(*losses.shape, device=losses.device), losses, measured)
+
+    def init_unmeasured(self, batch: int, losses: int, device: torch.device | str = "cpu") -> State:
+        """The state at a run's start when no loss is known yet, for rewards from training."""
+        zeros = torch.zeros(batch, losses, dtype=torch.float64, device=device)
+        scalar = torch.zeros(batch, dtype=torch.float64, device=device)
+        state = {
+            "initial": zeros,
+            "before": zeros.clone(),
+            "level": zeros.clone(),
+            "seen": torch.zeros(batch, losses, dtype=torch.bool, device=device),
+            "count": scalar,
+            "raw_total": scalar.clone(),
+            "total": scalar.clone(),
+            "square": scalar.clone(),
+        }
+        if self.normaliser == "quantile":
+            # Unused places are infinite, so they sort behind the rewards.
+            state["history"] = torch.full((batch, self.window), math.inf, dtype=torch.float64, device=device)
+            state["rounds"] = torch.zeros(batch, dtype=torch.int64, device=device)
+        return state
+
+    def observe(self, state: State, losses: Tensor, measured: Tensor) -> State:
+        """Take in one training step's `losses` [batch, losses], of which those `measured` (bool, same shape) count.
+
+        What the others hold is ignored, be it NaN.
+        """
+        losses = losses.to(torch.float64)
+        smoothed = self.smoothing * state["level"] + (1.0 - self.smoothing) * losses
+        first = measured & ~state["seen"]
+        return state | {
+            "initial": torch.where(first, losses, state["initial"]),
+            "before": torch.where(first, losses, state["before"]),
+            "level": torch.where(first, losses, torch.where(measured, smoothed, state["level"])),
+            "seen": state["seen"] | measured,
+        }
+
+    def measure(self, state: State, losses: Tensor) -> tuple[Tensor, State]:
+        """The reward, float64 [batch], of the round that ended with the probe `losses` [batch, losses]."""
+        return self.finish(state | {"level": losses.to(torch.float64)})
+
+    def finish(self, state: State) -> tuple[Tensor, State]:
+        """The reward, float64 [batch], of the round that ends here, from what was observed."""
+        if self.kind == "relative":
+            reward = relative_decrement(
+                state["before"], state["level"], state["initial"], floor=self.floor, clip=self.clip
+            )
+        else:
+            reward = absolute_decrement(state["before"], state["level"], clip=self.clip)
+        state = state | {"before": state["level"], "count": self.gamma * state["count"] + 1.0}
+        if self.baseline:
+            raw_total = self.gamma * state["raw_total"] + reward
+            state, reward = state | {"raw_total": raw_total}, reward - raw_total / state["count"]
+        match self.normaliser:
+            case "zscore":
+                return self._zscore(state, reward)
+            case "quantile":
+                return self._quantile(state, reward)
+        return reward, state
+
+    def _zscore(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
+        total = self.gamma * state["total"] + reward
+        square = self.gamma * state["square"] + reward**2
+        deviation = reward - total / state["count"]
+        variance = square / state["count"] - (total / state["count"]) ** 2
+        # A spread below rounding is none: the first reward, or rewards that are all alike.
+        exists = variance > 1e-12 * square / state["count"]
+        score = torch.where(exists, deviation / torch.sqrt(torch.where(exists, variance, 1.0)), 0.0)
+        return score, state | {"total": total, "square": square}
+
+    def _quantile(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
+        slot = (state["rounds"] % self.window)[:, None]
+        history = state["history"].scatter(1, slot, reward[:, None])
+        rounds = state["rounds"] + 1
+        ascending = torch.sort(history, dim=-1).values
+        last = (rounds.clamp(max=self.window) - 1)[:, None]
+        low = ascending.gather(1, last // 5)[:, 0]
+        high = ascending.gather(1, last - last // 5)[:, 0]
+        spread = high - low
+        scaled = torch.where(spread > 0, 2.0 * (reward - low) / torch.where(spread > 0, spread, 1.0) - 1.0, 0.0)
+        return scaled.clamp(-1.0, 1.0), state | {"history": history, "rounds": rounds}
