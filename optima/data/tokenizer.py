@@ -1,8 +1,8 @@
 """Text to token ids and back.
 
-A thin layer over HuggingFace `tokenizers`: fixed-length int64 rows with start, end and padding, which is all a CoCa wants to
-know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set; any other `tokenizers`
-model (CLIP's byte pairs, say) fits behind the same class.
+A thin layer over HuggingFace `tokenizers`: fixed-length int64 rows with start, end and padding, which is all a CoCa
+wants to know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set; any other
+`tokenizers` model (CLIP's byte pairs, say) fits behind the same class.
 """
 
 import json
@@ -86,7 +86,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length)
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
-        """Texts of rows of token ids [texts, tokens]: a row ends at its first end token; start and padding are left out."""
+        """Texts of rows of token ids [texts, tokens]; a row ends at its first end token, special tokens are skipped."""
         rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
         texts = []
         for row in rows:

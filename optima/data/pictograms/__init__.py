@@ -4,8 +4,8 @@
     >>> Pictograms("test").example("captioning", 0).text  # doctest: +SKIP
     'two pizzas to the right of a dog'
 
-`stream` is the data set; `scene` and `render` make pictures; `captions`, `questions`, `hypotheses` and `statements` are the
-four tasks' languages and truths; `combinations` keeps the splits apart.
+`stream` is the data set; `scene` and `render` make pictures; `captions`, `questions`, `hypotheses` and `statements`
+are the four tasks' languages and truths; `combinations` keeps the splits apart.
 """
 
 from optima.data.pictograms.captions import Description, describes, parse_caption, references

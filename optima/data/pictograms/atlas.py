@@ -8,9 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from optima.data.pictograms.build_atlas import CELL, COLUMNS
 from optima.data.pictograms.kinds import KINDS
 
+CELL = 64
+"""Side of an atlas cell in pixels."""
+COLUMNS = 8
+"""Cells in a row of the atlas."""
 SMALLEST, LARGEST = 14, 28
 """Length in pixels of an object's longer side, both ends included."""
 

@@ -1,8 +1,8 @@
 """Draws atlas.png from the Noto Color Emoji font: `python -m optima.data.pictograms.build_atlas`.
 
 Only needed to change the kinds. Reads Debian's `fonts-noto-color-emoji` and checks every noun against the English
-annotations in Debian's `unicode-cldr-core`. The atlas is a row-major grid of 64 x 64 RGBA cells, 8 to a row; each glyph is
-cropped to its ink, scaled to 64 pixels on its longer side, and centred.
+annotations in Debian's `unicode-cldr-core`. The atlas is a row-major grid of 64 x 64 RGBA cells, 8 to a row; each
+glyph is cropped to its ink, scaled to 64 pixels on its longer side, and centred.
 """
 
 import argparse
@@ -11,10 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from optima.data.pictograms.atlas import CELL, COLUMNS
 from optima.data.pictograms.kinds import KINDS, Kind
 
-CELL = 64
-COLUMNS = 8
 FONT_SIZE = 109  # the only size at which the font holds its bitmaps
 
 

@@ -1,7 +1,7 @@
 """Captions: what is true of a whole picture, as text and back.
 
-A picture of one group has one caption, "three cats". A picture of two groups has two, one for either order of naming them:
-"a dog to the left of two pizzas", "two pizzas to the right of a dog".
+A picture of one group has one caption, "three cats". A picture of two groups has two, one for either order of naming
+them: "a dog to the left of two pizzas", "two pizzas to the right of a dog".
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ RELATIONS = ("to the left of", "to the right of", "above", "below")
 
 
 class Description(NamedTuple):
-    """What a caption says. Groups are in order left to right or top to bottom; relation is a number in RELATIONS or None."""
+    """What a caption says: groups from left to right or top to bottom; relation is a number in RELATIONS, or None."""
 
     groups: tuple[Group, ...]
     relation: int | None

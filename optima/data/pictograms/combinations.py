@@ -1,8 +1,8 @@
 """Which combinations of things each split may show.
 
-The combination of a scene is (kind, count) when it has one group, and the unordered pair of kinds when it has two. A stable
-hash gives one combination in ten to `validation`, one in ten to `test`, and the rest to `train`, so that a model is always
-examined on combinations it has never seen.
+The combination of a scene is (kind, count) when it has one group, and the unordered pair of kinds when it has two. A
+stable hash gives one combination in ten to `validation`, one in ten to `test`, and the rest to `train`, so that a
+model is always examined on combinations it has never seen.
 """
 
 import hashlib

@@ -13,8 +13,8 @@ BLOCK = 64
 class Draws:
     """A stream of random choices from the counter-based Philox generator.
 
-    Two 64-bit integers name the stream; equal names give equal choices in every process and on every machine. Numbers are
-    fetched in blocks, because one call into numpy costs as much as fifty Python additions.
+    Two 64-bit integers name the stream; equal names give equal choices in every process and on every machine. Numbers
+    are fetched in blocks, because one call into numpy costs as much as fifty Python additions.
     """
 
     __slots__ = ("_generator", "_units")

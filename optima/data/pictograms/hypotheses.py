@@ -1,8 +1,8 @@
 """Visual entailment: does a picture prove a hypothesis, disprove it, or leave it open?
 
-The picture shows a small world in which each kind stands together, in one group on one side of the others. A cover may hide
-anything at all: more of a kind that is seen, another kind, or nothing. Where it is and how large it is does not matter.
-Without a cover, what is seen is all there is. So, with n the objects of the kind that are seen:
+The picture shows a small world in which each kind stands together, in one group on one side of the others. A cover
+may hide anything at all: more of a kind that is seen, another kind, or nothing. Where it is and how large it is does
+not matter. Without a cover, what is seen is all there is. So, with n the objects of the kind that are seen:
 
 | template   | hypothesis                     | entailment         | contradiction                        | else    |
 |------------|--------------------------------|--------------------|--------------------------------------|---------|

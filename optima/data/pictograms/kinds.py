@@ -1,7 +1,7 @@
 """The 48 kinds of object a picture can show.
 
-Each kind is one emoji. Its noun is the emoji's CLDR name or one of its CLDR keywords (`build_atlas` checks this), chosen
-so that every noun is a single word; the kinds were picked by eye to stay apart at 14 pixels.
+Each kind is one emoji. Its noun is the emoji's CLDR name or one of its CLDR keywords (`build_atlas` checks this),
+chosen so that every noun is a single word; the kinds were picked by eye to stay apart at 14 pixels.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Draws a scene into 64 x 64 RGB pixels, on the CPU, without being the bottleneck of a training step.
 
-Everything that can be is computed once: resized sprites, ramps for gradients, patterns, the cover's hatching. What is left
-for a picture is a blend of two colours and one small window per object, in integers.
+Everything that can be is computed once: resized sprites, ramps for gradients, patterns, the cover's hatching. What is
+left for a picture is a blend of two colours and one small window per object, in integers.
 """
 
 from functools import cache
@@ -54,7 +54,7 @@ def _ramps() -> NDArray[np.int32]:
 
 @cache
 def _patterns() -> NDArray[np.int32]:
-    """Textures [PATTERNS, 1, 128, 128] to add to the ground, within -8..8, so that a random 64 x 64 window can be cut."""
+    """Textures [PATTERNS, 1, 128, 128] within -8..8 to add to the ground: large enough to cut a window at any shift."""
     down, right = np.mgrid[0 : 2 * SIDE, 0 : 2 * SIDE]
     noise = np.random.Generator(np.random.Philox(key=7))
     patterns = np.zeros((PATTERNS, 2 * SIDE, 2 * SIDE))

@@ -1,9 +1,9 @@
 """What a picture shows: groups of objects, where each object stands, the cover and the background.
 
-A scene has one or two groups. A group is one to four objects of one kind, and a scene has one to four objects. Two groups
-stand in opposite halves of the picture, and along the other axis they overlap: exactly one of "to the left of", "to the
-right of", "above" and "below" holds. A cover is an opaque panel over
-a spot where no object stands: something could be behind it, and that is what makes a hypothesis neutral.
+A scene has one or two groups. A group is one to four objects of one kind, and a scene has one to four objects. Two
+groups stand in opposite halves of the picture, and along the other axis they overlap: exactly one of "to the left
+of", "to the right of", "above" and "below" holds. A cover is an opaque panel over a spot where no object stands:
+something could be behind it, and that is what makes a hypothesis neutral.
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Group(NamedTuple):
 class Content:
     """What is to be seen, without where exactly.
 
-    With two groups, `axis` says how they are arranged and `groups[0]` is the left or the upper one. With one group `axis` is
-    None. `covered` says whether a cover hides a part of the picture.
+    With two groups, `axis` says how they are arranged and `groups[0]` is the left or the upper one. With one group
+    `axis` is None. `covered` says whether a cover hides a part of the picture.
     """
 
     groups: tuple[Group, ...]
@@ -170,7 +170,7 @@ def _place_group(
 
 
 def _beside(opposite: tuple[Thing, ...], axis: int, length: int) -> tuple[int, int]:
-    """First and last position along the axis (0 = x, 1 = y) at which a box of this length overlaps the opposite group."""
+    """First and last place along the axis (0 = x, 1 = y) at which a box of this length overlaps the opposite group."""
     low = min(thing.box[axis] for thing in opposite) + OVERLAP - length
     high = max(thing.box[axis + 2] for thing in opposite) - OVERLAP
     return max(0, low), min(SIDE - length, high)

@@ -26,7 +26,7 @@ _SIDES = ("left", "right")
 
 
 class Statement(NamedTuple):
-    """A statement: template, and for some templates a kind, a number, or the side said to show more (0 left, 1 right)."""
+    """A statement: its template and, for some, a kind, a number, or the side said to show more (0 left, 1 right)."""
 
     template: str
     kind: int = 0
@@ -117,7 +117,7 @@ def _draw_groups(statement: Statement, stock: Stock, draws: Draws) -> tuple[tupl
 
 
 def state(left: Content, right: Content, draws: Draws) -> Statement:
-    """A random statement about two given contents, true and false as balanced in each template as the contents allow."""
+    """A random statement about two given contents, true or false equally often, and nearly so in each template."""
     wanted = draws.chance(0.5)
     seen = [group.kind for content in (left, right) for group in content.groups]
     while True:

@@ -37,8 +37,8 @@ class Example:
     """One item of a task.
 
     `scenes` holds one scene, or the left and the right one for nlvr2. `text` is the caption, question, statement or
-    hypothesis. `answer` is the answer in words and `target` its class in CLASSES[task]; for captioning they are the caption
-    again and -1. `kind` is the item's type or template.
+    hypothesis. `answer` is the answer in words and `target` its class in CLASSES[task]; for captioning they are the
+    caption again and -1. `kind` is the item's type or template.
     """
 
     task: Task
@@ -69,8 +69,8 @@ class SceneItems(NamedTuple):
 class TrainingBatch(NamedTuple):
     """Pictures with several texts each, so that encoding a picture is paid for once.
 
-    Texts about one picture are consecutive: text i of `questions` is about picture i // (questions per picture). Pair p of
-    `statements` is (picture 2 p, picture 2 p + 1), and statement i is about pair i // (statements per pair).
+    Texts about one picture are consecutive: text i of `questions` is about picture i // (questions per picture). Pair
+    p of `statements` is (picture 2 p, picture 2 p + 1), and statement i is about pair i // (statements per pair).
     """
 
     images: Tensor  # uint8 [pictures, 3, 64, 64]
@@ -122,8 +122,9 @@ class Pictograms:
     def example(self, task: Task, index: int) -> Example:
         """Item number `index` of the task.
 
-        Drawn item first: the type, then the answer (or for statements and hypotheses the text, then the answer), and only
-        then a scene of the split that has this answer. So neither the most frequent answer nor the text gives it away.
+        Drawn item first: the type, then the answer (or for statements and hypotheses the text, then the answer), and
+        only then a scene of the split that has this answer. So neither the most frequent answer nor the text gives it
+        away.
         """
         draws = self._draws(task, index)
         if task == "captioning":

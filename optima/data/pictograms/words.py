@@ -7,8 +7,8 @@ from optima.data.pictograms.questions import PLACES
 from optima.data.pictograms.statements import TRUTHS
 
 _GRAMMAR = """
-    a all an are at both exactly how in is least many more neither number objects of one picture pictures right same show
-    shows than the there to what where yes no
+    a all an are at both exactly how in is least many more neither number objects of one picture pictures right same
+    show shows than the there to what where yes no
 """
 
 
