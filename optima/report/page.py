@@ -72,7 +72,9 @@ def render(template: str, **values: Any) -> str:
 
 def headline(summary: Summary) -> str:
     """The result in a sentence, whichever way it went."""
-    teacher, before, after = (summary.scores[model][summary.headline_metric] for model in ("teacher", "before", "after"))
+    teacher, before, after = (
+        summary.scores[model][summary.headline_metric] for model in ("teacher", "before", "after")
+    )
     if after <= before:
         return "Distillation did not raise the student’s score"
     if after >= teacher:
@@ -192,7 +194,7 @@ def arm_table(rounds: Sequence[Round]) -> list[ArmRow]:
                 reward=formatting.plain(sum(paid) / len(paid)) if paid else formatting.ABSENT,
                 posterior=formatting.ABSENT
                 if mean is None or std is None
-                else f"{formatting.plain(mean)} ± {formatting.plain(std)}",
+                else f"{formatting.plain(mean)} ±\N{NO-BREAK SPACE}{formatting.plain(std)}",
             )
         )
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +24,9 @@ LINE = 1.8
 
 def figure_of(layout: Layout, height: float) -> Figure:
     """An empty figure, `height` in CSS pixels."""
-    return Figure(figsize=(layout.width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout="constrained")
+    figure = Figure(figsize=(layout.width / PIXELS_PER_INCH, height / PIXELS_PER_INCH))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.08, wspace=0.05, hspace=0)
+    return figure
 
 
 def dress(axes: Axes, title: str = "", grid: bool = True) -> None:
@@ -32,7 +34,7 @@ def dress(axes: Axes, title: str = "", grid: bool = True) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(colour("grid"))
     axes.tick_params(colors=colour("muted"), length=0, pad=5)
-    axes.set_title(title, loc="left", color=colour("ink"), pad=8)
+    axes.set_title(title, loc="left", color=colour("ink"), pad=9)
     axes.xaxis.label.set_color(colour("muted"))
     axes.yaxis.label.set_color(colour("muted"))
     axes.set_axisbelow(True)
@@ -61,13 +63,11 @@ def timeline(rounds: Sequence[Round], layout: Layout) -> Figure:
     with_posterior = any(r.posterior_mean for r in rounds)
     row = 30 if layout.compact else 24
     heights = [row * len(modules) + 20, *([190 if layout.compact else 210] if with_posterior else []), 130]
-    figure = figure_of(layout, sum(heights) + 36 * len(heights) + 20)
-    panels: Sequence[Axes] = figure.subplots(
-        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )[:, 0]
+    figure = figure_of(layout, sum(heights) + 42 * len(heights) + 20)
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     _chosen(panels[0], rounds, modules, colours, layout)
     if with_posterior:
-        _posterior(panels[1], rounds, colours)
+        _posterior(panels[1], rounds, colours, layout)
     _rewards(panels[-1], rounds, colours)
     panels[-1].set_xlabel("round")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if layout.compact else 12))
@@ -95,7 +95,7 @@ def _chosen(
         axes.broken_barh([(first, last)], (bottom, height), facecolors=colour("grid"), alpha=0.45)
         axes.broken_barh(bars, (bottom, height), facecolors=arm_colour(colours[module]))
         if layout.compact:
-            axes.text(rounds[0].number - 0.46, place - 0.06, words(module), color=colour("muted"), size=10)
+            axes.text(rounds[0].number - 0.46, place - 0.06, words(module), color=colour("muted"), size=11)
     axes.set_ylim(len(modules) - 0.4, -0.55)
     if layout.compact:
         axes.set_yticks([])
@@ -105,10 +105,13 @@ def _chosen(
     axes.tick_params(labelbottom=False)
 
 
-def _posterior(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int]) -> None:
-    dress(axes, "Reward the bandit expects: posterior mean ± 1 standard deviation")
-    if axes.get_window_extent().width < 500:
-        axes.set_title("Posterior mean ± 1 standard deviation", loc="left", color=colour("ink"), pad=8)
+def _posterior(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int], layout: Layout) -> None:
+    dress(
+        axes,
+        "Expected reward, ± 1 std"
+        if layout.compact
+        else "Reward the bandit expects: posterior mean ± 1 standard deviation",
+    )
     x = np.array([r.number for r in rounds])
     for arm in arms_of(rounds):
         mean = np.array([r.posterior_mean.get(arm, math.nan) for r in rounds])
@@ -116,6 +119,7 @@ def _posterior(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int]) 
         tint = arm_colour(colours[arm])
         axes.fill_between(x, mean - std, mean + std, color=tint, alpha=0.16, linewidth=0)
         axes.plot(x, mean, color=tint, linewidth=LINE)
+    axes.spines["bottom"].set_visible(False)
     axes.tick_params(labelbottom=False)
 
 
@@ -141,7 +145,7 @@ class LossRow:
 
 
 def loss_rows(names: Iterable[str]) -> list[LossRow]:
-    """The heat map's rows, top to bottom: the task's and the logits' loss, then module by module, hidden before attention."""
+    """The heat map's rows, top to bottom: task and logits, then module by module, hidden before attention."""
     parts = [(name, name.split("/")) for name in names]
     rows = [LossRow(name, words(name), None) for name, split in parts if len(split) < 3]
     for module in dict.fromkeys(split[1] for _, split in parts if len(split) >= 3):
@@ -153,7 +157,7 @@ def loss_rows(names: Iterable[str]) -> list[LossRow]:
 
 
 def relative_losses(rounds: Sequence[Round]) -> dict[str, NDArray[np.float64]]:
-    """Each probe loss over rounds, divided by its first finite value; losses that never had a positive one are left out."""
+    """Each probe loss over rounds, divided by its first finite value; a loss whose first is not positive is left out."""
     relative = {}
     for name in dict.fromkeys(name for r in rounds for name in r.probe):
         values = np.array([r.probe.get(name, math.nan) for r in rounds], dtype=np.float64)
@@ -170,7 +174,7 @@ def heat_floor(relative: Mapping[str, NDArray[np.float64]]) -> float:
 
 
 def heat_map(rounds: Sequence[Round], layout: Layout) -> Figure:
-    """Probe losses relative to their first value, a row a loss, a column a round (or the mean of a few when there are many)."""
+    """Probe losses relative to their first value, a row a loss, a column a round (or the mean of a few)."""
     relative = relative_losses(rounds)
     rows = loss_rows(relative)
     colours = colour_indices(rounds)
@@ -187,16 +191,21 @@ def heat_map(rounds: Sequence[Round], layout: Layout) -> Figure:
     )
     for row, top, bottom in zip(rows, tops[:-1], tops[1:], strict=True):
         if row.name is None:
-            axes.text(left[0], bottom - 0.42, row.label, color=colour("ink"), size=11, va="bottom")
+            axes.text(left[0], bottom - 0.42, row.label, color=colour("ink"), size=11.5, va="bottom")
             chosen = stretches(r.number for r in rounds if row.module in r.modules)
             axes.broken_barh(chosen, (bottom - 0.34, 0.24), facecolors=arm_colour(colours.get(str(row.module), 0)))
             continue
-        binned = [
-            _mean(relative[row.name][start:stop]) for start, stop in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        binned = [_mean(relative[row.name][start:stop]) for start, stop in pairwise(edges)]
         levels = np.ma.masked_invalid([_level(ratio, heat_floor(relative)) for ratio in binned])
         axes.pcolormesh(
-            left, [top + 0.04, bottom - 0.04], levels[None, :], cmap=palette, vmin=-0.5, vmax=palette.N - 0.5
+            left,
+            [top + 0.04, bottom - 0.04],
+            levels[None, :],
+            cmap=palette,
+            vmin=-0.5,
+            vmax=palette.N - 0.5,
+            edgecolors="face",
+            linewidth=0.6,
         )
     data = [(row, (top + bottom) / 2) for row, top, bottom in zip(rows, tops[:-1], tops[1:], strict=True) if row.name]
     axes.set_yticks([middle for _, middle in data], [row.label for row, _ in data])
@@ -235,7 +244,7 @@ def curve_panels(rounds: Sequence[Round], summary: Summary) -> list[str]:
 
 
 def learning_curves(rounds: Sequence[Round], summary: Summary, layout: Layout) -> Figure:
-    """Over optimiser steps: the headline score (dashed: the teacher's), and each loss on training and on probe batches."""
+    """Over steps: the headline score (dashed: the teacher's), and each loss on training and on probe batches."""
     names = curve_panels(rounds, summary)
     rows, columns = (len(names), 1) if layout.compact else (1, len(names))
     figure = figure_of(layout, 190 * rows if layout.compact else 250)
@@ -259,8 +268,16 @@ def _score_curve(axes: Axes, summary: Summary) -> None:
     axes.plot(*zip(*points, strict=True), color=colour("after"), linewidth=LINE, marker="o", markersize=3)
     teacher = summary.scores["teacher"][metric]
     axes.axhline(teacher, color=colour("teacher"), linewidth=1.2, dashes=(4, 3))
-    axes.text(
-        1, teacher, "teacher", color=colour("muted"), size=10, ha="right", va="bottom", transform=axes.get_yaxis_transform()
+    axes.annotate(
+        "teacher",
+        (1, teacher),
+        (0, 3),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        color=colour("muted"),
+        size=11,
+        ha="right",
+        va="bottom",
     )
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0), high + 0.08 * (high - min(low, 0)))
@@ -274,4 +291,4 @@ def _loss_curve(axes: Axes, rounds: Sequence[Round], name: str) -> None:
     ):
         if any(math.isfinite(value) for value in values):
             axes.plot([r.step for r in rounds], values, label=label, **style)  # type: ignore[arg-type]
-    axes.legend(frameon=False, labelcolor=colour("muted"), fontsize=10, loc="upper right", handlelength=1.4)
+    axes.legend(frameon=False, labelcolor=colour("muted"), fontsize=11, loc="upper right", handlelength=1.4)

@@ -1,4 +1,4 @@
-"""Several runs on one page: scores, cost, what each chose when, learning curves, and where their configurations differ."""
+"""Several runs on one page: scores, cost, what each chose when, learning curves, and how their configurations differ."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
 def render_comparison(runs: Sequence[Run]) -> str:
     """The page of several runs, as HTML."""
     names = run_names(runs)
-    swatch = {name: i for i, name in enumerate(dict.fromkeys(a for run in runs for a in plots.colour_indices(run.rounds)))}
+    swatch = {
+        name: i for i, name in enumerate(dict.fromkeys(a for run in runs for a in plots.colour_indices(run.rounds)))
+    }
     panels = _shared_panels(runs)
     return render(
         "comparison.html",
@@ -76,13 +78,13 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """A run's line of the table; `mix` lists its arms with their share of the rounds in per cent."""
+    """A run's line of the table; `mix` holds its arms with their share of the rounds in per cent."""
 
     name: str
     task: str
     hero: Bar
     facts: Mapping[str, Fact]
-    mix: Sequence[tuple[str, float]]
+    mix: Mapping[str, float]
 
 
 def _row(name: str, run: Run) -> Row:
@@ -92,7 +94,7 @@ def _row(name: str, run: Run) -> Row:
         task=run.summary.task,
         hero=hero(run.summary),
         facts={fact.name: fact for fact in facts(run.summary)},
-        mix=[(arm, 100 * chosen.count(arm) / len(chosen)) for arm in plots.arms_of(run.rounds) if arm in chosen],
+        mix={arm: 100 * chosen.count(arm) / len(chosen) for arm in plots.arms_of(run.rounds) if arm in chosen},
     )
 
 
@@ -122,7 +124,9 @@ def _choices(names: Sequence[str], runs: Sequence[Run], swatch: Mapping[str, int
 def _shared_panels(runs: Sequence[Run]) -> list[str]:
     """The curves that at least two runs have; scores only where they are the same metric of the same task."""
     panels = [plots.curve_panels(run.rounds, run.summary) for run in runs]
-    shared = [name for name in dict.fromkeys(name for own in panels for name in own) if sum(name in p for p in panels) > 1]
+    shared = [
+        name for name in dict.fromkeys(name for own in panels for name in own) if sum(name in p for p in panels) > 1
+    ]
     if len({(run.summary.task, run.summary.headline_metric) for run in runs}) > 1:
         shared = [name for name in shared if name != "score"]
     return shared
@@ -134,7 +138,9 @@ def _curves(names: Sequence[str], runs: Sequence[Run], panels: Sequence[str], la
     figure = plots.figure_of(layout, (190 * rows if layout.compact else 250) + legend)
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, panel in zip(all_axes, panels, strict=True):
-        title = formatting.words(runs[0].summary.headline_metric) if panel == "score" else f"{panel} loss on probe batches"
+        title = (
+            formatting.words(runs[0].summary.headline_metric) if panel == "score" else f"{panel} loss on probe batches"
+        )
         plots.dress(axes, title)
         for place, run in enumerate(runs):
             steps, values = _curve(run, panel)
@@ -193,7 +199,7 @@ class SharedSample:
 
 
 def _samples(names: Sequence[str], runs: Sequence[Run]) -> list[SharedSample]:
-    """Samples all runs share on which they disagree; the same place, prompt, reference and pictures make them the same."""
+    """Samples all runs share but not all get right; equal place, prompt, reference and pictures make them the same."""
     shared = []
     for samples in zip(*(run.samples for run in runs), strict=False):
         first = samples[0]

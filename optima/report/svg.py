@@ -1,8 +1,8 @@
 """Matplotlib figures as inline SVG that follows the page's theme.
 
-A figure is drawn in marker colours, one per role of the palette, and each marker then becomes a CSS variable. So one drawing
-is right in light and dark, and the colours live in one place, the style sheet. Text stays text: it takes the page's font,
-can be selected, and is never traced into paths.
+A figure is drawn in marker colours, one per role of the palette, and each marker then becomes a CSS variable. So one
+drawing is right in light and dark, and the colours live in one place, the style sheet. Text stays text: it takes the
+page's font, can be selected, and is never traced into paths.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -32,15 +33,15 @@ ROLES = (
     *(f"rise-{i}" for i in range(RISE_LEVELS)),
 )
 _MARKER = "#f00d"
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
-    "font.size": 11.0,
-    "axes.titlesize": 11.0,
-    "axes.labelsize": 11.0,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
+    "font.size": 12.0,
+    "axes.titlesize": 12.5,
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11.0,
+    "ytick.labelsize": 11.0,
     "axes.unicode_minus": True,
 }
 
@@ -88,7 +89,7 @@ def inline(draw: Callable[[Layout], Figure], name: str, label: str) -> Markup:
 def _svg(figure: Figure, label: str) -> Markup:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)  # type: ignore[arg-type]
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     found = re.search(r'<svg[^>]*viewBox="([^"]+)"[^>]*>(.*)</svg>', buffer.getvalue(), re.DOTALL)
     assert found is not None
     body = re.sub(r"<style.*?</style>", "", found[2], flags=re.DOTALL)

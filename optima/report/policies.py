@@ -1,0 +1,230 @@
+"""Whether OPTIMA is worth it: every policy over several seeds against OPTIMA, as a table and as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from optima.report import formatting, plots
+from optima.report.intervals import Interval, mean_interval, paired_difference
+from optima.report.page import render
+from optima.report.svg import Layout, colour, inline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a comparison came to. `score` is the headline metric on the test split, higher is better."""
+
+    task: str
+    policy: str
+    seed: int
+    score: float
+    seconds: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """A policy on a task: its mean score and its mean paired difference to the reference, each with a 95% interval.
+
+    `difference` is policy minus reference, None for the reference itself and where no seed is shared.
+    """
+
+    policy: str
+    scores: Mapping[int, float]
+    score: Interval
+    difference: Interval | None
+    seconds: float
+    peak_mib: float
+
+    @property
+    def verdict(self) -> str:
+        """Against the reference: "better" or "worse" where the difference's interval excludes 0, else "not told apart"."""
+        if self.difference is None or not math.isfinite(self.difference.half_width):
+            return ""
+        if self.difference.low > 0:
+            return "better"
+        return "worse" if self.difference.high < 0 else "not told apart"
+
+
+def policy_rows(outcomes: Iterable[Outcome], reference: str = "optima") -> dict[str, list[PolicyRow]]:
+    """Task -> its policies, best mean score first. Outcomes of one policy on one task differ in their seed.
+
+    Raises:
+        ValueError: a task has no outcome of the reference, or a policy has two for one seed.
+    """
+    by_task: dict[str, dict[str, list[Outcome]]] = {}
+    for outcome in outcomes:
+        by_task.setdefault(outcome.task, {}).setdefault(outcome.policy, []).append(outcome)
+    return {task: _rows(task, policies, reference) for task, policies in by_task.items()}
+
+
+def _rows(task: str, policies: Mapping[str, Sequence[Outcome]], reference: str) -> list[PolicyRow]:
+    if reference not in policies:
+        raise ValueError(f"reference: no outcome of {reference!r} on task {task!r}; there are {', '.join(policies)}")
+    scores = {policy: {outcome.seed: outcome.score for outcome in own} for policy, own in policies.items()}
+    for policy, own in policies.items():
+        if len(scores[policy]) < len(own):
+            raise ValueError(
+                f"outcomes: policy {policy!r} has a seed twice on task {task!r}; one outcome a seed is needed"
+            )
+    rows = [
+        PolicyRow(
+            policy=policy,
+            scores=scores[policy],
+            score=mean_interval(list(scores[policy].values())),
+            difference=None if policy == reference else paired_difference(scores[policy], scores[reference]),
+            seconds=sum(outcome.seconds for outcome in own) / len(own),
+            peak_mib=max(outcome.peak_mib for outcome in own),
+        )
+        for policy, own in policies.items()
+    ]
+    return sorted(rows, key=lambda row: -row.score.mean)
+
+
+def conclusion(rows: Sequence[PolicyRow], reference: str = "optima") -> str:
+    """What the table says of the reference, in a sentence, whether or not it is flattering."""
+    better = [formatting.words(row.policy) for row in rows if row.verdict == "better"]
+    worse = [formatting.words(row.policy) for row in rows if row.verdict == "worse"]
+    if better:
+        return f"{formatting.words(reference)} does not win: better are {_listed(better)}."
+    if len(worse) == len(rows) - 1 and worse:
+        return f"{formatting.words(reference)} is better than every other policy."
+    if worse:
+        return (
+            f"{formatting.words(reference)} is better than {_listed(worse)}; the others cannot be told apart from it."
+        )
+    return f"No policy can be told apart from {formatting.words(reference)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+@dataclass(frozen=True)
+class PolicyText:
+    """A row of the table as printed; the same on a terminal, in Markdown and on the page."""
+
+    policy: str
+    score: str
+    difference: str
+    verdict: str
+    seeds: str
+    seconds: str
+    peak: str
+
+
+HEADINGS = ("policy", "score", "against {}", "", "seeds", "time", "memory")
+
+
+def row_texts(rows: Sequence[PolicyRow]) -> list[PolicyText]:
+    """The rows of one task as texts."""
+    share = _are_shares(rows)
+    return [
+        PolicyText(
+            policy=formatting.words(row.policy),
+            score=_interval(row.score, share, signed=False),
+            difference=formatting.ABSENT if row.difference is None else _interval(row.difference, share, signed=True),
+            verdict=row.verdict,
+            seeds=str(row.score.count),
+            seconds=formatting.duration(row.seconds),
+            peak=formatting.memory(row.peak_mib),
+        )
+        for row in rows
+    ]
+
+
+def _are_shares(rows: Sequence[PolicyRow]) -> bool:
+    return formatting.is_share("score", (score for row in rows for score in row.scores.values()))
+
+
+def _interval(interval: Interval, share: bool, signed: bool) -> str:
+    scale, digits = (100, 1) if share else (1, 3)
+    mean = f"{scale * interval.mean:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    if not math.isfinite(interval.half_width):
+        return mean
+    return f"{mean} ±\N{NO-BREAK SPACE}{scale * interval.half_width:.{digits}f}"
+
+
+def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
+    """A Markdown table a task, each with its conclusion. Scores within 0..1 are printed in per cent."""
+    parts = []
+    for task, rows in policy_rows(outcomes, reference).items():
+        heads = [heading.format(formatting.words(reference)) for heading in HEADINGS]
+        lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        lines += [
+            f"| {t.policy} | {t.score} | {t.difference} | {t.verdict} | {t.seeds} | {t.seconds} | {t.peak} |"
+            for t in row_texts(rows)
+        ]
+        parts.append(f"## {formatting.task_title(task)}\n\n{conclusion(rows, reference)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class TaskSection:
+    """A task's part of the page."""
+
+    title: str
+    conclusion: str
+    plot: Markup
+    rows: Sequence[PolicyText]
+
+
+def write_policies(outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "") -> Path:
+    """Writes the comparison of policies as one HTML file, and returns its path.
+
+    Raises:
+        ValueError: as `policy_rows`.
+    """
+    sections = [
+        TaskSection(
+            title=formatting.task_title(task),
+            conclusion=conclusion(rows, reference),
+            plot=_plot(rows, reference, number),
+            rows=row_texts(rows),
+        )
+        for number, (task, rows) in enumerate(policy_rows(outcomes, reference).items())
+    ]
+    headings = [heading.format(formatting.words(reference)) for heading in HEADINGS]
+    page = render("policies.html", title="Policies compared", sections=sections, headings=headings, command=command)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def _plot(rows: Sequence[PolicyRow], reference: str, number: int) -> Markup:
+    label = "Mean score with 95% interval: " + ", ".join(f"{t.policy} {t.score}" for t in row_texts(rows))
+    return inline(lambda layout: _dots(rows, reference, layout), f"policies-{number}", label)
+
+
+def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
+    """A line a policy: every seed as a faint dot, the mean as a full one, its interval as a bar."""
+    share = _are_shares(rows)
+    scale = 100 if share else 1
+    figure = plots.figure_of(layout, (40 if layout.compact else 30) * len(rows) + 46)
+    axes = figure.subplots()
+    plots.dress(axes, grid=False)
+    axes.grid(axis="x", color=colour("grid"), linewidth=0.8)
+    for place, row in enumerate(rows):
+        tint = colour("after" if row.policy == reference else "muted")
+        seeds = [scale * score for score in row.scores.values()]
+        axes.plot(seeds, [place] * len(seeds), "o", color=tint, alpha=0.35, markersize=5, mew=0)
+        if math.isfinite(row.score.half_width):
+            ends = [scale * row.score.low, scale * row.score.high]
+            axes.plot(ends, [place, place], color=tint, linewidth=3, solid_capstyle="round")
+        axes.plot([scale * row.score.mean], [place], "o", color=tint, markersize=9, mew=1.5, mec=colour("surface"))
+        if layout.compact:
+            axes.text(
+                0, place - 0.28, formatting.words(row.policy), color=colour("ink"), transform=axes.get_yaxis_transform()
+            )
+    axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
+    names = [formatting.words(row.policy) for row in rows]
+    axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
+    axes.set_xlabel("score, %" if share else "score")
+    return figure
