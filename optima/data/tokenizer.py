@@ -34,14 +34,14 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, pad: str = PAD, start: str = START, end: str = END) -> None:
-        ids = {}
-        for role, token in (("pad", pad), ("start", start), ("end", end)):
-            ids[role] = backend.token_to_id(token)
-            if ids[role] is None:
-                raise ValueError(f"{role}: a token of the vocabulary, got {token!r}")
         self._backend = backend
-        self._ids = ids
-        self._special = frozenset(ids.values())
+        self._ids: dict[str, int] = {}
+        for role, token in (("pad", pad), ("start", start), ("end", end)):
+            number = backend.token_to_id(token)
+            if number is None:
+                raise ValueError(f"{role}: a token of the vocabulary, got {token!r}")
+            self._ids[role] = number
+        self._special = frozenset(self._ids.values())
 
     @property
     def vocab_size(self) -> int:
@@ -51,17 +51,17 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """Id that fills a row up."""
-        return int(self._ids["pad"])
+        return self._ids["pad"]
 
     @property
     def start_id(self) -> int:
         """Id put before a text."""
-        return int(self._ids["start"])
+        return self._ids["start"]
 
     @property
     def end_id(self) -> int:
         """Id put after a text."""
-        return int(self._ids["end"])
+        return self._ids["end"]
 
     def encode(self, texts: Sequence[str], length: int, start: bool = True, end: bool = True) -> Tensor:
         """Token ids, int64 [texts, length]: start, the text, end, then padding.

@@ -4,7 +4,7 @@ For each task on each held-out split:
 
 - chance: picks among the answers an item's type allows, each equally likely;
 - majority: always says the answer most frequent on the split, within each type of item;
-- text (train): says for every text the answer that was most frequent with this very text on train, and falls back to the
+- text (train): says for every text the most frequent answer to this very text on train, and falls back to the
   type's most frequent answer on train;
 - template (bound): says for every wording, nouns removed, the answer most frequent on the split itself: what a guesser
   could reach at best that knows the test's statistics but no noun's.

@@ -31,9 +31,9 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 
 def _ground(scene: Scene) -> NDArray[np.uint16]:
     background = scene.background
-    first, second = (np.array(colour, dtype=np.int32).reshape(3, 1, 1) for colour in background.colours)
+    first, second = np.array(background.colours, dtype=np.int32).reshape(2, 3, 1, 1)
     if background.slope:
-        ground = first + ((second - first) * _ramps()[background.slope] >> 8)
+        ground: NDArray[np.int32] = first + ((second - first) * _ramps()[background.slope] >> 8)
     else:
         ground = np.broadcast_to(first, (3, SIDE, SIDE))
     if background.pattern:
@@ -49,7 +49,8 @@ def _ramps() -> NDArray[np.int32]:
     angles = (np.arange(SLOPES) - 1).reshape(-1, 1, 1) * np.pi / 4
     along = right * np.cos(angles) + down * np.sin(angles)
     reach = np.abs(along).max(axis=(1, 2), keepdims=True)
-    return np.rint((along / reach + 1) * 128).astype(np.int32)[:, None]
+    ramps: NDArray[np.int32] = np.rint((along / reach + 1) * 128).astype(np.int32)
+    return ramps[:, None]
 
 
 @cache

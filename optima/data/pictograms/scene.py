@@ -36,7 +36,8 @@ class Box(NamedTuple):
         )
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Group:
     """Objects of one kind standing together."""
 
     kind: int
