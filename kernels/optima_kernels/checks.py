@@ -1,7 +1,7 @@
 """What the public losses check about their arguments, once, before any backend runs.
 
-Every error names the argument, says what was given and what would be right. Only shapes, dtypes and devices are looked at,
-never a tensor's value.
+Every error names the argument, says what was given and what would be right. Only shapes, dtypes and devices are
+looked at, never a tensor's value.
 """
 
 from collections.abc import Sequence

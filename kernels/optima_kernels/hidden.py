@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optima_kernels import reference
+from optima_kernels.blocked import hidden as blocked
 from optima_kernels.checks import (
     check_choice,
     check_device,
@@ -21,8 +22,9 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import Backend, choose_backend
-from optima_kernels.reference import PerLayer, per_layer
+from optima_kernels.dispatch import Backend, choose_backend, compute_dtype
+from optima_kernels.reference import PerLayer, apply_gate, per_layer
+from optima_kernels.tokens import token_weight
 
 NORMALIZATIONS = (None, "layernorm", "l2")
 
@@ -55,8 +57,8 @@ def hidden_mse(
             length, at least 1e-12) of both the projected state and the teacher state before the difference.
         mask: bool, broadcastable to [...]; True counts.
         sample_weight: [B], B being the first dimension of `h_s`.
-        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and the triton backend does no
-            work.
+        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and the triton backend does
+            no work.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
 
     Returns:
@@ -116,9 +118,35 @@ def _losses(
     sample_weight: Sequence[Tensor | None],
     gate: Tensor | None,
 ) -> Tensor:
-    return reference.hidden_mses(
-        h_s, h_t, weight, bias, normalize=normalize, mask=mask, sample_weight=sample_weight, gate=gate
-    )
+    if backend == "reference":
+        return reference.hidden_mses(
+            h_s, h_t, weight, bias, normalize=normalize, mask=mask, sample_weight=sample_weight, gate=gate
+        )
+    losses = [
+        _blocked(*arguments, normalize) for arguments in zip(h_s, h_t, weight, bias, mask, sample_weight, strict=True)
+    ]
+    return apply_gate(torch.stack(losses), gate)
+
+
+def _blocked(
+    h_s: Tensor,
+    h_t: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    normalize: str | None,
+) -> Tensor:
+    dtype = compute_dtype(*(x for x in (h_s, h_t, weight, bias) if x is not None))
+    return blocked.hidden_mse(
+        h_s.flatten(0, -2),
+        h_t.detach().flatten(0, -2),
+        weight,
+        bias,
+        token_weight(h_s.shape[:-1], mask, sample_weight, dtype),
+        normalize,
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, weight, bias)),
+    )[0]
 
 
 def _check(

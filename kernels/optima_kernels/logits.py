@@ -1,7 +1,7 @@
 """Vocabulary distillation: how far the student's token distribution is from the teacher's.
 
-With a vocabulary of 50 thousand and 2 thousand tokens one logits matrix is 400 MB, and the usual way makes about five of
-that size. `linear_kl` takes the hidden states and the heads instead and only ever holds tiles of logits.
+With a vocabulary of 50 thousand and 2 thousand tokens one logits matrix is 400 MB, and the usual way makes about five
+of that size. `linear_kl` takes the hidden states and the heads instead and only ever holds tiles of logits.
 `prediction_kl` is for heads whose logits are small enough to exist: a few answers, or a few thousand.
 """
 
@@ -42,8 +42,8 @@ def linear_kl(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Divergence between token distributions given as hidden states and heads, without a logits matrix in memory.
 
-    With `z = h w^T + bias`, `P_t = softmax(z_t / T)` and `P_s = softmax(z_s / T)` the loss is `gate * T^2` times the mean,
-    over the tokens that `mask` keeps (0 when there is none), of one of
+    With `z = h w^T + bias`, `P_t = softmax(z_t / T)` and `P_s = softmax(z_s / T)` the loss is `gate * T^2` times the
+    mean, over the tokens that `mask` keeps (0 when there is none), of one of
 
     - `"forward"`: `KL(P_t || P_s)`, what Hinton et al. (2015) distil with;
     - `"reverse"`: `KL(P_s || P_t)`;
@@ -70,8 +70,9 @@ def linear_kl(
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
 
     Returns:
-        The loss, or `(loss, cross_entropy)` when labels are given: scalars, float64 if any floating argument is, float32
-        otherwise. Sums are kept in that dtype, also under autocast; each gradient has the dtype of its argument.
+        The loss, or `(loss, cross_entropy)` when labels are given: scalars, float64 if any floating argument
+        is, float32 otherwise. Sums are kept in that dtype, also under autocast; each gradient has the dtype of its
+        argument.
 
     Raises:
         ValueError: a shape (unequal vocabularies among them), device or option does not fit.
@@ -88,8 +89,8 @@ def linear_kl(
     vocabulary, tokens = w_s.shape[0], h_s.shape[:-1]
     if w_t.shape[0] != vocabulary:
         raise ValueError(
-            f"w_t must have as many rows as w_s, {vocabulary}, not {w_t.shape[0]}: a divergence is only defined between "
-            "distributions over the same vocabulary"
+            f"w_t must have as many rows as w_s, {vocabulary}, not {w_t.shape[0]}: a divergence is only "
+            "defined between distributions over the same vocabulary"
         )
     check_shape("w_s", w_s, (vocabulary, h_s.shape[-1]), "[V, D_s]")
     check_shape("h_t", h_t, (*tokens, w_t.shape[1]), "the tokens of h_s, the width of w_t")
@@ -133,9 +134,9 @@ def prediction_kl(
 ) -> Tensor:
     """The loss of `linear_kl` on given logits, for answer sets that are small (VQA, NLVR2, SNLI-VE).
 
-    It is plain torch on every device: at the 3129 answers of VQA and 256 questions the logits are 3 MB, the whole loss is
-    a handful of launches that `torch.compile` fuses into two, and a kernel of our own would save nothing that shows in
-    a step.
+    It is plain torch on every device: at the 3129 answers of VQA and 256 questions the logits are 3 MB, the whole
+    loss is a handful of launches that `torch.compile` fuses into two, and a kernel of our own would save nothing that
+    shows in a step.
 
     Args:
         z_s: student logits [..., V]. Gets a gradient.
