@@ -25,6 +25,12 @@ def words(name: str) -> str:
     return name.replace("+", " + ").replace("_", " ")
 
 
+def label(name: str, most: int = 30) -> str:
+    """A name as a plot has room for it: words, cut short where they would crowd the drawing out."""
+    text = words(name)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def is_share(metric: str, values: Iterable[float]) -> bool:
     """Whether a metric reads best as a percentage: all its values lie within 0..1 and its name is no loss."""
     return not any(word in metric.lower() for word in NOT_A_SHARE) and all(0 <= value <= 1 for value in values)

@@ -1,7 +1,7 @@
 """Means with confidence intervals, and paired differences, of scores over seeds.
 
 Policies are compared seed by seed: runs of one seed share their start and their data, so the difference of a pair is
-far less noisy than the difference of two means. With a handful of seeds the interval must be Student's t, not the normal.
+far less noisy than the difference of two means. With a handful of seeds the interval must be Student's t.
 """
 
 from __future__ import annotations

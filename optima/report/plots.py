@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from optima.report.formatting import words
+from optima.report.formatting import label, words
 from optima.report.run_directory import Round, Summary
 from optima.report.svg import HEAT_LEVELS, RISE_LEVELS, Layout, arm_colour, colour
 
@@ -95,12 +95,12 @@ def _chosen(
         axes.broken_barh([(first, last)], (bottom, height), facecolors=colour("grid"), alpha=0.45)
         axes.broken_barh(bars, (bottom, height), facecolors=arm_colour(colours[module]))
         if layout.compact:
-            axes.text(rounds[0].number - 0.46, place - 0.06, words(module), color=colour("muted"), size=11)
+            axes.text(rounds[0].number - 0.46, place - 0.06, label(module), color=colour("muted"), size=11)
     axes.set_ylim(len(modules) - 0.4, -0.55)
     if layout.compact:
         axes.set_yticks([])
     else:
-        axes.set_yticks(range(len(modules)), [words(module) for module in modules])
+        axes.set_yticks(range(len(modules)), [label(module) for module in modules])
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(labelbottom=False)
 
@@ -147,17 +147,17 @@ class LossRow:
 def loss_rows(names: Iterable[str]) -> list[LossRow]:
     """The heat map's rows, top to bottom: task and logits, then module by module, hidden before attention."""
     parts = [(name, name.split("/")) for name in names]
-    rows = [LossRow(name, words(name), None) for name, split in parts if len(split) < 3]
+    rows = [LossRow(name, label(name), None) for name, split in parts if len(split) < 3]
     for module in dict.fromkeys(split[1] for _, split in parts if len(split) >= 3):
-        rows.append(LossRow(None, words(module), module))
+        rows.append(LossRow(None, label(module), module))
         own = [(split[0], split[2:], name) for name, split in parts if len(split) >= 3 and split[1] == module]
         for kind in dict.fromkeys(sorted((kind for kind, _, _ in own), key=lambda kind: (kind != "hidden", kind))):
-            rows += [LossRow(name, f"{kind} {' '.join(rest)}", module) for k, rest, name in own if k == kind]
+            rows += [LossRow(name, label(f"{kind} {' '.join(rest)}"), module) for k, rest, name in own if k == kind]
     return rows
 
 
 def relative_losses(rounds: Sequence[Round]) -> dict[str, NDArray[np.float64]]:
-    """Each probe loss over rounds, divided by its first finite value; a loss whose first is not positive is left out."""
+    """Each probe loss over rounds, divided by its first finite value; one whose first is not positive is left out."""
     relative = {}
     for name in dict.fromkeys(name for r in rounds for name in r.probe):
         values = np.array([r.probe.get(name, math.nan) for r in rounds], dtype=np.float64)
@@ -285,10 +285,10 @@ def _score_curve(axes: Axes, summary: Summary) -> None:
 
 def _loss_curve(axes: Axes, rounds: Sequence[Round], name: str) -> None:
     dress(axes, f"{words(name)} loss")
-    for values, style, label in (
+    for values, style, legend in (
         ([r.losses.get(name, math.nan) for r in rounds], {"color": colour("before"), "linewidth": 1.2}, "training"),
         ([r.probe.get(name, math.nan) for r in rounds], {"color": colour("after"), "linewidth": LINE}, "probe"),
     ):
         if any(math.isfinite(value) for value in values):
-            axes.plot([r.step for r in rounds], values, label=label, **style)  # type: ignore[arg-type]
+            axes.plot([r.step for r in rounds], values, label=legend, **style)  # type: ignore[arg-type]
     axes.legend(frameon=False, labelcolor=colour("muted"), fontsize=11, loc="upper right", handlelength=1.4)

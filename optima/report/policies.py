@@ -44,7 +44,10 @@ class PolicyRow:
 
     @property
     def verdict(self) -> str:
-        """Against the reference: "better" or "worse" where the difference's interval excludes 0, else "not told apart"."""
+        """ "better" or "worse" than the reference where the interval of the difference excludes 0.
+
+        Else "not told apart"; empty for the reference itself and for a single shared seed.
+        """
         if self.difference is None or not math.isfinite(self.difference.half_width):
             return ""
         if self.difference.low > 0:

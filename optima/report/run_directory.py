@@ -1,8 +1,8 @@
 """Reads what a run left behind: the one place of the report that knows the files of a run directory.
 
 Required are `config.yaml`, `metrics.jsonl` and `summary.json`; `samples.json` and `cross_attention.json` are optional.
-Every fault is a `ValueError` of one line that names the file (and the line of `metrics.jsonl`), what stands there and what
-would be right, because the reader of a report is rarely the writer of the run.
+Every fault is a `ValueError` of one line that names the file (and the line of `metrics.jsonl`), what stands there and
+what would be right, because the reader of a report is rarely the writer of the run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MODELS = ("teacher", "before", "after")
 class Round:
     """One line of `metrics.jsonl`: a round of the bandit.
 
-    `arm` is the chosen arm's name (its modules joined by "+"); `posterior_mean` and `posterior_std` are empty until every
-    arm was tried; `losses` are training means of the round, `probe` the probe losses after it, both by loss name such as
-    "task", "logits" or "hidden/image_encoder/0". `seconds` counts wall-clock time since the run began. NaN stands for "not
-    recorded".
+    `arm` is the chosen arm's name (its modules joined by "+"); `posterior_mean` and `posterior_std` are empty until
+    every arm was tried; `losses` are training means of the round, `probe` the probe losses after it, both by loss name
+    such as "task", "logits" or "hidden/image_encoder/0". `seconds` counts wall-clock time since the run began. NaN
+    stands for "not recorded".
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""Several runs on one page: scores, cost, what each chose when, learning curves, and how their configurations differ."""
+"""Several runs on one page: scores, cost, what each chose when, learning curves, and differing configuration."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def _choices(names: Sequence[str], runs: Sequence[Run], swatch: Mapping[str, int
         if layout.compact:
             axes.text(first - 0.46, place - 0.08, name, color=colour("muted"), size=10)
     axes.set_ylim(len(runs) - 0.45, -0.55)
-    axes.set_yticks([] if layout.compact else range(len(runs)), [] if layout.compact else names)
+    axes.set_yticks(
+        [] if layout.compact else range(len(runs)), [] if layout.compact else [formatting.label(name) for name in names]
+    )
     axes.set_xlim(first - 0.5, last + 0.5)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if layout.compact else 12))
