@@ -81,6 +81,7 @@ class TrainingBatch(NamedTuple):
     labels: Tensor  # int64, class in LABELS
     statements: list[str]
     truths: Tensor  # int64, class in TRUTHS
+    scenes: tuple[Scene, ...]
 
 
 class Pictograms:
@@ -169,6 +170,7 @@ class Pictograms:
         asked: list[tuple[str, int]] = []
         proposed: list[tuple[str, int]] = []
         stated: list[tuple[str, int]] = []
+        shown: list[Scene] = []
         for place in range(0, pictures, 2):
             draws = self._draws("training", start + place)
             left = arrange(self._stock.any(draws), draws)
@@ -181,12 +183,14 @@ class Pictograms:
                 asked += items.questions
                 proposed += items.hypotheses
             stated += training_pair_items(scenes, draws, statements)
+            shown += scenes
         return TrainingBatch(
             torch.from_numpy(images),
             captions,
             *_columns(asked),
             *_columns(proposed),
             *_columns(stated),
+            tuple(shown),
         )
 
     def _draws(self, purpose: str, index: int) -> Draws:
