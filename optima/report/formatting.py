@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 TASKS = {
     "captioning": "Captioning",
@@ -12,8 +11,6 @@ TASKS = {
     "snli_ve": "Visual entailment (SNLI-VE-shaped)",
 }
 ABSENT = "–"
-# Metrics that may fall within 0..1 without being a share of anything.
-NOT_A_SHARE = ("loss", "perplexity", "cider", "nll", "entropy")
 
 
 def task_title(task: str) -> str:
@@ -21,8 +18,8 @@ def task_title(task: str) -> str:
 
 
 def words(name: str) -> str:
-    """An identifier as words: "image_encoder" -> "image encoder", "a+b" -> "a + b"."""
-    return name.replace("+", " + ").replace("_", " ")
+    """An identifier as words: "image_encoder" -> "image encoder", "a+b" -> "a + b", "a/b" -> "a: b"."""
+    return name.replace("+", " + ").replace("_", " ").replace("/", ": ")
 
 
 def label(name: str, most: int = 30) -> str:
@@ -31,15 +28,15 @@ def label(name: str, most: int = 30) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def is_share(metric: str, values: Iterable[float]) -> bool:
-    """Whether a metric reads best as a percentage: all its values lie within 0..1 and its name is no loss."""
-    return not any(word in metric.lower() for word in NOT_A_SHARE) and all(0 <= value <= 1 for value in values)
+def is_percentage(metric: str) -> bool:
+    """Whether a metric is in per cent, as all accuracies of this package are; any other is a plain number."""
+    return "accuracy" in metric
 
 
-def score(value: float | None, share: bool) -> str:
+def score(metric: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return ABSENT
-    return f"{100 * value:.1f}%" if share else plain(value)
+    return f"{value:.1f}%" if is_percentage(metric) else plain(value)
 
 
 def plain(value: float) -> str:

@@ -95,11 +95,10 @@ def hero(summary: Summary) -> Bar:
     """The headline metric of teacher, student before and student after on a common axis from 0."""
     metric = summary.headline_metric
     values = {model: summary.scores[model][metric] for model in ("teacher", "before", "after")}
-    share = formatting.is_share(metric, values.values())
-    full = 1.0 if share else 1.05 * max(1e-12, *values.values())
+    full = 100.0 if formatting.is_percentage(metric) else 1.05 * max(1e-12, *values.values())
     return Bar(
         metric=metric,
-        text={model: formatting.score(value, share) for model, value in values.items()},
+        text={model: formatting.score(metric, value) for model, value in values.items()},
         place={model: round(100 * min(1.0, max(0.0, value / full)), 2) for model, value in values.items()},
     )
 
@@ -145,11 +144,10 @@ def score_table(summary: Summary) -> list[ScoreRow]:
     rows = []
     for name in names:
         values = {model: scores[name] for model, scores in summary.scores.items() if name in scores}
-        share = formatting.is_share(name, values.values())
         rows.append(
             ScoreRow(
                 metric=formatting.words(name),
-                text={model: formatting.score(values.get(model), share) for model in summary.scores},
+                text={model: formatting.score(name, values.get(model)) for model in summary.scores},
                 closed=_gap_closed(values),
             )
         )

@@ -18,7 +18,7 @@ from optima.report.svg import Layout, colour, inline
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a comparison came to. `score` is the headline metric on the test split, higher is better."""
+    """What one run of a comparison came to. `score` is an accuracy on the test split, in per cent."""
 
     task: str
     policy: str
@@ -122,17 +122,16 @@ class PolicyText:
     peak: str
 
 
-HEADINGS = ("policy", "score", "against {}", "", "seeds", "time", "memory")
+HEADINGS = ("policy", "score, %", "against {}", "", "seeds", "time", "memory")
 
 
 def row_texts(rows: Sequence[PolicyRow]) -> list[PolicyText]:
     """The rows of one task as texts."""
-    share = _are_shares(rows)
     return [
         PolicyText(
             policy=formatting.words(row.policy),
-            score=_interval(row.score, share, signed=False),
-            difference=formatting.ABSENT if row.difference is None else _interval(row.difference, share, signed=True),
+            score=_interval(row.score, signed=False),
+            difference=formatting.ABSENT if row.difference is None else _interval(row.difference, signed=True),
             verdict=row.verdict,
             seeds=str(row.score.count),
             seconds=formatting.duration(row.seconds),
@@ -142,20 +141,15 @@ def row_texts(rows: Sequence[PolicyRow]) -> list[PolicyText]:
     ]
 
 
-def _are_shares(rows: Sequence[PolicyRow]) -> bool:
-    return formatting.is_share("score", (score for row in rows for score in row.scores.values()))
-
-
-def _interval(interval: Interval, share: bool, signed: bool) -> str:
-    scale, digits = (100, 1) if share else (1, 3)
-    mean = f"{scale * interval.mean:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+def _interval(interval: Interval, signed: bool) -> str:
+    mean = f"{interval.mean:{'+' if signed else ''}.1f}".replace("-", "−")
     if not math.isfinite(interval.half_width):
         return mean
-    return f"{mean} ±\N{NO-BREAK SPACE}{scale * interval.half_width:.{digits}f}"
+    return f"{mean} ±\N{NO-BREAK SPACE}{interval.half_width:.1f}"
 
 
 def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
-    """A Markdown table a task, each with its conclusion. Scores within 0..1 are printed in per cent."""
+    """A Markdown table a task, each with its conclusion."""
     parts = []
     for task, rows in policy_rows(outcomes, reference).items():
         heads = [heading.format(formatting.words(reference)) for heading in HEADINGS]
@@ -208,20 +202,18 @@ def _plot(rows: Sequence[PolicyRow], reference: str, number: int) -> Markup:
 
 def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
     """A line a policy: every seed as a faint dot, the mean as a full one, its interval as a bar."""
-    share = _are_shares(rows)
-    scale = 100 if share else 1
     figure = plots.figure_of(layout, (40 if layout.compact else 30) * len(rows) + 46)
     axes = figure.subplots()
     plots.dress(axes, grid=False)
     axes.grid(axis="x", color=colour("grid"), linewidth=0.8)
     for place, row in enumerate(rows):
         tint = colour("after" if row.policy == reference else "muted")
-        seeds = [scale * score for score in row.scores.values()]
+        seeds = list(row.scores.values())
         axes.plot(seeds, [place] * len(seeds), "o", color=tint, alpha=0.35, markersize=5, mew=0)
         if math.isfinite(row.score.half_width):
-            ends = [scale * row.score.low, scale * row.score.high]
+            ends = [row.score.low, row.score.high]
             axes.plot(ends, [place, place], color=tint, linewidth=3, solid_capstyle="round")
-        axes.plot([scale * row.score.mean], [place], "o", color=tint, markersize=9, mew=1.5, mec=colour("surface"))
+        axes.plot([row.score.mean], [place], "o", color=tint, markersize=9, mew=1.5, mec=colour("surface"))
         if layout.compact:
             axes.text(
                 0, place - 0.28, formatting.words(row.policy), color=colour("ink"), transform=axes.get_yaxis_transform()
@@ -229,5 +221,5 @@ def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
     names = [formatting.words(row.policy) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
-    axes.set_xlabel("score, %" if share else "score")
+    axes.set_xlabel("score, %")
     return figure

@@ -9,8 +9,8 @@ from page_reader import Page
 
 from optima.report.policies import Outcome, conclusion, markdown, policy_rows, write_policies
 
-NOISE = (0.0, 0.011, -0.008, 0.006, -0.009)
-WOBBLE = (0.004, -0.005, 0.001, 0.003, -0.003)
+NOISE = (0.0, 1.1, -0.8, 0.6, -0.9)
+WOBBLE = (0.4, -0.5, 0.1, 0.3, -0.3)
 
 
 def outcomes(**means: float) -> list[Outcome]:
@@ -25,23 +25,23 @@ def outcomes(**means: float) -> list[Outcome]:
 
 
 def test_policies_are_ranked_and_judged_by_paired_differences() -> None:
-    rows = policy_rows(outcomes(optima=0.7, uniform=0.65, everything=0.75, twin=0.7005))["captioning"]
+    rows = policy_rows(outcomes(optima=70.0, uniform=65.0, everything=75.0, twin=70.05))["captioning"]
     assert [row.policy for row in rows] == ["everything", "twin", "optima", "uniform"]
     assert [row.verdict for row in rows] == ["better", "not told apart", "", "worse"]
     assert rows[3].difference is not None
-    assert rows[3].difference.mean == pytest.approx(-0.05)
+    assert rows[3].difference.mean == pytest.approx(-5.0)
 
 
 @pytest.mark.parametrize(
     ("means", "expected"),
     [
-        ({"optima": 0.7, "uniform": 0.6, "everything": 0.8}, "optima does not win: better are everything."),
-        ({"optima": 0.7, "uniform": 0.6, "fixed": 0.5}, "optima is better than every other policy."),
+        ({"optima": 70.0, "uniform": 60.0, "everything": 80.0}, "optima does not win: better are everything."),
+        ({"optima": 70.0, "uniform": 60.0, "fixed": 50.0}, "optima is better than every other policy."),
         (
-            {"optima": 0.7, "uniform": 0.6, "twin": 0.7},
+            {"optima": 70.0, "uniform": 60.0, "twin": 70.0},
             "optima is better than uniform; the others cannot be told apart",
         ),
-        ({"optima": 0.7, "twin": 0.7}, "No policy can be told apart from optima."),
+        ({"optima": 70.0, "twin": 70.0}, "No policy can be told apart from optima."),
     ],
 )
 def test_conclusion_says_what_the_intervals_say(means: dict[str, float], expected: str) -> None:
@@ -49,14 +49,14 @@ def test_conclusion_says_what_the_intervals_say(means: dict[str, float], expecte
 
 
 def test_markdown_holds_a_line_a_policy() -> None:
-    text = markdown(outcomes(optima=0.7, uniform_random=0.6))
+    text = markdown(outcomes(optima=70.0, uniform_random=60.0))
     assert "| optima | 70.0 ±\N{NO-BREAK SPACE}1.1 | – |  | 5 | 1 min 42 s | 1000 MiB |" in text
     assert "| uniform random | 60.0 ±" in text
     assert "| −10.0 ±\N{NO-BREAK SPACE}0.5 | worse |" in text
 
 
 def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
-    path = write_policies(outcomes(optima=0.7, uniform=0.6), tmp_path / "policies.html", command="run <this> & that")
+    path = write_policies(outcomes(optima=70.0, uniform=60.0), tmp_path / "policies.html", command="run <this> & that")
     page = Page(path)
     assert "−10.0 ± 0.5 worse" in page.text
     assert "run <this> & that" in page.text
@@ -65,6 +65,6 @@ def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
 
 def test_missing_reference_and_repeated_seeds_are_named() -> None:
     with pytest.raises(ValueError, match="no outcome of 'optima' on task 'captioning'; there are uniform"):
-        policy_rows(outcomes(uniform=0.5))
+        policy_rows(outcomes(uniform=50.0))
     with pytest.raises(ValueError, match="policy 'optima' has a seed twice"):
-        policy_rows(outcomes(optima=0.5) * 2)
+        policy_rows(outcomes(optima=50.0) * 2)

@@ -39,9 +39,9 @@ def test_report_is_written_into_the_run_directory_and_is_the_same_twice(run_dir:
 def test_headline_table_and_cost_are_shown(run_dir: Path) -> None:
     def known(summary: dict) -> None:
         summary["scores"] = {
-            "teacher": {"scene_match": 0.8, "loss": 0.25},
-            "before": {"scene_match": 0.1, "loss": 2.25},
-            "after": {"scene_match": 0.6, "loss": 0.75},
+            "teacher": {"scene_accuracy": 80.0, "loss": 0.25},
+            "before": {"scene_accuracy": 10.0, "loss": 2.25},
+            "after": {"scene_accuracy": 60.0, "loss": 0.75},
         }
 
     edit_json(run_dir / "summary.json", known)
@@ -49,7 +49,7 @@ def test_headline_table_and_cost_are_shown(run_dir: Path) -> None:
     for expected in (
         "The student reaches 75% of its teacher",
         "10.0% → 60.0%",
-        "scene match 80.0% 10.0% 60.0% 71%",
+        "scene accuracy 80.0% 10.0% 60.0% 71%",
         "loss 0.250 2.25 0.750 75%",
         "5.3×",
         "601k of 3.21M parameters",
@@ -62,12 +62,12 @@ def test_headline_table_and_cost_are_shown(run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("after", "expected"),
-    [(0.1, "did not raise"), (0.05, "did not raise"), (0.9, "caught up"), (0.4, "reaches 50% of its teacher")],
+    [(10.0, "did not raise"), (0.5, "did not raise"), (90.0, "caught up"), (40.0, "reaches 50% of its teacher")],
 )
 def test_headline_is_honest_about_the_outcome(run_dir: Path, after: float, expected: str) -> None:
     def outcome(summary: dict) -> None:
-        for model, value in (("teacher", 0.8), ("before", 0.1), ("after", after)):
-            summary["scores"][model]["scene_match"] = value
+        for model, value in (("teacher", 80.0), ("before", 10.0), ("after", after)):
+            summary["scores"][model]["scene_accuracy"] = value
 
     edit_json(run_dir / "summary.json", outcome)
     assert expected in Page(write_report(run_dir)).text
@@ -238,7 +238,9 @@ def test_metrics_without_a_round_are_refused(run_dir: Path) -> None:
 
 def test_unknown_headline_metric_is_named_with_the_known_ones(run_dir: Path) -> None:
     edit_json(run_dir / "summary.json", lambda summary: summary.update(headline_metric="meteor"))
-    with pytest.raises(ValueError, match=r"'meteor' is not among the teacher's scores \(scene_match, bleu4, loss\)"):
+    with pytest.raises(
+        ValueError, match=r"'meteor' is not among the teacher's scores \(scene_accuracy, kind_accuracy, loss\)"
+    ):
         write_report(run_dir)
 
 
