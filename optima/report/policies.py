@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
 from optima.report.intervals import Interval, mean_interval, paired_difference
@@ -221,5 +222,6 @@ def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
     names = [formatting.words(row.policy) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
     axes.set_xlabel("score, %")
     return figure
