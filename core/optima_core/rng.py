@@ -50,7 +50,8 @@ def make_keys(seed: int, shape: tuple[int, ...], device: torch.device | str = "c
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
-    key = torch.tensor([seed & _MASK, seed >> 32], dtype=torch.int64, device=device)
+    halves = (seed & _MASK, seed >> 32)
+    key = torch.stack([torch.full((), half, dtype=torch.int64, device=device) for half in halves])
     for size in shape:
         index = torch.arange(size, dtype=torch.int64, device=device)
         words = threefry_2x32(key[..., None, 0], key[..., None, 1], index, torch.zeros_like(index))
@@ -70,7 +71,7 @@ def random_words(key: Tensor, counter: Tensor, stream: int = 0) -> tuple[Tensor,
 def uniform(key: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
     """Uniform numbers in (0, 1): float64, shaped like `random_words`, on a grid of 2**-52."""
     high, low = random_words(key, counter, stream)
-    return ((high << 20) + (low >> 12) + 0.5) * 2.0**-52
+    return (((high << 20) + (low >> 12)).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def normal(key: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
@@ -80,5 +81,5 @@ def normal(key: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
     several samples is the largest.
     """
     radius, angle = random_words(key, counter, stream)
-    radius_squared = -2.0 * torch.log((radius + 0.5) * 2.0**-32)
-    return torch.sqrt(radius_squared) * torch.cos(angle * (2.0 * math.pi * 2.0**-32))
+    radius_squared = -2.0 * torch.log((radius.to(torch.float64) + 0.5) * 2.0**-32)
+    return torch.sqrt(radius_squared) * torch.cos(angle.to(torch.float64) * (2.0 * math.pi * 2.0**-32))

@@ -1,16 +1,18 @@
 """Made-up worlds in which a policy's regret can be known, batched over seeds.
 
-`Abrupt` and `Sine` are the usual two kinds of change in the literature on non-stationary bandits. `Distil` imitates module-wise
-distillation: every module has an excess loss that falls when the module is pulled, by less and less, and creeps back while
-it is not.
+`Abrupt` and `Sine` are the usual two kinds of change in the literature on non-stationary bandits. `Distil` imitates
+module-wise distillation: every module has an excess loss that falls when the module is pulled, by less and less, and
+creeps back while it is not.
 
-An environment does not know who acts on it. Its state says what each arm would yield now; `advance` applies what a round
-did. Noise is a function of seed, round and arm alone, so every policy meets the same.
+An environment does not know who acts on it. Its state says what each arm would yield now; `advance` applies what a
+round did. Noise is a function of seed, round and arm alone, so every policy meets the same.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,9 +94,9 @@ class Sine(Environment):
 class Distil(Environment):
     """Excess losses that a pull lowers and that recover while idle.
 
-    Loss k starts at L0_k ~ U[0.5, 2]. A pull lowers it by a_k L_k, which is its expected reward, with a_k log-uniform in
-    [2e-4, 2e-2]. Then every loss recovers by rho_k (L0_k - L_k), with rho_k log-uniform in [1e-4, 2e-3]. A pull of k also lowers
-    every other loss j by `transfer` times the decrement of k times L_j / L0_j.
+    Loss k starts at L0_k ~ U[0.5, 2]. A pull lowers it by a_k L_k, which is its expected reward, with a_k log-uniform
+    in [2e-4, 2e-2]. Then every loss recovers by rho_k (L0_k - L_k), with rho_k log-uniform in [1e-4, 2e-3]. A pull of
+    k also lowers every other loss j by `transfer` times the decrement of k times L_j / L0_j.
     """
 
     noise: float = 0.005
@@ -121,24 +123,11 @@ class Distil(Environment):
         return {"loss": loss + state["recovery"] * (state["initial"] - loss)}
 
 
-def make_environment(name: str, arms: int, rounds: int) -> Environment:
-    """The environment `name` of `ENVIRONMENTS`.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    match name:
-        case "abrupt":
-            return Abrupt(arms, rounds)
-        case "sine":
-            return Sine(arms, rounds)
-        case "distil_a":
-            return Distil(arms, rounds, noise=0.005)
-        case "distil_b":
-            return Distil(arms, rounds, noise=0.02)
-        case "distil_c":
-            return Distil(arms, rounds, noise=0.005, transfer=0.5)
-    raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVIRONMENTS)}")
-
-
-ENVIRONMENTS = ("abrupt", "sine", "distil_a", "distil_b", "distil_c")
+ENVIRONMENTS: dict[str, Callable[[int, int], Environment]] = {
+    "abrupt": Abrupt,
+    "sine": Sine,
+    "distil_a": partial(Distil, noise=0.005),
+    "distil_b": partial(Distil, noise=0.02),
+    "distil_c": partial(Distil, noise=0.005, transfer=0.5),
+}
+"""The environments by name: called with the number of arms and of rounds."""

@@ -1,5 +1,6 @@
 """Runs policies against environments, all policies in lockstep on the same noise."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ class Trial:
     The oracle always pulls the module with the largest expected reward, in a world of its own.
 
     Attributes:
-        regret: mean over seeds of the cumulative regret after each round, [policies, rounds].
-        choices: share of the seeds whose arm included a module, [policies, rounds, modules].
-        final_regret: regret of each seed after the last round, [policies, seeds].
-        early_gap_closed: regret that the policy saved against uniform choice by the early round, as a share of uniform's
+        regret: mean over seeds of the cumulative regret after each round, [policies, rounds]. choices: mean over
+        seeds of the work spent on the module that is best at the time, second best and so on, each round,
+            [policies, rounds, modules].
+        final_regret: regret of each seed after the last round, [policies, seeds]. early_gap_closed: regret that the
+        policy saved against uniform choice by the early round, as a share of uniform's
             regret, [policies], mean over seeds in numerator and denominator.
         early_gap_closed_error: its standard error by the delta method, [policies].
     """
@@ -30,6 +32,11 @@ class Trial:
     final_regret: Tensor
     early_gap_closed: Tensor
     early_gap_closed_error: Tensor
+
+    @property
+    def final_regret_error(self) -> Tensor:
+        """Standard error over seeds of the mean of `final_regret`, [policies]."""
+        return self.final_regret.std(dim=-1) / math.sqrt(self.final_regret.shape[-1])
 
 
 def run_trial(
@@ -45,8 +52,9 @@ def run_trial(
 ) -> Trial:
     """Run every policy for `environment.rounds` rounds on `seeds` independent worlds at once.
 
-    A round's work is divided equally among the modules of the chosen arm, so an arm of several modules, and the policy that
-    takes all of them, cost as much as a single module. Uniform choice is known in expectation and is not sampled.
+    A round's work is divided equally among the modules of the chosen arm, so an arm of several modules, and the
+    policy that takes all of them, cost as much as a single module. Uniform choice is known in expectation and is not
+    sampled.
 
     Args:
         arms: what the arms of the policies stand for; the environment's arms are the modules.
@@ -76,11 +84,12 @@ def run_trial(
         for p, policy in enumerate(policies):
             arm, belief = policy.select(beliefs[p])
             spent = share[arm]
-            gained = (spent * environment.expected_reward(worlds[p])).sum(dim=-1)
+            expected = environment.expected_reward(worlds[p])
+            gained = (spent * expected).sum(dim=-1)
             beliefs[p] = policy.update(belief, arm, gained + (spent * noise).sum(dim=-1))
             worlds[p] = environment.advance(worlds[p], spent)
             lost[p] += best.values[:, 0] - gained
-            choices[p, t] = gates[arm].mean(dim=0)
+            choices[p, t] = spent.gather(1, expected.argsort(dim=-1, descending=True)).mean(dim=0)
         regret[:, t] = lost.mean(dim=-1)
         if t + 1 == min(early_round, environment.rounds):
             closed, closed_error = _gap_closed(lost, uniform_lost)
@@ -92,4 +101,4 @@ def _gap_closed(lost: Tensor, uniform_lost: Tensor) -> tuple[Tensor, Tensor]:
     """1 - mean(lost) / mean(uniform_lost) for each policy, and its standard error."""
     left = lost.mean(dim=-1) / uniform_lost.mean()
     residual = lost - left[:, None] * uniform_lost
-    return 1.0 - left, residual.std(dim=-1) / uniform_lost.mean() / lost.shape[-1] ** 0.5
+    return 1.0 - left, residual.std(dim=-1) / uniform_lost.mean() / math.sqrt(lost.shape[-1])

@@ -28,7 +28,7 @@ def count_arms(modules: int, kind: ArmKind = "modules") -> int:
         raise ValueError(f"arms must be 'modules' or 'subsets', got {kind!r}")
     if modules > 12:
         raise ValueError(f"arms='subsets' takes at most 12 modules (4095 arms), got {modules}; use arms='modules'")
-    return 2**modules - 1
+    return (1 << modules) - 1
 
 
 def arm_gates(modules: int, kind: ArmKind = "modules", device: torch.device | str = "cpu") -> Tensor:

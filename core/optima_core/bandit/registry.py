@@ -47,8 +47,8 @@ def make_policy(name: str, arms: int, **hyper_parameters: float) -> Policy:
 def describe_hyper_parameters(name: str) -> dict[str, str]:
     """What each hyper-parameter of the policy `name` does, with its default and range, for help texts."""
     return {
-        parameter.name: "{doc} (default {default:g}, in [{low:g}, {high:g}])".format(
-            default=parameter.default, **parameter.metadata
+        parameter.name: "{doc} (default {default}, in [{low:g}, {high:g}])".format(
+            default=str(parameter.default), **parameter.metadata
         )
         for parameter in fields(POLICIES[name])
         if "doc" in parameter.metadata

@@ -47,6 +47,7 @@ class DiscountedThompson(DiscountedBelief, GaussianThompson):
 class StationaryThompson(DiscountedBelief, GaussianThompson):
     """`DiscountedThompson` that never forgets (gamma = 1): the textbook's, for rewards that do not change."""
 
+    nu: float = hyper_parameter(1.0, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier")
     gamma: float = field(default=1.0, init=False)
 
 
@@ -59,6 +60,7 @@ class SlidingWindowThompson(Belief, GaussianThompson):
     `DiscountedThompson`.
     """
 
+    nu: float = hyper_parameter(0.5, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier")
     window: int = hyper_parameter(100, 1, 2**20, "rounds that are remembered")
 
     def init_belief(self, batch: int, device: torch.device) -> State:

@@ -19,7 +19,7 @@ class DiscountedUCB(DiscountedBelief, AdaptivePolicy):
     Ours: sigma in the place of B, because the bound on a loss decrement is unknown and far above its noise.
     """
 
-    width: float = hyper_parameter(0.5, 0.0, 100.0, "factor of the bonus; less is greedier")
+    width: float = hyper_parameter(0.35, 0.0, 100.0, "factor of the bonus; less is greedier")
 
     def choose(self, state: State) -> Tensor:
         mean, std = self.posterior(state)
