@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optima_kernels import reference
+from optima_kernels.blocked import logits as blocked
 from optima_kernels.checks import (
     check_choice,
     check_device,
@@ -18,7 +19,9 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import choose_backend
+from optima_kernels.dispatch import choose_backend, compute_dtype
+from optima_kernels.reference import apply_gate
+from optima_kernels.tokens import token_weight
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -104,22 +107,38 @@ def linear_kl(
     check_mask(mask, tokens)
     check_gate(gate)
     _check_options(temperature, divergence, beta)
-    choose_backend(backend, h_s)
-    return reference.linear_kl(
-        h_s,
+    if choose_backend(backend, h_s) == "reference":
+        return reference.linear_kl(
+            h_s,
+            w_s,
+            h_t,
+            w_t,
+            bias_s=bias_s,
+            bias_t=bias_t,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            gate=gate,
+        )
+    dtype = compute_dtype(*(x for x in (h_s, w_s, h_t, w_t, bias_s, bias_t) if x is not None))
+    weight = token_weight(tokens, mask, None, dtype)
+    loss = blocked.linear_kl(
+        h_s.flatten(0, -2),
         w_s,
-        h_t,
-        w_t,
-        bias_s=bias_s,
-        bias_t=bias_t,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        gate=gate,
-    )
+        bias_s,
+        h_t.detach().flatten(0, -2),
+        w_t.detach(),
+        None if bias_t is None else bias_t.detach(),
+        temperature,
+        divergence,
+        beta,
+        weight if weight is not None else torch.ones(tokens.numel(), dtype=dtype, device=h_s.device),
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s)),
+    )[0]
+    return apply_gate(loss, gate)
 
 
 def prediction_kl(
