@@ -288,7 +288,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, losses_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, losses_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if losses_grad is None:
+            return (None,) * (ctx.arguments + 1)
         return None, *_backward(_multiply_in_place, ctx, losses_grad)
 
 

@@ -1,0 +1,346 @@
+"""`attention_map_loss` against the float64 reference, and the promises it makes about memory, bits and graphs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_problems import STUDENT, Case, cases, expected, loss_and_gradients
+from hypothesis import given
+from kernel_support import Fenced, assert_close
+from torch import Tensor
+
+from optima_kernels import attention_map_loss, attention_map_losses, reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+# A difference of two maps cancels where one key holds all the weight; what is left is rounding of values of about 1.
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+KINDS = ("kl", "mse")
+NAMES = ("loss", "gradient of q_s", "gradient of k_s")
+
+
+def check(case: Case, backend: str, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, expected(case), strict=True):
+        assert_close(ours.cpu(), theirs, TOLERANCE[case.dtype], name, floor=ROUNDING[case.dtype])
+
+
+@given(case=cases((*FLOATS, torch.float64), widths=(1, 7, 16, 24, 64), most_tokens=40))
+def test_blocked_equals_reference(case: Case, device: torch.device) -> None:
+    check(case, "blocked", device)
+
+
+@given(case=cases(FLOATS, widths=(16, 24, 40), most_tokens=40))
+def test_triton_equals_reference(case: Case, device: torch.device) -> None:
+    check(case, "triton", device)
+
+
+@pytest.mark.parametrize("width", [20, 64, 96, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_takes_any_head_width(width: int, kind: str, seed: int, device: torch.device) -> None:
+    case = Case(seed, batch=1, heads_s=1, heads_t=1, queries=70, keys=75, width_s=width, options={"kind": kind})
+    check(case, "triton", device)
+
+
+@pytest.fixture(params=["blocked", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", ["match", "mean"])
+def test_tiles_that_do_not_divide_the_problem(
+    kind: str, heads: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optima_kernels.blocked import attention
+
+    case = Case(
+        seed, batch=3, heads_s=5, heads_t=5, mask="bool", options={"kind": kind, "heads": heads, "causal": True}
+    )
+    for elements in (1, 29, 300, 1100, 4000):
+        monkeypatch.setattr(attention, "TILE_ELEMENTS", {device.type: elements})
+        check(case, "blocked", device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given_lse", [("lse_s", "lse_t"), ("lse_s",), ("lse_t",)])
+def test_given_lse_changes_nothing(
+    kind: str, given_lse: tuple[str, ...], backend: str, seed: int, device: torch.device
+) -> None:
+    case = Case(seed, mask="bool", options={"kind": kind})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    for name in given_lse:
+        side = name[-1]
+        q, k = tensors[f"q_{side}"], tensors[f"k_{side}"]
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~tensors["mask"], -torch.inf)
+        tensors[name] = scores.logsumexp(-1)  # -inf in rows without a key
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, expected(case), strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_in_float64(kind: str, seed: int) -> None:
+    for heads, heads_t in (("match", 2), ("mean", 3)):
+        case = Case(seed, heads_s=2, heads_t=heads_t, queries=5, keys=6, width_s=3, width_t=4, mask="additive")
+        tensors = replace(case, options={"heads": heads}).tensors(torch.float64)
+
+        def loss(q_s: Tensor, k_s: Tensor, tensors: dict[str, Tensor] = tensors, heads: str = heads) -> Tensor:
+            return attention_map_loss(**tensors | {"q_s": q_s, "k_s": k_s}, kind=kind, heads=heads, backend="blocked")
+
+        assert torch.autograd.gradcheck(loss, [tensors[name].requires_grad_() for name in STUDENT])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_between_guard_bands_stay_as_they_are(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    case = Case(seed, mask="additive", key_lengths=True, sample_weight=True, gate=1.0, options={"kind": kind})
+    fenced = {name: Fenced(x.to(device)) for name, x in case.tensors().items()}
+    tensors = {name: x.tensor for name, x in fenced.items()}
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    for name, x in fenced.items():
+        x.assert_untouched(name)
+    for name, ours, theirs in zip(NAMES, actual, expected(case), strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_output_element_is_written_inside_its_buffer(
+    kind: str, backend: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh memory is handed out full of NaN and between guard bands: an element left out, or one too many, shows."""
+    fences: list[Tensor] = []
+
+    def fenced_empty(tensor: Tensor, *size: Any, **options: Any) -> Tensor:
+        shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size or options.pop("size"))
+        dtype = options.get("dtype") or tensor.dtype
+        buffer = torch.full((shape.numel() + 128,), torch.nan, dtype=dtype, device=tensor.device)
+        fences.extend((buffer[:64], buffer[-64:]))
+        return buffer[64:-64].view(shape)
+
+    case = Case(seed, key_lengths=True, options={"kind": kind})
+    monkeypatch.setattr(Tensor, "new_empty", fenced_empty)
+    check(case, backend, device)
+    assert fences
+    assert all(fence.isnan().all() for fence in fences)
+
+
+@pytest.mark.parametrize("heads", ["match", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_input_gives_same_bits(kind: str, heads: str, backend: str, seed: int, device: torch.device) -> None:
+    case = Case(seed, queries=70, keys=90, mask="bool", options={"kind": kind, "heads": heads})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    first, second = (loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("heads", ["match", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_keys_get_no_loss_and_no_gradient(
+    kind: str, heads: str, backend: str, seed: int, device: torch.device
+) -> None:
+    case = Case(seed, heads_t=5 if heads == "mean" else 3, options={"kind": kind, "heads": heads})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    mask = torch.ones(case.queries, case.keys, dtype=torch.bool, device=device)
+    mask[4:9] = False
+    kept = [i for i in range(case.queries) if not 4 <= i < 9]
+    loss, grad_q, _ = loss_and_gradients(attention_map_loss, tensors, mask=mask, backend=backend, **case.options)
+    fewer = tensors | {"q_s": tensors["q_s"][:, :, kept], "q_t": tensors["q_t"][:, :, kept]}
+    loss_fewer, *_ = loss_and_gradients(attention_map_loss, fewer, backend=backend, **case.options)
+    assert (grad_q[:, :, 4:9] == 0).all()
+    torch.testing.assert_close(loss, loss_fewer)
+
+
+@pytest.mark.parametrize("heads", ["match", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_attend_to_is_zero_everywhere(
+    kind: str, heads: str, backend: str, seed: int, device: torch.device
+) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed).tensors().items()}
+    nothing = torch.zeros(2, dtype=torch.int64, device=device)
+    result = loss_and_gradients(
+        attention_map_loss, tensors, key_lengths=nothing, kind=kind, heads=heads, backend=backend
+    )
+    assert all((x == 0).all() for x in result)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_maps_are_at_distance_zero(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed).tensors().items()}
+    tensors |= {"q_t": tensors["q_s"], "k_t": tensors["k_s"]}
+    loss, *gradients = loss_and_gradients(attention_map_loss, tensors, kind=kind, backend=backend)
+    assert abs(loss.item()) < 1e-6
+    assert all(x.abs().max() < 1e-6 for x in gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_scores_stay_finite(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    case = Case(seed, options={"kind": kind, "scale_s": 100.0, "scale_t": 50.0})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, expected(case), strict=True):
+        assert_close(ours.cpu(), theirs, 1e-2, name)  # float32 scores of some thousands
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_gate_gives_exact_zeros(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed, gate=0.0).tensors().items()}
+    result = loss_and_gradients(attention_map_loss, tensors, kind=kind, backend=backend)
+    assert all((x == 0).all() for x in result)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_the_single_losses_each_under_its_gate(
+    kind: str, backend: str, seed: int, device: torch.device
+) -> None:
+    layers = [
+        Case(seed, key_lengths=True),
+        Case(seed + 1, key_lengths=True),
+        Case(seed + 2, queries=7, key_lengths=True),
+    ]
+    tensors = [{name: x.to(device) for name, x in case.tensors().items()} for case in layers]
+    leaves = {
+        name: [x[name].clone().requires_grad_(name in STUDENT) for x in tensors]
+        for name in tensors[0]
+        if name != "key_lengths"
+    }
+    lengths = [x["key_lengths"] for x in tensors]
+    gate = torch.tensor([1.0, 0.0, 0.5], device=device)
+    losses = attention_map_losses(**leaves, key_lengths=lengths, kind=kind, gate=gate, backend=backend)
+    incoming = torch.rand(3, device=device)
+    (losses * incoming).sum().backward()
+    for i, arguments in enumerate(tensors):
+        loss, *gradients = loss_and_gradients(attention_map_loss, arguments, kind=kind, backend=backend)
+        torch.testing.assert_close(losses[i].detach(), loss * gate[i])
+        for name, gradient in zip(STUDENT, gradients, strict=True):
+            torch.testing.assert_close(leaves[name][i].grad, gradient * gate[i] * incoming[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_backward_gives_the_same_gradient(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device).requires_grad_(name in STUDENT) for name, x in Case(seed).tensors().items()}
+    loss = attention_map_loss(**tensors, kind=kind, backend=backend)
+    first = torch.autograd.grad(loss, [tensors[name] for name in STUDENT], retain_graph=True)
+    first = tuple(x.clone() for x in first)
+    second = torch.autograd.grad(loss, [tensors[name] for name in STUDENT])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_changes_nothing(backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed).tensors().items()}
+    outside = loss_and_gradients(attention_map_loss, tensors, backend=backend)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = loss_and_gradients(attention_map_loss, tensors, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+def test_student_and_teacher_may_differ_in_dtype(backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed).tensors().items()}
+    tensors |= {name: tensors[name].bfloat16() for name in ("q_t", "k_t")}
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend)
+    wide = {name: x.double().cpu() for name, x in tensors.items()}
+    for name, ours, theirs in zip(NAMES, actual, loss_and_gradients(reference.attention_map_loss, wide), strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, name)
+
+
+def test_without_student_gradient_none_is_computed(backend: str, seed: int, device: torch.device) -> None:
+    case = Case(seed)
+    loss = attention_map_loss(**{name: x.to(device) for name, x in case.tensors().items()}, backend=backend)
+    assert not loss.requires_grad
+    assert_close(loss.cpu(), expected(case)[0], 1e-5, "loss")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_func_grad(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device) for name, x in Case(seed, gate=0.5, mask="bool").tensors().items()}
+
+    def loss(q_s: Tensor, k_s: Tensor) -> Tensor:
+        return attention_map_loss(**tensors | {"q_s": q_s, "k_s": k_s}, kind=kind, backend=backend)
+
+    gradients = torch.func.grad(loss, argnums=(0, 1))(tensors["q_s"], tensors["k_s"])
+    expected_gradients = loss_and_gradients(attention_map_loss, tensors, kind=kind, backend=backend)[1:]
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_as_one_graph(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    case = Case(seed, mask="bool", gate=0.5, layout="tokens first", options={"kind": kind})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_map_loss, fullgraph=True, backend="aot_eager")
+    actual = loss_and_gradients(compiled, tensors, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, expected(case), strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, name)
+
+
+def test_operator_passes_opcheck(backend: str, seed: int, device: torch.device) -> None:
+    tensors = {name: x.to(device).requires_grad_(name in STUDENT) for name, x in Case(seed, gate=1.0).tensors().items()}
+    arguments = [tensors[name] for name in ("q_s", "k_s", "q_t", "k_t")] + [tensors["gate"][None]]
+    slots = [0, 1, 2, 3, -1, -1, -1, -1, -1, 4]
+    for heads_mean in (False, True):
+        torch.library.opcheck(
+            torch.ops.optima_kernels.attention_map_losses.default,
+            (arguments, slots, [0.25], [0.25], "kl", heads_mean, False, backend, True),
+        )
+
+
+def test_no_value_is_read_on_the_host(backend: str) -> None:
+    """Fake tensors have no values: whatever would read one raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if backend == "triton":
+        pytest.skip(
+            "a fake tensor cannot be handed to a kernel; test_compiles_as_one_graph traces the operator instead"
+        )
+    with FakeTensorMode():
+        case = Case(0, mask="additive", key_lengths=True, sample_weight=True)
+        q_s, k_s, q_t, k_t = (torch.empty(2, 3, n, 16).requires_grad_() for n in (19, 23, 19, 23))
+        lengths, weight = torch.empty(2, dtype=torch.int64), torch.empty(2)
+        gate, mask = torch.empty(()), torch.empty(case.queries, case.keys)
+        for kind in KINDS:
+            for heads in ("match", "mean"):
+                loss = attention_map_loss(
+                    q_s,
+                    k_s,
+                    q_t,
+                    k_t,
+                    kind=kind,
+                    heads=heads,
+                    mask=mask,
+                    key_lengths=lengths,
+                    sample_weight=weight,
+                    gate=gate,
+                    backend=backend,
+                )
+                loss.backward()
+
+
+TWO_HEADS, THREE_HEADS = torch.ones(1, 2, 4, 8), torch.ones(1, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kind": "js"}, ValueError, "kind must be one of 'kl', 'mse', not 'js'"),
+        ({"q_t": TWO_HEADS, "k_t": TWO_HEADS}, ValueError, 'heads="match" needs as many teacher heads'),
+        ({"heads": "relation"}, ValueError, "relation_heads must be given"),
+        ({"heads": "relation", "relation_heads": 5}, ValueError, "must divide the student's width"),
+        ({"relation_heads": 2}, ValueError, 'relation_heads must be given with heads="relation" and only then'),
+        ({"k_s": torch.ones(1, 3, 4, 9)}, ValueError, "k_s must have shape"),
+        ({"k_t": torch.ones(1, 3, 5, 8)}, ValueError, "k_t must have shape"),
+        ({"q_s": torch.ones(3, 4, 8)}, ValueError, "q_s must be"),
+        ({"mask": torch.ones(5, 4, dtype=torch.bool)}, ValueError, "mask must broadcast to"),
+        ({"mask": torch.ones(4, 4, dtype=torch.int64)}, TypeError, "mask must be bool"),
+        ({"key_lengths": torch.ones(1)}, TypeError, "key_lengths must be an integer tensor"),
+        ({"lse_t": torch.ones(1, 2, 4)}, ValueError, "lse_t must have shape"),
+        ({"gate": torch.ones(1)}, ValueError, "gate must have shape"),
+        ({"sample_weight": torch.ones(2)}, ValueError, "sample_weight must have shape"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_a_mistake_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    right = {"q_s": THREE_HEADS, "k_s": THREE_HEADS, "q_t": THREE_HEADS, "k_t": THREE_HEADS}
+    with pytest.raises(error, match=message):
+        attention_map_loss(**(right | arguments))
