@@ -124,21 +124,27 @@ def linear_kl(
             gate=gate,
         )
     dtype = compute_dtype(*(x for x in (h_s, w_s, h_t, w_t, bias_s, bias_t) if x is not None))
-    weight = token_weight(tokens, mask, None, dtype)
-    loss = blocked.linear_kl(
+    problem = (
         h_s.flatten(0, -2),
         w_s,
         bias_s,
-        h_t.detach().flatten(0, -2),
-        w_t.detach(),
-        None if bias_t is None else bias_t.detach(),
-        temperature,
+        *(None if x is None else x.detach() for x in (h_t.flatten(0, -2), w_t, bias_t)),
+        float(temperature),
         divergence,
-        beta,
-        weight if weight is not None else torch.ones(tokens.numel(), dtype=dtype, device=h_s.device),
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s)),
-    )[0]
-    return apply_gate(loss, gate)
+        float(beta),
+        _token_weight(h_s, mask, dtype),
+    )
+    if labels is None:
+        wants = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s))
+        return apply_gate(blocked.linear_kl(*problem, *wants)[0], gate)
+    counted = labels != ignore_index if mask is None else (labels != ignore_index) & mask
+    losses = blocked.linear_kl_with_labels(*problem, labels.flatten(), _token_weight(h_s, counted, dtype))
+    return apply_gate(losses[0], gate), apply_gate(losses[1], gate)
+
+
+def _token_weight(h: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight = token_weight(h.shape[:-1], mask, None, dtype)
+    return h.new_ones(h.shape[:-1].numel(), dtype=dtype) if weight is None else weight
 
 
 def prediction_kl(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optima_kernels.dispatch import compute_dtype
-from optima_kernels.registration import Multiply, fused_loss
+from optima_kernels.registration import FusedOperator, multiply
 
 # A block of tokens has about this many logits of each model (32 MB of float32), but not fewer tokens than BLOCK_TOKENS,
 # below which the products are bound by reading the heads.
@@ -66,11 +66,8 @@ def _sweep(
     label_weight: Tensor | None,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """Over all tokens: the weighted sums [2] of divergence and cross entropy, and the gradients of
-    `temperature ** -1 * divergence sum + cross entropy sum`.
-
-    Leaving out what depends on T and the number of tokens keeps the gradients in the range of float16. Tokens whose
-    weights [T] are all 0 may hold anything.
+    """Over all tokens: the weighted sums [2] of divergence (at that temperature) and cross entropy (at 1), and the
+    gradients of `temperature * divergence + cross entropy`. Tokens whose weights [T] are 0 may hold anything.
     """
     p, dtype = problem, problem.dtype
     (tokens, _), vocabulary = p.h_s.shape, p.w_s.shape[0]
@@ -163,7 +160,10 @@ def _forward(
     wants_head: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients without the factor `temperature` / T."""
+    """The loss, and its gradients without the factor `temperature` / T.
+
+    float16 could not hold the gradient of the state with that factor, and a loss scale comes too late.
+    """
     problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
     with torch.autocast(h_s.device.type, enabled=False):
         sums, gradients = _sweep(problem, token_weight, None, None, (wants_state, wants_head, wants_bias))
@@ -198,12 +198,117 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.scale = inputs[6] / max(h_s.shape[0], 1)
 
 
-def _backward(multiply: Multiply, ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(in_graph: bool, ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = [
-        None if d_loss is None or dtype is None else multiply(gradient, d_loss * ctx.scale).to(dtype)
+        None if d_loss is None or dtype is None else multiply(gradient, d_loss * ctx.scale, in_graph).to(dtype)
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
     return *gradients, *[None] * 10
 
 
-linear_kl = fused_loss("linear_kl_blocked", _forward, _fake, _setup_context, _backward)
+linear_kl = FusedOperator("linear_kl_blocked", _forward, _fake, _setup_context, _backward)
+
+
+def _forward_with_labels(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    token_weight: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    with torch.autocast(h_s.device.type, enabled=False):
+        sums, _ = _sweep(problem, token_weight, labels, label_weight, (False, False, False))
+    tokens = max(h_s.shape[0], 1)
+    return sums[0] * (temperature**2 / tokens), sums[1] / tokens
+
+
+def _fake_with_labels(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype = Problem(h_s, w_s, bias_s, *arguments[:6]).dtype
+    return h_s.new_empty((), dtype=dtype), h_s.new_empty((), dtype=dtype)
+
+
+def _setup_context_with_labels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *inputs[9:])
+    ctx.options = inputs[6:9]
+
+
+def _backward_with_labels(
+    in_graph: bool, ctx: Any, d_divergence: Tensor, d_cross_entropy: Tensor
+) -> tuple[Tensor | None, ...]:
+    *tensors, token_weight, labels, label_weight = ctx.saved_tensors
+    tokens = max(labels.shape[0], 1)
+    wants = ctx.needs_input_grad[:3]
+    gradients = _gradients_with_labels(
+        *tensors,
+        *ctx.options,
+        token_weight * (d_divergence * (ctx.options[0] / tokens)),
+        labels,
+        label_weight * (d_cross_entropy / tokens),
+        *wants,
+        in_graph=in_graph,
+    )
+    return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), *[None] * 9
+
+
+def _forward_gradients(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    token_weight: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    with torch.autocast(h_s.device.type, enabled=False):
+        _, gradients = _sweep(problem, token_weight, labels, label_weight, (wants_state, wants_head, wants_bias))
+    return (
+        gradients.state,
+        gradients.head.to(w_s.dtype),
+        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
+    )
+
+
+def _fake_gradients(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = Gradients.empty(Problem(h_s, w_s, bias_s, *arguments[:6]), arguments[-3:])
+    return (
+        gradients.state,
+        gradients.head.to(w_s.dtype),
+        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
+    )
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_second_derivative(in_graph: bool, ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("linear_kl has no second derivatives")
+
+
+_gradients_with_labels = FusedOperator(
+    "linear_kl_with_labels_gradients_blocked", _forward_gradients, _fake_gradients, _no_context, _no_second_derivative
+)
+linear_kl_with_labels = FusedOperator(
+    "linear_kl_with_labels_blocked",
+    _forward_with_labels,
+    _fake_with_labels,
+    _setup_context_with_labels,
+    _backward_with_labels,
+)
