@@ -1,0 +1,291 @@
+"""`hidden_mse`: loss and gradients of every backend against the float64 reference, and how it behaves as a torch loss."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_support import Fenced, assert_close
+from torch import Tensor
+
+from optima_kernels import hidden_mse, hidden_mses, reference
+
+BACKENDS = ["blocked"]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
+
+class Problem:
+    """Random arguments of one `hidden_mse` call."""
+
+    def __init__(
+        self,
+        leading: tuple[int, ...] = (2, 5),
+        d_s: int = 7,
+        d_t: int = 11,
+        *,
+        projected: bool = True,
+        biased: bool = True,
+        normalize: str | None = None,
+        masked: bool = False,
+        weighted: bool = False,
+        gated: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        d_t = d_t if projected else d_s
+        self.h_s = torch.randn(*leading, d_s, device=device).to(dtype)
+        self.h_t = torch.randn(*leading, d_t, device=device).to(dtype)
+        self.weight = torch.randn(d_t, d_s, device=device).to(dtype) if projected else None
+        self.bias = torch.randn(d_t, device=device).to(dtype) if projected and biased else None
+        self.options: dict[str, Any] = {"normalize": normalize}
+        if masked:
+            self.options["mask"] = torch.rand(leading, device=device) < 0.6
+        if weighted:
+            self.options["sample_weight"] = torch.rand(leading[0], device=device)
+        if gated:
+            self.options["gate"] = torch.rand((), device=device) + 0.5
+
+    def solve(self, backend: str) -> dict[str, Tensor]:
+        """The loss and its gradients; "oracle" is the reference in float64."""
+        function = reference.hidden_mse if backend == "oracle" else hidden_mse
+        options = self.options if backend == "oracle" else {**self.options, "backend": backend}
+        wide = backend == "oracle"
+        leaves = {
+            name: (x.double() if wide else x).detach().clone().requires_grad_()
+            for name in ("h_s", "weight", "bias")
+            if (x := getattr(self, name)) is not None
+        }
+        loss = function(
+            leaves["h_s"],
+            self.h_t.double() if wide else self.h_t,
+            leaves.get("weight"),
+            leaves.get("bias"),
+            **options,
+        )
+        (loss * 3.0).backward()
+        return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.grad is not None}}
+
+
+problems = st.fixed_dictionaries(
+    {
+        "leading": st.one_of(
+            st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 4), st.integers(1, 37)), st.just((2, 3, 5))
+        ),
+        "d_s": st.integers(1, 70),
+        "d_t": st.integers(1, 70),
+        "projected": st.booleans(),
+        "biased": st.booleans(),
+        "normalize": st.sampled_from([None, "layernorm", "l2"]),
+        "masked": st.booleans(),
+        "weighted": st.booleans(),
+        "gated": st.booleans(),
+        "dtype": st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+    }
+)
+
+
+def assert_agree(backend: str, problem: Problem, what: str = "") -> None:
+    expected, actual = problem.solve("oracle"), problem.solve(backend)
+    dtype = problem.h_s.dtype
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        # Normalised features of width 1 have an exactly zero gradient that rounding does not reach.
+        floor = 1e-6 if dtype == torch.float32 else 1e-3
+        assert_close(actual[name], expected[name], TOLERANCE[dtype], f"{backend} {name} {what}", floor=floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(arguments=problems, draw=st.integers(0, 2**31))
+def test_loss_and_gradients_match_the_float64_reference(backend: str, arguments: dict[str, Any], draw: int) -> None:
+    torch.manual_seed(draw)
+    assert_agree(backend, Problem(**arguments), f"{arguments}, torch seed {draw}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_beyond_one_tile(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima_kernels.blocked.hidden.TILE_ELEMENTS", 256)
+    for normalize in (None, "layernorm", "l2"):
+        assert_agree(backend, Problem((3, 67), 33, 45, normalize=normalize, masked=True, weighted=True), f"seed {seed}")
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_masked_tokens_may_hold_nan_and_get_no_gradient(backend: str, seed: int) -> None:
+    problem = Problem((3, 9), masked=True)
+    expected = problem.solve("oracle")
+    for h in (problem.h_s, problem.h_t):
+        h[~problem.options["mask"]] = float("nan")
+    actual = problem.solve(backend)
+    for name in expected:
+        assert_close(actual[name], expected[name], 1e-5, f"{name}, seed {seed}")
+    assert not actual["h_s"][~problem.options["mask"]].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("normalize", [None, "layernorm", "l2"])
+def test_all_tokens_masked_gives_zero(backend: str, normalize: str | None, seed: int) -> None:
+    problem = Problem(normalize=normalize)
+    problem.options["mask"] = torch.zeros(2, 5, dtype=torch.bool)
+    for name, value in problem.solve(backend).items():
+        assert not value.any(), f"{name}, seed {seed}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_and_their_guard_bands_stay_unread_and_unwritten(backend: str, seed: int) -> None:
+    for normalize, projected in ((None, True), ("layernorm", True), (None, False), ("l2", False)):
+        problem = Problem((2, 37), 45, 67, normalize=normalize, projected=projected)
+        tensors = {"h_s": problem.h_s, "h_t": problem.h_t, "weight": problem.weight, "bias": problem.bias}
+        fences = {name: Fenced(x) for name, x in tensors.items() if x is not None}
+        leaves = {name: fence.tensor.requires_grad_(name != "h_t") for name, fence in fences.items()}
+        loss = hidden_mse(**leaves, normalize=normalize, backend=backend)  # type: ignore[arg-type]
+        loss.backward()
+        expected = problem.solve("oracle")
+        assert_close(loss.detach(), expected["loss"], 1e-5, f"loss, seed {seed}")
+        for name, fence in fences.items():
+            fence.assert_untouched(name)
+            if name != "h_t":
+                gradient = leaves[name].grad
+                assert gradient is not None
+                assert_close(gradient, expected[name] / 3.0, 1e-5, f"{name}, seed {seed}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_input_gives_the_same_bits(backend: str, seed: int) -> None:
+    problem = Problem((4, 33), 40, 50, masked=True)
+    first, second = problem.solve(backend), problem.solve(backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_expanded_inputs(backend: str, seed: int) -> None:
+    h_s = torch.randn(7, 6, 2).permute(2, 1, 0).requires_grad_()
+    h_t = torch.randn(1, 6, 9).expand(2, 6, 9)
+    weight = torch.randn(7, 9).t().requires_grad_()
+    mask = torch.rand(6) < 0.7
+    actual = hidden_mse(h_s, h_t, weight, mask=mask, backend=backend)
+    expected = reference.hidden_mse(h_s, h_t, weight, mask=mask)
+    for a, e in zip(torch.autograd.grad(actual, (h_s, weight)), torch.autograd.grad(expected, (h_s, weight)), strict=True):
+        assert_close(a, e, 1e-5, f"gradient, seed {seed}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_different_shapes_and_a_gate_each(backend: str, seed: int) -> None:
+    shapes = [((2, 5), 7, 11), ((2, 5), 7, 11), ((3, 4), 9, 6), ((2, 5), 7, 11)]
+    layers = [Problem(*shape) for shape in shapes]
+    gate = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    names = ("h_s", "h_t", "weight", "bias")
+    arguments = [[getattr(layer, name).detach().clone() for layer in layers] for name in names]
+    for i in (0, 2, 3):
+        for x in arguments[i]:
+            x.requires_grad_()
+    leaves = [x for i in (0, 2, 3) for x in arguments[i]]
+    coefficient = torch.rand(len(layers))
+    actual = hidden_mses(*arguments, gate=gate, backend=backend)
+    expected = reference.hidden_mses(*arguments, gate=gate)
+    assert_close(actual.detach(), expected.detach(), 1e-5, f"losses, seed {seed}")
+    gradients = torch.autograd.grad((actual * coefficient).sum(), leaves)
+    for a, e in zip(gradients, torch.autograd.grad((expected * coefficient).sum(), leaves), strict=True):
+        assert_close(a, e, 1e-5, f"gradient, seed {seed}", floor=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_gate_gives_zero_loss_and_gradients(backend: str, seed: int) -> None:
+    problem = Problem()
+    problem.options["gate"] = torch.zeros(())
+    assert all(not value.any() for value in problem.solve(backend).values()), f"seed {seed}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_survive_a_small_loss_with_a_loss_scale(backend: str, seed: int) -> None:
+    problem = Problem((8, 64), 16, 64, dtype=torch.float16)
+    wide = Problem((8, 64), 16, 64)
+    for name in ("h_s", "h_t", "weight", "bias"):
+        setattr(wide, name, getattr(problem, name).float())
+    scale = 2.0**14
+    leaf = problem.h_s.clone().requires_grad_()
+    loss = hidden_mse(leaf, problem.h_t, problem.weight, problem.bias, backend=backend) * scale
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert_close(gradient / scale, wide.solve("oracle")["h_s"] / 3.0, 2e-3, f"gradient of h_s, seed {seed}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_through_a_retained_graph(backend: str, seed: int) -> None:
+    problem = Problem()
+    leaf = problem.h_s.clone().requires_grad_()
+    loss = hidden_mse(leaf, problem.h_t, problem.weight, backend=backend)
+    (first,) = torch.autograd.grad(loss * 2.0, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss * 2.0, leaf)
+    assert torch.equal(first, second), f"seed {seed}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_means_no_graph(backend: str, seed: int) -> None:
+    problem = Problem()
+    leaf = problem.h_s.clone().requires_grad_()
+    with torch.no_grad():
+        assert not hidden_mse(leaf, problem.h_t, problem.weight, backend=backend).requires_grad
+    teacher = problem.h_t.clone().requires_grad_()
+    hidden_mse(leaf, teacher, problem.weight, backend=backend).backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("normalize", [None, "layernorm", "l2"])
+def test_gradcheck_in_float64(normalize: str | None, seed: int) -> None:
+    h_s, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3), (5,)))
+    h_t, mask = torch.randn(4, 5, dtype=torch.float64), torch.tensor([True, False, True, True])
+    assert torch.autograd.gradcheck(
+        lambda *x: hidden_mse(x[0], h_t, *x[1:], normalize=normalize, mask=mask, backend="blocked"), (h_s, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", ["compile", "functorch", "autocast"])
+def test_gradients_under(transform: str, backend: str, seed: int) -> None:
+    problem = Problem(masked=True)
+    expected = problem.solve("oracle")["h_s"] / 3.0
+
+    def loss(h_s: Tensor) -> Tensor:
+        return hidden_mse(h_s, problem.h_t, problem.weight, problem.bias, **problem.options, backend=backend)
+
+    leaf = problem.h_s.clone().requires_grad_()
+    if transform == "compile":
+        (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    elif transform == "functorch":
+        gradient = torch.func.grad(loss)(problem.h_s)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(gradient, expected, 1e-5, f"{transform}, seed {seed}")
+
+
+@pytest.mark.parametrize("normalize", [None, "layernorm"])
+def test_blocked_operator_passes_opcheck(normalize: str | None, seed: int) -> None:
+    problem = Problem((6,), normalize=normalize)
+    leaves = [x.requires_grad_() for x in (problem.h_s, problem.weight, problem.bias) if x is not None]
+    arguments = (leaves[0], problem.h_t, leaves[1], leaves[2], torch.rand(6), normalize, True, True, True)
+    torch.library.opcheck(torch.ops.optima_kernels.hidden_mse_blocked.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h_t": torch.zeros(2, 4, 11)}, "h_t must have shape (2, 5, 11)"),
+        ({"weight": torch.zeros(7, 11)}, "weight must have shape (11, 7)"),
+        ({"weight": None, "bias": None}, "weight must be given, of shape (11, 7)"),
+        ({"weight": None, "h_t": torch.zeros(2, 5, 7)}, "bias must be None"),
+        ({"bias": torch.zeros(7)}, "bias must have shape (11,)"),
+        ({"normalize": "batch"}, "normalize must be one of"),
+        ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must broadcast to"),
+        ({"sample_weight": torch.ones(3)}, "sample_weight must have shape (2,)"),
+        ({"gate": torch.ones(2)}, "gate must have shape ()"),
+        ({"h_s": torch.zeros(2, 5, 7, dtype=torch.int64)}, "h_s must be floating point"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
+    problem = Problem()
+    arguments = {"h_s": problem.h_s, "h_t": problem.h_t, "weight": problem.weight, "bias": problem.bias, **change}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        hidden_mse(**arguments)
