@@ -143,6 +143,8 @@ def attention_map_losses(
     for arguments in zip(q_s, k_s, q_t, k_t, masks, lengths, lses_s, lses_t, weights, strict=True):
         _check_layer(*arguments, heads=heads, relation_heads=relation_heads, like=q_s[0], gate=gate)
     chosen = choose_backend(backend, q_s[0])
+    if chosen == "triton" and compute_dtype(*q_s, *k_s, *q_t, *k_t) == torch.float64:
+        raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
     if chosen == "reference":
         return reference.attention_map_losses(
             q_s,
@@ -316,7 +318,8 @@ def _fake(tensors: Sequence[Tensor], slots: Sequence[int], *rest: Any) -> tuple[
     layers = problem.layers(tensors)
     dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
     factor = tensors[0].new_empty((len(layers), tensors[0].shape[0]), dtype=dtype)
-    gradients = [x for layer in layers for x in empty_gradients(layer)] if problem.with_grad else []
+    keys_last = problem.backend == "blocked" or problem.mean_heads
+    gradients = [x for layer in layers for x in empty_gradients(layer, keys_last)] if problem.with_grad else []
     return factor.new_empty(len(layers)), factor, gradients
 
 

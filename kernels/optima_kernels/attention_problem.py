@@ -48,12 +48,14 @@ class MapSums(NamedTuple):
     grad_k: Tensor | None  # [B, H, M, d], compute dtype
 
 
-def empty_gradients(layer: MapLayer) -> tuple[Tensor, Tensor]:
+def empty_gradients(layer: MapLayer, keys_last: bool = False) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of q_s and k_s, in the dtype that sums are kept in.
 
-    That of k_s is stored [B, H, d, M], for in the blocked backend a product that writes whole rows of M keys was
-    measured a quarter faster than one that writes rows of d.
+    With `keys_last` that of k_s, still [B, H, M, d], is stored [B, H, d, M].
     """
     q_s, k_s, q_t, k_t = layer[:4]
     dtype = compute_dtype(q_s, k_s, q_t, k_t)
-    return q_s.new_empty(q_s.shape, dtype=dtype), k_s.new_empty(k_s.transpose(2, 3).shape, dtype=dtype).transpose(2, 3)
+    grad_q = q_s.new_empty(q_s.shape, dtype=dtype)
+    if keys_last:
+        return grad_q, k_s.new_empty(k_s.transpose(2, 3).shape, dtype=dtype).transpose(2, 3)
+    return grad_q, k_s.new_empty(k_s.shape, dtype=dtype)
