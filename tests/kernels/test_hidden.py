@@ -1,4 +1,4 @@
-"""`hidden_mse`: loss and gradients of every backend against the float64 reference, and how it behaves as a torch loss."""
+"""`hidden_mse`: every backend against the float64 reference, and how it behaves as a torch loss."""
 
 import re
 from typing import Any
@@ -165,7 +165,9 @@ def test_strided_and_expanded_inputs(backend: str, seed: int) -> None:
     mask = torch.rand(6) < 0.7
     actual = hidden_mse(h_s, h_t, weight, mask=mask, backend=backend)
     expected = reference.hidden_mse(h_s, h_t, weight, mask=mask)
-    for a, e in zip(torch.autograd.grad(actual, (h_s, weight)), torch.autograd.grad(expected, (h_s, weight)), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(actual, (h_s, weight)), torch.autograd.grad(expected, (h_s, weight)), strict=True
+    ):
         assert_close(a, e, 1e-5, f"gradient, seed {seed}")
 
 
