@@ -1,9 +1,9 @@
 """Regret over time, and what was chosen when."""
 
 import matplotlib
-import torch
+import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
+from numpy.typing import NDArray
 
 from optima.simulate.run import Trial
 
@@ -17,7 +17,7 @@ def plot_regret(policies: list[str], trials: dict[str, Trial]) -> Figure:
     colours = matplotlib.colormaps["tab20"].resampled(20)
     for axes, (environment, trial) in zip(panels, trials.items(), strict=True):
         for p, name in enumerate(policies):
-            axes.plot(trial.regret[p].cpu(), label=name, color=colours(p % 20))
+            axes.plot(trial.regret[p].numpy(force=True), label=name, color=colours(p % 20))
         axes.set(title=environment, xlabel="round")
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -28,10 +28,9 @@ def plot_regret(policies: list[str], trials: dict[str, Trial]) -> Figure:
 
 
 def plot_choices(policies: list[str], trials: dict[str, Trial]) -> Figure:
-    """Share of the work spent on the best module of the time, the second best and so on: a panel per policy and
-    environment.
+    """Share of the work spent on the module that is best at the time, second best and so on.
 
-    Ranks, because which module is best differs from seed to seed.
+    One panel per policy and environment. Ranks, because which module is best differs from seed to seed.
     """
     figure = Figure(figsize=(2.6 * len(trials) + 1.6, 1.5 * len(policies) + 0.6), dpi=110, layout="constrained")
     panels = figure.subplots(len(policies), len(trials), squeeze=False, sharex=True, sharey=True)
@@ -40,9 +39,9 @@ def plot_choices(policies: list[str], trials: dict[str, Trial]) -> Figure:
         colours = [matplotlib.colormaps["viridis"](rank / max(modules - 1, 1)) for rank in range(modules)]
         for row, name in enumerate(policies):
             axes = panels[row][column]
-            rounds, share = _binned(trial.choices[row].cpu())
+            rounds, share = _binned(trial.choices[row].numpy(force=True))
             axes.stackplot(rounds, share.T, colors=colours, labels=[_rank_name(rank) for rank in range(modules)])
-            axes.set(ylim=(0, 1), xlim=(0, rounds[-1]), yticks=[0, 1])
+            axes.set(ylim=(0, 1), xlim=(rounds[0], rounds[-1]), yticks=[0, 1])
             if row == 0:
                 axes.set_title(environment)
             if column == 0:
@@ -52,12 +51,11 @@ def plot_choices(policies: list[str], trials: dict[str, Trial]) -> Figure:
     return figure
 
 
-def _binned(choices: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of `choices` [rounds, modules] over runs of rounds, and the round each run ends with."""
-    length = max(1, len(choices) // _BINS)
-    runs = [choices[start : start + length] for start in range(0, len(choices), length)]
-    ends = torch.tensor([len(run) for run in runs]).cumsum(0)
-    return ends, torch.stack([run.mean(dim=0) for run in runs])
+def _binned(choices: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The rounds at which runs of rounds start, and the mean of `choices` [rounds, modules] over each run."""
+    starts = np.arange(0, len(choices), max(1, len(choices) // _BINS))
+    lengths = np.diff(starts, append=len(choices))
+    return starts, np.add.reduceat(choices, starts) / lengths[:, None]
 
 
 def _rank_name(rank: int) -> str:

@@ -23,7 +23,7 @@ class Exp3S(DiscountedBelief):
     / K at least.
     """
 
-    eta: float = hyper_parameter(0.2, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")
+    eta: float = hyper_parameter(0.4, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")
     alpha: float = hyper_parameter(1e-3, 0.0, 1.0, "leak between weights; about 1 over the rounds between changes")
 
     def init_belief(self, batch: int, device: torch.device) -> State:
