@@ -41,7 +41,8 @@ def plot_choices(policies: list[str], trials: dict[str, Trial]) -> Figure:
             axes = panels[row][column]
             rounds, share = _binned(trial.choices[row].numpy(force=True))
             axes.stackplot(rounds, share.T, colors=colours, labels=[_rank_name(rank) for rank in range(modules)])
-            axes.set(ylim=(0, 1), xlim=(rounds[0], rounds[-1]), yticks=[0, 1])
+            axes.margins(x=0)
+            axes.set(ylim=(0, 1), yticks=[0, 1])
             if row == 0:
                 axes.set_title(environment)
             if column == 0:

@@ -15,6 +15,16 @@ where they stand; default values are ours, chosen by the simulation of `optima.s
 
 from optima_core.bandit.arms import ArmKind, arm_gates, arm_names, count_arms
 from optima_core.bandit.policy import Policy, State
-from optima_core.bandit.registry import POLICIES, make_policy
+from optima_core.bandit.registry import POLICIES, describe_hyper_parameters, make_policy
 
-__all__ = ["POLICIES", "ArmKind", "Policy", "State", "arm_gates", "arm_names", "count_arms", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "ArmKind",
+    "Policy",
+    "State",
+    "arm_gates",
+    "arm_names",
+    "count_arms",
+    "describe_hyper_parameters",
+    "make_policy",
+]

@@ -17,10 +17,11 @@ class Exp3S(DiscountedBelief):
         p_k = (1 - eta) w_k / sum_j w_j + eta / K
         w_k <- w_k exp(eta x_k / (K p_k)) + e alpha / K sum_j w_j,    x_k = the reward in [0, 1] if k was pulled, else 0
 
+    Every arm has probability eta / K at least.
+
     Source: Auer, Cesa-Bianchi, Freund, Schapire, "The nonstochastic multiarmed bandit problem", SIAM J. Comput. 32
-    (2002); used for curricula by Graves et al., arXiv 1704.03003. Ours: the reward is put into [0, 1] as 1/2 + (r -
-    m) / (4 s), clipped, with discounted mean m and standard deviation s of all rewards. Every arm has probability eta
-    / K at least.
+    (2002); used for curricula by Graves et al., arXiv 1704.03003. Ours: with discounted mean m and standard deviation
+    s of all rewards, a reward r is put into [0, 1] as x = 1/2 + (r - m) / (4 s), clipped.
     """
 
     eta: float = hyper_parameter(0.4, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")

@@ -21,7 +21,7 @@ _ALWAYS = 2**40
 
 
 def hyper_parameter(default: float, low: float, high: float, doc: str) -> Any:
-    """A dataclass field that `Policy` checks against the closed interval [low, high] and `describe_policies` prints."""
+    """A dataclass field that `Policy` checks against the closed interval [low, high]; `doc` goes into help texts."""
     return field(default=default, metadata={"low": low, "high": high, "doc": doc})
 
 
@@ -97,7 +97,7 @@ class Policy(ABC):
     def posterior(self, state: State) -> tuple[Tensor, Tensor]:
         """Estimated reward of every arm and the spread of that estimate, each float64 [batch, arms], for display.
 
-        Both are in units of the reward. An arm never pulled shows the mean of all the others.
+        Both are in units of the reward. For an arm never pulled they tell the prior.
         """
 
 
@@ -128,6 +128,5 @@ class AdaptivePolicy(Policy):
         return torch.where(longest > patience, idlest, preferred), after
 
     def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
-        after = super().update(state, arm, reward)
-        pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
-        return after | {"last": torch.where(pulled, state["round"][:, None], state["last"])}
+        last = state["last"].scatter(1, arm[:, None], state["round"][:, None])
+        return super().update(state, arm, reward) | {"last": last}

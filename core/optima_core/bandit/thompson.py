@@ -14,14 +14,14 @@ from optima_core.bandit.policy import AdaptivePolicy, State, hyper_parameter
 from optima_core.bandit.statistics import Belief, DiscountedBelief, relative_to_origin
 from optima_core.rng import normal
 
+_NU = "width of the draw in posterior standard deviations; less is greedier"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianThompson(AdaptivePolicy):
     """theta_k = mean_k + nu std_k z_k with z_k ~ N(0, 1), for the mean and std that `posterior` tells."""
 
-    nu: float = hyper_parameter(
-        0.35, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier"
-    )
+    nu: float = hyper_parameter(0.35, 0.0, 100.0, _NU)
 
     def choose(self, state: State) -> Tensor:
         mean, std = self.posterior(state)
@@ -47,7 +47,7 @@ class DiscountedThompson(DiscountedBelief, GaussianThompson):
 class StationaryThompson(DiscountedBelief, GaussianThompson):
     """`DiscountedThompson` that never forgets (gamma = 1): the textbook's, for rewards that do not change."""
 
-    nu: float = hyper_parameter(1.0, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier")
+    nu: float = hyper_parameter(1.0, 0.0, 100.0, _NU)
     gamma: float = field(default=1.0, init=False)
 
 
@@ -60,7 +60,7 @@ class SlidingWindowThompson(Belief, GaussianThompson):
     `DiscountedThompson`.
     """
 
-    nu: float = hyper_parameter(0.5, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier")
+    nu: float = hyper_parameter(0.5, 0.0, 100.0, _NU)
     window: int = hyper_parameter(100, 1, 2**20, "rounds that are remembered")
 
     def init_belief(self, batch: int, device: torch.device) -> State:
@@ -94,7 +94,7 @@ class KalmanThompson(GaussianThompson):
 
     Every round v_k += q for all arms, at most v_0; then for the pulled one, with gain G = v / (v + 1):
 
-        m += G (r - m)        v *= 1 - G        and arms are drawn from N(m_k, nu**2 sigma**2 v_k)
+        m += G (r - m)        v *= 1 - G        theta_k ~ N(m_k, nu**2 sigma**2 v_k)
 
     Variances are in units of the reward's noise sigma**2, so q and v_0 have no scale. sigma**2 is the weighted mean
     of the squared normalised innovations, (r - m)**2 / (1 + v), whose expectation it is; the weight 1 / (1 + v) keeps
@@ -105,9 +105,7 @@ class KalmanThompson(GaussianThompson):
     Estimating sigma and the bound on v are ours.
     """
 
-    nu: float = hyper_parameter(
-        0.35, 0.0, 100.0, "width of the draw in posterior standard deviations; less is greedier"
-    )
+    nu: float = hyper_parameter(0.5, 0.0, 100.0, _NU)
     drift: float = hyper_parameter(0.01, 0.0, 100.0, "q, variance of one round's walk, in units of sigma**2")
     prior_variance: float = hyper_parameter(100.0, 1e-6, 1e12, "v_0, variance of an unknown arm, in units of sigma**2")
     gamma: float = hyper_parameter(0.99, 0.5, 1.0, "discount per round of the estimate of sigma")

@@ -30,7 +30,7 @@ def test_default_policy_meets_its_bars_on_fewer_seeds(seed):
 
 
 def test_uniform_regret_is_known_in_expectation(seed):
-    """The largest of K means from U[0, 1] is K / (K + 1) on average, so uniform choice loses K / (K + 1) - 1/2 a round."""
+    """The largest of K means from U[0, 1] is K / (K + 1) on average; uniform choice loses that less 1/2 a round."""
     trial = run_trial(ENVIRONMENTS["abrupt"](4, 100), [make_policy("all_modules", arms=4)], seeds=4000, seed=seed)
     error = trial.final_regret_error[0].item()
     assert trial.final_regret.mean().item() == pytest.approx(100 * (4 / 5 - 1 / 2), abs=6 * error)
