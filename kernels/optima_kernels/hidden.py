@@ -6,6 +6,7 @@ still close to the processor. How, each backend's file tells.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from optima_kernels.checks import (
     check_shape,
 )
 from optima_kernels.dispatch import Backend, choose_backend, compute_dtype
+from optima_kernels.hidden_problem import HiddenLayer, HiddenTensors
 from optima_kernels.reference import PerLayer, apply_gate, per_layer
+from optima_kernels.registration import FusedOperator, multiply
 from optima_kernels.tokens import token_weight
 
 NORMALIZATIONS = (None, "layernorm", "l2")
@@ -122,31 +125,79 @@ def _losses(
         return reference.hidden_mses(
             h_s, h_t, weight, bias, normalize=normalize, mask=mask, sample_weight=sample_weight, gate=gate
         )
-    losses = [
-        _blocked(*arguments, normalize) for arguments in zip(h_s, h_t, weight, bias, mask, sample_weight, strict=True)
+    tensors: list[Tensor] = []
+    slots: list[int] = []
+    wants: list[bool] = []
+    for i in range(len(h_s)):
+        students = (h_s[i], weight[i], bias[i])
+        dtype = compute_dtype(*(x for x in (*students, h_t[i]) if x is not None))
+        state, teacher = h_s[i].flatten(0, -2), h_t[i].detach().flatten(0, -2)
+        counts = token_weight(h_s[i].shape[:-1], mask[i], sample_weight[i], dtype)
+        for tensor in HiddenTensors(state, teacher, weight[i], bias[i], counts):
+            slots.append(-1 if tensor is None else len(tensors))
+            tensors.extend([] if tensor is None else [tensor])
+        wants.extend(torch.is_grad_enabled() and x is not None and x.requires_grad for x in students)
+    # A closed gate reaches the kernels, so that they leave early; what it multiplies is applied here, by autograd.
+    return apply_gate(_operator(tensors, slots, wants, normalize, backend, gate)[0], gate)
+
+
+def _layers(tensors: Sequence[Tensor], slots: Sequence[int], wants: Sequence[bool]) -> list[HiddenLayer]:
+    """The layers of a flat list of tensors: `slots` tells where each of a layer's five is, or -1."""
+    found = [tensors[slot] if slot >= 0 else None for slot in slots]
+    return [
+        HiddenLayer(HiddenTensors(*found[5 * i : 5 * i + 5]), tuple(wants[3 * i : 3 * i + 3]))  # type: ignore[arg-type]
+        for i in range(len(slots) // 5)
     ]
-    return apply_gate(torch.stack(losses), gate)
 
 
-def _blocked(
-    h_s: Tensor,
-    h_t: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sample_weight: Tensor | None,
+def _forward(
+    tensors: Sequence[Tensor],
+    slots: Sequence[int],
+    wants: Sequence[bool],
     normalize: str | None,
-) -> Tensor:
-    dtype = compute_dtype(*(x for x in (h_s, h_t, weight, bias) if x is not None))
-    return blocked.hidden_mse(
-        h_s.flatten(0, -2),
-        h_t.detach().flatten(0, -2),
-        weight,
-        bias,
-        token_weight(h_s.shape[:-1], mask, sample_weight, dtype),
-        normalize,
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, weight, bias)),
-    )[0]
+    backend: str,
+    gate: Tensor | None,
+) -> list[Tensor]:
+    """The losses [L], not yet multiplied by the gate, and three gradients a layer."""
+    layers = _layers(tensors, slots, wants)
+    if backend == "triton":
+        from optima_kernels.triton import hidden as triton
+
+        solutions = triton.hidden_mses(layers, normalize, gate)
+    else:
+        solutions = [blocked.hidden_mse(layer, normalize) for layer in layers]
+    return [torch.stack([x.loss for x in solutions]), *(g for x in solutions for g in x.gradients)]
+
+
+def _fake(tensors: Sequence[Tensor], slots: Sequence[int], wants: Sequence[bool], *_: Any) -> list[Tensor]:
+    layers = _layers(tensors, slots, wants)
+    losses = torch.stack([layer.tensors.h_s.new_empty((), dtype=layer.dtype) for layer in layers])
+    return [losses, *(g for layer in layers for g in layer.empty_gradients())]
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    tensors, slots, wants = inputs[:3]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.tensors, ctx.wants = len(tensors), wants
+    ctx.slots = [slots[i + j] for i in range(0, len(slots), 5) for j in (0, 2, 3)]
+    ctx.dtypes = [tensors[slot].dtype if slot >= 0 else None for slot in ctx.slots]
+    ctx.scales = [2.0 / max(tensors[slot].numel(), 1) for slot in slots[1::5]]
+
+
+def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    result: list[Tensor | None] = [None] * ctx.tensors
+    if d_losses is not None:
+        saved = zip(ctx.saved_tensors, ctx.slots, ctx.dtypes, ctx.wants, strict=True)
+        for i, (gradient, slot, dtype, wanted) in enumerate(saved):
+            if wanted:
+                factor = d_losses[i // 3] * ctx.scales[i // 3]
+                result[slot] = multiply(gradient, factor, in_graph).to(dtype)
+    return result, None, None, None, None, None
+
+
+_operator = FusedOperator("hidden_mses", _forward, _fake, _setup_context, _backward)
 
 
 def _check(

@@ -133,10 +133,10 @@ def linear_kl(
         divergence,
         float(beta),
         _token_weight(h_s, mask, dtype),
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s)),
     )
     if labels is None:
-        wants = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s))
-        return apply_gate(blocked.linear_kl(*problem, *wants)[0], gate)
+        return apply_gate(blocked.linear_kl(*problem)[0], gate)
     counted = labels != ignore_index if mask is None else (labels != ignore_index) & mask
     losses = blocked.linear_kl_with_labels(*problem, labels.flatten(), _token_weight(h_s, counted, dtype))
     return apply_gate(losses[0], gate), apply_gate(losses[1], gate)

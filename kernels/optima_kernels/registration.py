@@ -6,22 +6,25 @@ with a fake kernel and a backward. Such an operator costs tens of microseconds a
 eager calls go through an equivalent `autograd.Function` instead.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Outputs = tuple[Tensor, ...]
+Outputs = Sequence[Tensor]
+Sizes = tuple[int | None, ...]
 
 
 class FusedOperator:
     """`forward` as `optima_kernels::<name>`, and as an `autograd.Function` for eager calls.
 
-    `setup_context` is that of an `autograd.Function`; so is `backward`, after a first argument: whether it is traced
-    into a graph, to be handed to `multiply` and to the operators it calls. Second derivatives are an error.
+    `forward` takes tensors, lists of tensors and options, and returns a flat sequence of tensors. `setup_context` is
+    that of an `autograd.Function`; so is `backward`, after a first argument: whether it is traced into a graph, to be
+    handed to `multiply` and to the operators it calls. It returns a gradient, or a list of them, for each argument.
+    Second derivatives are an error.
     """
 
     def __init__(
@@ -29,26 +32,53 @@ class FusedOperator:
         name: str,
         forward: Callable[..., Outputs],
         fake: Callable[..., Outputs],
-        setup_context: Callable[[Any, tuple[Any, ...], Outputs], None],
-        backward: Callable[..., Any],
+        setup_context: Callable[[Any, Sequence[Any], Outputs], None],
+        backward: Callable[..., Sequence[Any]],
     ) -> None:
+        def operator_backward(ctx: Any, *d_outputs: Any) -> Any:
+            return tuple(backward(True, ctx, *(d_outputs[0] if isinstance(d_outputs[0], list) else d_outputs)))
+
         self.operator = torch.library.custom_op(f"optima_kernels::{name}", forward, mutates_args=())
         self.operator.register_fake(fake)
-        self.operator.register_autograd(partial(backward, True), setup_context=setup_context)
-        methods = {
-            "forward": forward,
-            "setup_context": setup_context,
-            "backward": once_differentiable(partial(backward, False)),
-        }
-        self.function = type(
-            name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()}
-        )
+        self.operator.register_autograd(operator_backward, setup_context=setup_context)
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(sizes: Sizes, *flat: Any) -> tuple[Tensor, ...]:
+                return tuple(forward(*_nested(sizes, flat)))
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+                ctx.sizes = inputs[0]
+                setup_context(ctx, _nested(inputs[0], inputs[1:]), output)
+
+            @staticmethod
+            @once_differentiable  # type: ignore[untyped-decorator]
+            def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+                return None, *_flat(ctx.sizes, backward(False, ctx, *d_outputs))
+
+        self.function = Function
 
     def __call__(self, *arguments: Any, in_graph: bool | None = None) -> Outputs:
         """`forward(*arguments)`; whether it is being traced is asked of torch when not given."""
         traced = torch.compiler.is_compiling() if in_graph is None else in_graph
-        outputs: Outputs = self.operator(*arguments) if traced else self.function.apply(*arguments)
-        return outputs
+        if traced:
+            return cast(Outputs, self.operator(*arguments))
+        sizes = tuple(len(x) if isinstance(x, list) else None for x in arguments)
+        return cast(Outputs, self.function.apply(sizes, *_flat(sizes, arguments)))  # type: ignore[no-untyped-call]
+
+
+def _flat(sizes: Sizes, arguments: Sequence[Any]) -> list[Any]:
+    """Lists spread out, since an `autograd.Function` only sees tensors that are arguments themselves."""
+    flat: list[Any] = []
+    for size, argument in zip(sizes, arguments, strict=True):
+        flat.extend([argument] if size is None else [None] * size if argument is None else argument)
+    return flat
+
+
+def _nested(sizes: Sizes, flat: Sequence[Any]) -> list[Any]:
+    rest = iter(flat)
+    return [next(rest) if size is None else list(islice(rest, size)) for size in sizes]
 
 
 def multiply(saved: Tensor, factor: Tensor, in_graph: bool) -> Tensor:

@@ -261,12 +261,15 @@ def test_gradients_under(transform: str, backend: str, seed: int) -> None:
     assert_close(gradient, expected, 1e-5, f"{transform}, seed {seed}")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [None, "layernorm"])
-def test_blocked_operator_passes_opcheck(normalize: str | None, seed: int) -> None:
+def test_operator_passes_opcheck(normalize: str | None, backend: str, seed: int) -> None:
     problem = Problem((6,), normalize=normalize)
-    leaves = [x.requires_grad_() for x in (problem.h_s, problem.weight, problem.bias) if x is not None]
-    arguments = (leaves[0], problem.h_t, leaves[1], leaves[2], torch.rand(6), normalize, True, True, True)
-    torch.library.opcheck(torch.ops.optima_kernels.hidden_mse_blocked.default, arguments)
+    tensors = [problem.h_s, problem.h_t, problem.weight, problem.bias, torch.rand(6)]
+    for i in (0, 2, 3):
+        tensors[i].requires_grad_()  # type: ignore[union-attr]
+    arguments = (tensors, [0, 1, 2, 3, 4, 0, 1, 2, -1, -1], [True, True, True, True, False, False], normalize, backend)
+    torch.library.opcheck(torch.ops.optima_kernels.hidden_mses.default, (*arguments, torch.ones(2)))
 
 
 @pytest.mark.parametrize(

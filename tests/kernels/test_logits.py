@@ -1,4 +1,4 @@
-"""`linear_kl` and `prediction_kl` against the float64 reference, at the edges of floating point, and as torch losses."""
+"""`linear_kl` and `prediction_kl`: against the float64 reference, at the edges of float, and as torch losses."""
 
 import math
 import re
@@ -266,9 +266,9 @@ def test_blocked_operators_pass_opcheck(seed: int) -> None:
     problem = Problem(5, 7, biased=True)
     names = ("h_s", "w_s", "bias_s", "h_t", "w_t", "bias_t")
     tensors = [problem.tensors[name].requires_grad_(name in LEAVES) for name in names]
-    options = (2.0, "jsd", 0.3, torch.rand(5))
+    options = (2.0, "jsd", 0.3, torch.rand(5), True, True, True)
     operators = torch.ops.optima_kernels
-    torch.library.opcheck(operators.linear_kl_blocked.default, (*tensors, *options, True, True, True))
+    torch.library.opcheck(operators.linear_kl_blocked.default, (*tensors, *options))
     labels = (torch.randint(0, 7, (5,)), torch.rand(5))
     torch.library.opcheck(operators.linear_kl_with_labels_blocked.default, (*tensors, *options, *labels))
 

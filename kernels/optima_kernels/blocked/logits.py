@@ -220,6 +220,9 @@ def _forward_with_labels(
     divergence: str,
     beta: float,
     token_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
     labels: Tensor,
     label_weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -236,8 +239,8 @@ def _fake_with_labels(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *argument
 
 
 def _setup_context_with_labels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6], *inputs[9:])
-    ctx.options = inputs[6:9]
+    ctx.save_for_backward(*inputs[:6], inputs[9], *inputs[13:])
+    ctx.options, ctx.wants = inputs[6:9], inputs[10:13]
 
 
 def _backward_with_labels(
@@ -245,17 +248,16 @@ def _backward_with_labels(
 ) -> tuple[Tensor | None, ...]:
     *tensors, token_weight, labels, label_weight = ctx.saved_tensors
     tokens = max(labels.shape[0], 1)
-    wants = ctx.needs_input_grad[:3]
     gradients = _gradients_with_labels(
         *tensors,
         *ctx.options,
         token_weight * (d_divergence * (ctx.options[0] / tokens)),
         labels,
         label_weight * (d_cross_entropy / tokens),
-        *wants,
+        *ctx.wants,
         in_graph=in_graph,
     )
-    return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), *[None] * 9
+    return *(g if wanted else None for g, wanted in zip(gradients, ctx.wants, strict=True)), *[None] * 12
 
 
 def _forward_gradients(
