@@ -1,0 +1,213 @@
+"""The objective: task loss, prediction distillation, and the layer losses of the modules chosen this round.
+
+L = w_task * task + w_logits * logits + sum over layers of the chosen modules of (w_hidden * hidden + w_attention *
+attention)
+
+The layer sums are means over a module's layers, so that the weights mean the same for a shallow and a deep module. Each
+module's terms carry a gate on the device: 1 where the module is distilled this round, else 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from optima_core.modules import ModulePair
+from optima_core.taps import LayerTap, Taps, WantedTaps
+from optima_kernels import attention_map_loss, hidden_mse, linear_kl, prediction_kl
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and kinds of the losses.
+
+    Attributes:
+        task: Weight of the student's own task loss.
+        logits: Weight of the prediction distillation.
+        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers).
+        attention: Weight of the attention-map loss of each distilled module (mean over its layers).
+        temperature: Softmax temperature T of the prediction distillation, above 0.
+        divergence: Direction of the prediction distillation.
+        attention_kind: Compare attention maps by KL divergence or by squared error.
+        attention_heads: "match" pairs the heads one to one (equal numbers), "mean" compares head-averaged maps,
+            "relation" regroups q and k into relation_heads heads.
+        relation_heads: Number of heads after regrouping; with attention_heads "relation" only.
+        normalize: Normalisation of both sides of the hidden-state loss, or null for none.
+    """
+
+    task: float = 1.0
+    logits: float = 1.0
+    hidden: float = 1.0
+    attention: float = 1.0
+    temperature: float = 2.0
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    attention_kind: Literal["kl", "mse"] = "kl"
+    attention_heads: Literal["match", "mean", "relation"] = "match"
+    relation_heads: int | None = None
+    normalize: Literal["layernorm", "l2"] | None = "layernorm"
+
+
+class LogitPrediction(NamedTuple):
+    """Predictions as logits, for small answer sets.
+
+    logits: [rows, V]; weight: float [rows], 0 for a row that does not count, or None.
+    """
+
+    logits: Tensor
+    weight: Tensor | None = None
+
+
+class LinearPrediction(NamedTuple):
+    """Predictions as states and head, for vocabularies: the logits are never stored.
+
+    hidden: [tokens, D]; weight: [V, D]; bias: [V] or None; mask: bool [tokens], True counts, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Forward(NamedTuple):
+    """What a model shows the objective.
+
+    task_loss: scalar; the teacher's is not used.
+    prediction: None where predictions are not to be distilled.
+    taps: module name -> taps of the wanted layers.
+    """
+
+    task_loss: Tensor
+    prediction: LogitPrediction | LinearPrediction | None
+    taps: Taps
+
+
+class Objective(nn.Module):
+    """Holds the learned projections from student to teacher width, one a layer, and computes the loss terms."""
+
+    def __init__(self, modules: Sequence[ModulePair], config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pairs = {pair.name: pair for pair in modules}
+        self.projections = nn.ModuleDict(
+            {
+                pair.name: nn.ModuleList(
+                    nn.Linear(pair.student_width, pair.teacher_width) for _ in range(pair.student_layers)
+                )
+                for pair in modules
+            }
+        )
+
+    def wanted(self, modules: Sequence[str]) -> tuple[WantedTaps, WantedTaps]:
+        """The taps that distilling these modules needs: of the student, and of the teacher."""
+        student = {name: tuple(range(self.pairs[name].student_layers)) for name in modules}
+        teacher = {name: tuple(sorted(set(self.pairs[name].teacher_layer_of()))) for name in modules}
+        return student, teacher
+
+    def forward(self, student: Forward, teacher: Forward, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The unweighted loss terms, scalars by name; a term of weight 0 is left out.
+
+        Names: "task", "logits", "hidden/<module>/<layer>", "attention/<module>/<layer>" with the student's layer.
+        gates: module name -> 0-d tensor; the modules named here must have been tapped.
+        """
+        config = self.config
+        terms = {"task": student.task_loss}
+        if config.logits and student.prediction is not None and teacher.prediction is not None:
+            terms["logits"] = self._prediction(student.prediction, teacher.prediction)
+        for name, gate in gates.items():
+            layers = self.pairs[name].teacher_layer_of()
+            tapped = dict(zip(sorted(set(layers)), teacher.taps[name], strict=True))
+            for i, tap in enumerate(student.taps[name]):
+                target = tapped[layers[i]]
+                if config.hidden:
+                    terms[f"hidden/{name}/{i}"] = self._hidden(name, i, tap, target, gate)
+                if config.attention and tap.attention:
+                    terms[f"attention/{name}/{i}"] = self._attention(tap, target, gate)
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms; a module's layers are averaged."""
+        total = torch.zeros((), device=next(iter(terms.values())).device)
+        for name, term in terms.items():
+            kind, *place = name.split("/")
+            layers = self.pairs[place[0]].student_layers if place else 1
+            total = total + getattr(self.config, kind) / layers * term
+        return total
+
+    def groups(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses that a reward is made of: "task", "logits", and "<kind>/<module>", a mean over layers."""
+        members: dict[str, list[Tensor]] = {}
+        for name, term in terms.items():
+            members.setdefault(name.rpartition("/")[0] or name, []).append(term)
+        return {name: torch.stack(found).mean() for name, found in members.items()}
+
+    def tracked(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """`groups` as one vector, float32 [losses]."""
+        return torch.stack(list(self.groups(terms).values())).float()
+
+    def _prediction(
+        self, student: LogitPrediction | LinearPrediction, teacher: LogitPrediction | LinearPrediction
+    ) -> Tensor:
+        config = self.config
+        if isinstance(student, LinearPrediction) and isinstance(teacher, LinearPrediction):
+            divergence = linear_kl(
+                student.hidden,
+                student.weight,
+                teacher.hidden,
+                teacher.weight,
+                bias_s=student.bias,
+                bias_t=teacher.bias,
+                temperature=config.temperature,
+                divergence=config.divergence,
+                mask=student.mask,
+            )
+            assert isinstance(divergence, Tensor)
+            return divergence
+        if isinstance(student, LogitPrediction) and isinstance(teacher, LogitPrediction):
+            return prediction_kl(
+                student.logits,
+                teacher.logits,
+                temperature=config.temperature,
+                divergence=config.divergence,
+                sample_weight=student.weight,
+            )
+        raise TypeError("student and teacher must both give logits, or both states and a head")
+
+    def _hidden(self, module: str, layer: int, student: LayerTap, teacher: LayerTap, gate: Tensor) -> Tensor:
+        projections = self.projections[module]
+        assert isinstance(projections, nn.ModuleList)
+        projection = projections[layer]
+        assert isinstance(projection, nn.Linear)
+        return hidden_mse(
+            student.hidden,
+            teacher.hidden,
+            projection.weight,
+            projection.bias,
+            normalize=self.config.normalize,
+            mask=student.valid,
+            gate=gate,
+        )
+
+    def _attention(self, student: LayerTap, teacher: LayerTap, gate: Tensor) -> Tensor:
+        """Mean over the layer's maps (a decoder layer has a self- and a cross-attention map)."""
+        config = self.config
+        losses = [
+            attention_map_loss(
+                s.q,
+                s.k,
+                t.q,
+                t.k,
+                kind=config.attention_kind,
+                heads=config.attention_heads,
+                relation_heads=config.relation_heads,
+                causal=s.causal,
+                mask=s.mask,
+                lse_s=s.lse,
+                lse_t=t.lse,
+                gate=gate,
+            )
+            for s, t in zip(student.attention, teacher.attention, strict=True)
+        ]
+        return torch.stack(losses).mean()

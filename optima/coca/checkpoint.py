@@ -1,0 +1,69 @@
+"""CoCa models as single safetensors files that carry their configuration, and the errors a wrong file deserves."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from optima.coca.config import CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
+from optima.coca.model import CoCa, HeadSpec
+from optima_core.checkpoint import write_atomically
+from optima_core.errors import OptimaError
+
+FORMAT = "optima-coca-1"
+
+
+def config_from_dict(values: dict[str, Any]) -> CoCaConfig:
+    """The inverse of dataclasses.asdict for CoCaConfig."""
+    return CoCaConfig(
+        embed_dim=values["embed_dim"],
+        image_encoder=ImageEncoderConfig(**values["image_encoder"]),
+        text_decoder=TextDecoderConfig(**values["text_decoder"]),
+        multimodal_decoder=MultimodalDecoderConfig(**values["multimodal_decoder"]),
+    )
+
+
+def save_coca(model: CoCa, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes weights, configuration and head specifications into one file; `dtype` is that of the stored weights."""
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "heads": json.dumps({task: dataclasses.asdict(spec) for task, spec in model.head_specs.items()}),
+    }
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def load_coca(path: Path) -> CoCa:
+    """Reads a model in fp32, on the CPU, in eval mode.
+
+    Raises OptimaError if the file is missing, truncated, not safetensors, or of another kind of model.
+    """
+    if not path.is_file():
+        raise OptimaError(f"checkpoint {path} does not exist; give the path of a .safetensors file written by OPTIMA")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise OptimaError(
+            f"checkpoint {path} is no readable safetensors file ({error}); it may be truncated"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise OptimaError(
+            f"checkpoint {path} is not an OPTIMA CoCa model: "
+            f"its format is {metadata.get('format')!r}, expected {FORMAT!r}"
+        )
+    heads = {task: HeadSpec(**spec) for task, spec in json.loads(metadata["heads"]).items()}
+    model = CoCa(config_from_dict(json.loads(metadata["config"])), heads)
+    wrong = sorted(set(tensors) ^ set(model.state_dict()))
+    if wrong:
+        raise OptimaError(
+            f"checkpoint {path} does not fit its own configuration: {len(wrong)} odd tensors, first {wrong[0]}"
+        )
+    model.load_state_dict(tensors)
+    return model.eval()

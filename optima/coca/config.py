@@ -1,0 +1,115 @@
+"""Sizes of a CoCa model. The full-size configurations and `pico` are the same code with other numbers."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """A vision transformer over square patches.
+
+    Attributes:
+        image_size: Side of the square input picture, pixels.
+        patch_size: Side of a square patch, pixels; divides image_size.
+        width: Model width D.
+        layers: Number of transformer layers.
+        heads: Attention heads; divides width.
+        mlp_ratio: Width of the MLP over the model width.
+        pooler_queries: Queries of the attentional pooler. Query 0 gives the contrastive feature, the others feed the
+            multimodal decoder. 0 means no pooler: the class token gives the feature and the patch tokens feed the
+            decoder.
+        pooler_heads: Attention heads of the pooler; divides the embedding width.
+    """
+
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    pooler_queries: int = 0
+    pooler_heads: int = 8
+
+
+@dataclass(frozen=True)
+class TextDecoderConfig:
+    """The unimodal, causal text tower; a CLS token is appended after the text.
+
+    Attributes:
+        vocab_size: Number of tokens V.
+        context_length: Longest text in tokens, start and end included, CLS not.
+        width: Model width D.
+        layers: Number of transformer layers.
+        heads: Attention heads; divides width.
+        mlp_ratio: Width of the MLP over the model width.
+        pad_id: Token that fills a text up to the batch's length.
+    """
+
+    vocab_size: int = 200
+    context_length: int = 20
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    pad_id: int = 0
+
+
+@dataclass(frozen=True)
+class MultimodalDecoderConfig:
+    """The decoder whose every layer is a causal self-attention block followed by a cross-attention block.
+
+    Attributes:
+        width: Model width D; equals the text decoder's width, whose states it takes.
+        layers: Number of layers; each holds one self-attention and one cross-attention block.
+        heads: Attention heads; divides width.
+        mlp_ratio: Width of each block's MLP over the model width.
+    """
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    mlp_ratio: float = 4.0
+
+
+@dataclass(frozen=True)
+class CoCaConfig:
+    """A CoCa model (Yu et al., arXiv 2205.01917).
+
+    Attributes:
+        embed_dim: Width of the shared contrastive space, and of the image tokens that a pooler hands on.
+        image_encoder: The image tower.
+        text_decoder: The text tower.
+        multimodal_decoder: The decoder that reads both.
+    """
+
+    embed_dim: int = 128
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    text_decoder: TextDecoderConfig = field(default_factory=TextDecoderConfig)
+    multimodal_decoder: MultimodalDecoderConfig = field(default_factory=MultimodalDecoderConfig)
+
+    def __post_init__(self) -> None:
+        image, text, multimodal = self.image_encoder, self.text_decoder, self.multimodal_decoder
+        if image.image_size % image.patch_size:
+            raise ValueError(
+                f"image_encoder.image_size {image.image_size} is no multiple of patch_size {image.patch_size}"
+            )
+        for name, tower in (("image_encoder", image), ("text_decoder", text), ("multimodal_decoder", multimodal)):
+            if tower.width % tower.heads:
+                raise ValueError(f"{name}.width {tower.width} is no multiple of heads {tower.heads}")
+        if text.width != multimodal.width:
+            raise ValueError(
+                f"multimodal_decoder.width {multimodal.width} must equal text_decoder.width {text.width}, "
+                "whose states it takes"
+            )
+        if image.pooler_queries == 1:
+            raise ValueError(
+                "image_encoder.pooler_queries 1 leaves no token for the decoder; give 0 (no pooler) or at least 2"
+            )
+        if image.pooler_queries and self.embed_dim % image.pooler_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is no multiple of image_encoder.pooler_heads {image.pooler_heads}"
+            )
+
+    @property
+    def image_token_width(self) -> int:
+        """Width of the image tokens that the multimodal decoder reads."""
+        return self.embed_dim if self.image_encoder.pooler_queries else self.image_encoder.width

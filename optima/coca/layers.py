@@ -1,0 +1,130 @@
+"""The transformer blocks of CoCa: pre-norm, attention through scaled_dot_product_attention, taps as outputs.
+
+Every attention returns (output, tap); the tap holds views of tensors that exist anyway, so one that nobody keeps costs
+nothing. Shapes: B batch, N query tokens, M key tokens, D width, H heads, d = D / H.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from optima_core.taps import AttentionTap
+
+
+def split_heads(x_BND: Tensor, heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, d], a view."""
+    batch, tokens, width = x_BND.shape
+    return x_BND.view(batch, tokens, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(x_BHNd: Tensor) -> Tensor:
+    """[B, H, N, d] -> [B, N, D]."""
+    return x_BHNd.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for q, k and v."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, AttentionTap]:
+        """mask: bool, broadcasts to [B, H, N, N], True attends; instead of `causal`, not beside it."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(merge_heads(attended)), AttentionTap(q, k, causal=causal, mask=mask)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence over another of any width."""
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, context_BMC: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, AttentionTap]:
+        """mask: bool, broadcasts to [B, H, N, M], True attends."""
+        q = split_heads(self.q(x_BND), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(context_BMC).chunk(2, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(merge_heads(attended)), AttentionTap(q, k, mask=mask)
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        hidden = int(width * ratio)
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class SelfAttentionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(
+        self, x_BND: Tensor, *, causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, AttentionTap]:
+        attended, tap = self.attention(self.norm_attention(x_BND), causal=causal, mask=mask)
+        x_BND = x_BND + attended
+        return x_BND + self.mlp(self.norm_mlp(x_BND)), tap
+
+
+class CrossAttentionBlock(nn.Module):
+    """As `SelfAttentionBlock`, but attending over the image tokens, which get a norm of their own."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, context_width: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, heads, context_width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(self, x_BND: Tensor, context_BMC: Tensor) -> tuple[Tensor, AttentionTap]:
+        attended, tap = self.attention(self.norm_attention(x_BND), self.norm_context(context_BMC))
+        x_BND = x_BND + attended
+        return x_BND + self.mlp(self.norm_mlp(x_BND)), tap
+
+
+class AttentionalPooler(nn.Module):
+    """Learned queries that attend over a sequence: [B, M, C] -> [B, Q, D] (CoCa, section 3.2)."""
+
+    def __init__(self, queries: int, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, width))
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, heads, context_width)
+
+    def forward(self, context_BMC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """mask: bool, broadcasts to [B, 1, 1, M], True attends."""
+        query = self.norm_query(self.query).expand(len(context_BMC), -1, -1)
+        pooled: Tensor = self.attention(query, self.norm_context(context_BMC), mask=mask)[0]
+        return pooled
+
+
+def initialise_transformer(blocks: nn.Module, width: int, depth: int) -> None:
+    """CLIP's initialisation: projections into the residual stream shrink with depth, the others with width."""
+    into_residual = width**-0.5 * (2 * depth) ** -0.5
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        if name.endswith(("attention.out.weight", "mlp.2.weight")):
+            nn.init.normal_(parameter, std=into_residual)
+        elif name.endswith("mlp.0.weight"):
+            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+        else:
+            nn.init.normal_(parameter, std=width**-0.5)

@@ -1,0 +1,125 @@
+"""CoCa: contrastive captioner (Yu et al., arXiv 2205.01917), with taps as outputs and task heads beside it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from optima.coca.config import CoCaConfig
+from optima.coca.heads import ClassificationHead
+from optima.coca.image_encoder import ImageEncoder
+from optima.coca.multimodal_decoder import MultimodalDecoder
+from optima.coca.text_decoder import TextDecoder
+from optima_core.taps import Taps, WantedTaps
+
+MODULES = ("image_encoder", "text_decoder", "multimodal_decoder")
+"""The modules of a CoCa model: the arms of the bandit."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A classification task: how many classes, and how many pictures one text speaks of."""
+
+    classes: int
+    pictures: int = 1
+
+
+class CoCaOutput(NamedTuple):
+    """What one forward pass gives.
+
+    image_feature: [B * pictures, E] contrastive feature, not normalised.
+    text_feature: [B * pictures, E], or None when the CLS token was not asked for.
+    states: [B * pictures, L, D] normalised states of the multimodal decoder.
+    valid: bool [B * pictures, L], True where the text is no padding.
+    taps: taps of the wanted layers.
+    """
+
+    image_feature: Tensor
+    text_feature: Tensor | None
+    states: Tensor
+    valid: Tensor
+    taps: Taps
+
+
+class CoCa(nn.Module):
+    """The three modules, the temperature of the contrastive loss, and one head a classification task."""
+
+    def __init__(self, config: CoCaConfig, heads: Mapping[str, HeadSpec] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.head_specs = dict(heads or {})
+        self.image_encoder = ImageEncoder(config.image_encoder, config.embed_dim)
+        self.text_decoder = TextDecoder(config.text_decoder, config.embed_dim)
+        self.multimodal_decoder = MultimodalDecoder(
+            config.multimodal_decoder, config.image_token_width, config.text_decoder.vocab_size
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        decoder = config.multimodal_decoder
+        self.heads = nn.ModuleDict(
+            {
+                task: ClassificationHead(decoder.width, decoder.heads, spec.classes, spec.pictures)
+                for task, spec in self.head_specs.items()
+            }
+        )
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, wanted: WantedTaps | None = None, *, with_class: bool = False
+    ) -> CoCaOutput:
+        """images: [B, pictures, 3, S, S] normalised; tokens: int64 [B, L], the text of all pictures of its row."""
+        wanted = wanted or {}
+        pictures = images.shape[1]
+        feature, image_tokens, image_taps = self.image_encoder(images.flatten(0, 1), wanted.get("image_encoder", ()))
+        if pictures > 1:
+            tokens = tokens.repeat_interleave(pictures, dim=0)
+        output = self.decode(feature, image_tokens, tokens, wanted, with_class=with_class)
+        if "image_encoder" in wanted:
+            output.taps["image_encoder"] = image_taps
+        return output
+
+    def decode(
+        self,
+        image_feature: Tensor,
+        image_tokens: Tensor,
+        tokens: Tensor,
+        wanted: WantedTaps | None = None,
+        *,
+        with_class: bool = False,
+    ) -> CoCaOutput:
+        """The text side alone, over pictures that are already encoded, one a text."""
+        wanted = wanted or {}
+        valid = tokens != self.config.text_decoder.pad_id
+        text, text_feature, text_taps = self.text_decoder(tokens, wanted.get("text_decoder", ()), with_class=with_class)
+        states, decoder_taps = self.multimodal_decoder(text, image_tokens, valid, wanted.get("multimodal_decoder", ()))
+        taps = {"text_decoder": text_taps, "multimodal_decoder": decoder_taps}
+        kept = {name: found for name, found in taps.items() if name in wanted}
+        return CoCaOutput(image_feature, text_feature, states, valid, kept)
+
+    def caption_logits(self, states: Tensor) -> Tensor:
+        """states [..., D] -> vocabulary logits [..., V]."""
+        logits: Tensor = self.multimodal_decoder.head(states)
+        return logits
+
+    def class_logits(self, task: str, output: CoCaOutput) -> Tensor:
+        """-> [B, classes] logits of the task's head."""
+        logits: Tensor = self.heads[task](output.states, output.valid)
+        return logits
+
+
+def contrastive_loss(image_feature: Tensor, text_feature: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross entropy over the batch's pairs (CLIP; CoCa, section 3.2).
+
+    Features [B, E]; row i of both belong together.
+    """
+    image, text = F.normalize(image_feature.float(), dim=-1), F.normalize(text_feature.float(), dim=-1)
+    logits = logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def captioning_loss(logits: Tensor, tokens: Tensor, pad_id: int) -> Tensor:
+    """Mean next-token cross entropy. logits: [B, L, V] at every position; tokens: [B, L]; padding does not count."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), ignore_index=pad_id)

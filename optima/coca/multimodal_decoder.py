@@ -1,0 +1,53 @@
+"""CoCa's multimodal decoder: causal over the text, attending over the image tokens in every layer."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from optima.coca.config import MultimodalDecoderConfig
+from optima.coca.layers import CrossAttentionBlock, SelfAttentionBlock, initialise_transformer
+from optima.coca.text_decoder import causal_mask
+from optima_core.taps import AttentionTap, LayerTap
+
+
+class MultimodalLayer(nn.Module):
+    """A self-attention block over the text, then a cross-attention block over the image."""
+
+    def __init__(self, config: MultimodalDecoderConfig, image_token_width: int) -> None:
+        super().__init__()
+        self.self_block = SelfAttentionBlock(config.width, config.heads, config.mlp_ratio)
+        self.cross_block = CrossAttentionBlock(config.width, config.heads, config.mlp_ratio, image_token_width)
+
+    def forward(self, x_BLD: Tensor, image_tokens: Tensor) -> tuple[Tensor, AttentionTap, AttentionTap]:
+        """-> (output, tap of the self-attention, tap of the cross-attention)."""
+        x_BLD, self_tap = self.self_block(x_BLD, causal=True)
+        x_BLD, cross_tap = self.cross_block(x_BLD, image_tokens)
+        return x_BLD, self_tap, cross_tap
+
+
+class MultimodalDecoder(nn.Module):
+    """Text states [B, L, D] and image tokens [B, M, C] -> normalised states [B, L, D], which `head` makes logits."""
+
+    def __init__(self, config: MultimodalDecoderConfig, image_token_width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(MultimodalLayer(config, image_token_width) for _ in range(config.layers))
+        self.norm_output = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        initialise_transformer(self.layers, config.width, config.layers)
+        nn.init.normal_(self.head.weight, std=config.width**-0.5)
+
+    def forward(
+        self, text_states: Tensor, image_tokens: Tensor, valid: Tensor, wanted: Sequence[int] = ()
+    ) -> tuple[Tensor, tuple[LayerTap, ...]]:
+        """valid: bool [B, L], True where the text is no padding; used by the taps alone."""
+        x = text_states
+        taps = []
+        for i, layer in enumerate(self.layers):
+            x, self_tap, cross_tap = layer(x, image_tokens)
+            if i in wanted:
+                rows = valid[:, None, :, None]
+                self_tap = self_tap._replace(causal=False, mask=causal_mask(x.shape[1], x.device) & rows)
+                taps.append(LayerTap(x, (self_tap, cross_tap._replace(mask=rows)), valid))
+        states: Tensor = self.norm_output(x)
+        return states, tuple(taps)

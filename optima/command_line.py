@@ -1,0 +1,109 @@
+"""From words on a command line to a typed configuration: YAML recipes, overrides, and errors that teach."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from optima_core.errors import OptimaError
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does in a line, its configuration, and the function that runs it."""
+
+    summary: str
+    config: type[Any]
+    run: Callable[[Any], None]
+
+
+def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) -> tuple[Command, Any]:
+    """The command and its configuration; without a command's name the default one is meant.
+
+    Raises OptimaError for unknown names (with the nearest known one), wrong types and values out of range.
+    """
+    words = list(arguments)
+    if not words or (words[0] not in commands and words[0] not in ("-h", "--help")):
+        words.insert(0, default)
+    parser = ArgumentParser(
+        prog="python -m optima.run",
+        description=f"Distils multimodal models, module by module. Without a command: {default}.",
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    parsers = {name: _command_parser(command) for name, command in commands.items()}
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, parsers[name], help=command.summary)
+    try:
+        parsed = parser.parse_args(_with_values(_with_recipe_paths(words), parsers.get(words[0])))
+        command_name = parsed.command
+        command = commands[command_name]
+        options = parsed[command_name].clone()
+        options.pop("config", None)
+        config = command.config(**vars(parsers[command_name].instantiate(options)))
+    except ArgumentError as error:
+        known = _option_names(parsers[words[0]]) if words[0] in parsers else list(commands)
+        raise OptimaError(_explain(str(error), known)) from error
+    return command, config
+
+
+def _command_parser(command: Command) -> ArgumentParser:
+    parser = ArgumentParser(description=command.summary, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped recipe: " + _recipes())
+    parser.add_class_arguments(command.config, as_group=False)
+    return parser
+
+
+def _recipes() -> str:
+    return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def _with_recipe_paths(words: list[str]) -> list[str]:
+    """Replaces the name of a shipped recipe after --config by its path."""
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, separator, value = word.rpartition("=") if word.startswith("--config=") else ("", "", word)
+        recipe = RECIPES / f"{value}.yaml"
+        given = before == "--config" or separator
+        if given and not Path(value).exists():
+            if not recipe.exists():
+                raise OptimaError(
+                    f"config {value} is neither a file nor a shipped recipe; the recipes are {_recipes()}"
+                )
+            value = str(recipe)
+        found.append(f"{option}{separator}{value}" if separator else value)
+    return found
+
+
+def _with_values(words: list[str], parser: ArgumentParser | None) -> list[str]:
+    """Lets a true-or-false option stand alone: `--resume` means `--resume true`."""
+    if parser is None:
+        return words
+    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+    ]
+
+
+def _option_names(parser: ArgumentParser) -> list[str]:
+    return [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+
+
+def _explain(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message in one line, with the nearest known name where a name is unknown."""
+    line = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments?: (?:--)?([\w.]+)", line) or re.search(
+        r"does not accept (?:option|nested key) '([\w.]+)'", line
+    )
+    if unknown is None:
+        return line
+    name = unknown.group(1)
+    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown option {name}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help for all of them")

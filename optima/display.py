@@ -1,0 +1,132 @@
+"""What a person sees while a run goes on: a live panel on a terminal, one plain line a round elsewhere, or nothing."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from optima_core.engine import RoundRecord
+
+
+class Display(Protocol):
+    """Where the progress of a run is shown."""
+
+    def note(self, message: str) -> None:
+        """A line of its own."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round has ended."""
+
+    def close(self) -> None:
+        """Nothing more will be shown live."""
+
+
+def make_display(arms: Sequence[str], rounds: int, done: int, quiet: bool) -> Display:
+    """The display that fits standard output. `done` rounds were already there when the run was resumed."""
+    if quiet:
+        return _Silent()
+    if Console().is_terminal:
+        return _Panel(arms, rounds, done)
+    return _Lines(rounds, done)
+
+
+class _Pace:
+    """Rounds a second since the start, and what is left at that pace."""
+
+    def __init__(self, rounds: int, done: int) -> None:
+        self.rounds, self.done, self.started = rounds, done, time.monotonic()
+
+    def remaining(self, round_number: int) -> float:
+        """Seconds."""
+        elapsed = time.monotonic() - self.started
+        return elapsed / max(1, round_number - self.done) * (self.rounds - round_number)
+
+    def steps_per_second(self, record: RoundRecord) -> float:
+        steps = record.step / record.round * (record.round - self.done)
+        return steps / max(1e-9, time.monotonic() - self.started)
+
+
+class _Silent:
+    def note(self, message: str) -> None:
+        pass
+
+    def round(self, record: RoundRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Lines:
+    def __init__(self, rounds: int, done: int) -> None:
+        self.pace = _Pace(rounds, done)
+
+    def note(self, message: str) -> None:
+        print(message, flush=True)
+
+    def round(self, record: RoundRecord) -> None:
+        best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.mean)
+        print(
+            f"round {record.round}/{self.pace.rounds}  {'+'.join(record.modules)}  reward {record.reward:+.4f}  "
+            f"task loss {record.losses['task']:.3f}  [{best}]  {self.pace.steps_per_second(record):.1f} steps/s  "
+            f"{_clock(self.pace.remaining(record.round))} left",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        sys.stdout.flush()
+
+
+class _Panel:
+    def __init__(self, arms: Sequence[str], rounds: int, done: int) -> None:
+        self.arms = arms
+        self.pace = _Pace(rounds, done)
+        self.pulls = dict.fromkeys(arms, 0)
+        self.console = Console()
+        self.live = Live(console=self.console, refresh_per_second=4)
+        self.live.start()
+
+    def note(self, message: str) -> None:
+        self.live.console.print(message, highlight=False)
+
+    def round(self, record: RoundRecord) -> None:
+        chosen = "+".join(record.modules)
+        self.pulls[chosen] = self.pulls.get(chosen, 0) + 1
+        arms = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in ("module", "rounds", "expected reward"):
+            arms.add_column(heading, justify="left" if heading == "module" else "right")
+        for name in record.mean:
+            style = "bold green" if name == chosen else ""
+            mark = "> " if name == chosen else "  "
+            arms.add_row(mark + name, str(self.pulls.get(name, 0)), _posterior(record, name), style=style)
+        losses = Text("losses  ", style="dim")
+        for name in ("task", "logits"):
+            if name in record.losses:
+                losses.append(f"{name} {record.losses[name]:.3f}   ", style="default")
+        losses.append(f"reward {record.reward:+.4f}", style="default")
+        status = Table.grid(padding=(0, 2))
+        status.add_row(
+            Text(f"round {record.round}/{self.pace.rounds}", style="bold"),
+            ProgressBar(total=self.pace.rounds, completed=record.round, width=24),
+            f"{self.pace.steps_per_second(record):.1f} steps/s",
+            f"{_clock(self.pace.remaining(record.round))} left",
+        )
+        self.live.update(Group(status, arms, losses))
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def _posterior(record: RoundRecord, arm: str) -> str:
+    mean, std = record.mean[arm], record.std[arm]
+    return "untried" if not abs(mean) < float("inf") else f"{mean:+.4f} ± {std:.4f}"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

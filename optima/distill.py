@@ -1,0 +1,302 @@
+"""The main job: distils a CoCa teacher into a student on one task, scores both, and writes the run directory."""
+
+import dataclasses
+import json
+import math
+import platform
+import resource
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from optima.coca import CoCa
+from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.pairs import module_pairs
+from optima.data.pictograms.stream import Pictograms
+from optima.data.tokenizer import Tokenizer, word_tokenizer
+from optima.display import Display, make_display
+from optima.report import write_report
+from optima.run_directory import RunDirectory
+from optima.samples import write_samples
+from optima.tasks import HEADLINE, HEADS, Task
+from optima.tasks.batches import TaskBatch, load_batch
+from optima.tasks.evaluate import Evaluation, evaluate
+from optima.tasks.forward import TaskForward
+from optima_core.checkpoint import write_atomically
+from optima_core.engine import Distiller, DistillerConfig, RoundRecord
+from optima_core.errors import OptimaError
+
+ASSETS = Path(__file__).with_name("assets")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One distillation run.
+
+    Attributes:
+        task: What the student is to learn.
+        run: Run directory, new or empty; see also resume.
+        teacher: Teacher weights (.safetensors); null takes the shipped teacher.
+        student: Weights the student starts from (.safetensors); null takes the shipped, pre-trained one.
+        batch_size: Items a step.
+        probe_size: Items of the held batch that rewards are measured on.
+        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
+        engine: Rounds, losses, optimiser, bandit and reward.
+        evaluate_every: Rounds between points of the learning curve; 0 draws none.
+        evaluate_items: Validation items a point of the learning curve.
+        test_items: Test items that the final scores are measured on; 0 takes all 2000.
+        samples: Sample predictions kept for the report.
+        checkpoint_every: Rounds between checkpoints.
+        keep: Checkpoints that stay on disk.
+        seed: Seed of the data stream, the projections and the bandit.
+        threads: CPU threads; 0 takes what torch chooses.
+        resume: Continue the run in the run directory.
+        quiet: Show nothing but the final table.
+    """
+
+    task: Task = "captioning"
+    run: Path = Path("runs/distill")
+    teacher: Path | None = None
+    student: Path | None = None
+    batch_size: int = 64
+    probe_size: int = 128
+    layer_map: Literal["uniform", "last"] = "uniform"
+    engine: DistillerConfig = field(default_factory=DistillerConfig)
+    evaluate_every: int = 10
+    evaluate_items: int = 250
+    test_items: int = 0
+    samples: int = 24
+    checkpoint_every: int = 5
+    keep: int = 2
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "probe_size", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Runs the job and returns what summary.json holds."""
+    started = time.monotonic()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    teacher, student = load_models(config)
+    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
+    _write_config(config, directory)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device).requires_grad_(False)
+    student.to(device).train()
+    tokenizer = word_tokenizer()
+    train, validation = Pictograms("train", config.seed), Pictograms("validation")
+
+    def load(step: int) -> TaskBatch:
+        return load_batch(train, config.task, step * config.batch_size, config.batch_size, tokenizer, device)
+
+    distiller = Distiller(
+        student,
+        TaskForward(student, config.task),
+        TaskForward(teacher, config.task),
+        module_pairs(student, teacher, config.layer_map),
+        load,
+        load_batch(validation, config.task, 0, min(config.probe_size, len(validation)), tokenizer, device),
+        config.engine,
+        config.seed,
+    )
+    before = load_start(config, teacher).to(device)
+    curve, spent = _train(config, distiller, directory, student, validation, tokenizer)
+
+    save_coca(student, directory.path / "student.safetensors")
+    test = Pictograms("test")
+    models = {"teacher": teacher, "before": before, "after": student}
+    evaluations: dict[str, Evaluation] = {}
+    seconds: dict[str, float] = {}
+    for name, model in models.items():
+        begun = time.monotonic()
+        evaluations[name] = evaluate(model, config.task, test, tokenizer, limit=config.test_items)
+        seconds[name] = time.monotonic() - begun
+    write_samples(directory, config.task, test, evaluations, config.samples)
+    items = len(evaluations["after"].predictions)
+    summary = {
+        "task": config.task,
+        "scores": {name: evaluation.scores for name, evaluation in evaluations.items()},
+        "headline_metric": HEADLINE[config.task],
+        "parameters": {
+            name: count_parameters(models[key]) for name, key in (("teacher", "teacher"), ("student", "after"))
+        },
+        "images_per_second": {"teacher": items / seconds["teacher"], "student": items / seconds["after"]},
+        "test_items": items,
+        "seconds": spent + time.monotonic() - started,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "command": "python -m optima.run " + shlex.join(sys.argv[1:]),
+        "environment": environment(device),
+        "learning_curve": curve,
+    }
+    directory.write_json("summary.json", summary)
+    write_report(directory.path)
+    return summary
+
+
+def load_models(config: DistillConfig) -> tuple[CoCa, CoCa]:
+    """The teacher and the student start, checked against each other and the task."""
+    teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
+    if config.task in HEADS and config.task not in teacher.head_specs:
+        raise OptimaError(
+            f"teacher {config.teacher} has no head for task {config.task} "
+            f"(it has {', '.join(teacher.head_specs) or 'none'}); "
+            "train it on the task first with `python -m optima.run pretrain`"
+        )
+    return teacher, load_start(config, teacher)
+
+
+def load_start(config: DistillConfig, teacher: CoCa) -> CoCa:
+    """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
+    start = load_coca(config.student or ASSETS / "student.safetensors")
+    ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
+    if ours != theirs:
+        raise OptimaError(
+            f"student has a vocabulary of {ours} tokens and the teacher one of {theirs}; they must be equal"
+        )
+    missing = {config.task: HEADS[config.task]} if config.task in HEADS and config.task not in start.head_specs else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        student = CoCa(start.config, start.head_specs | missing)
+    student.load_state_dict(student.state_dict() | start.state_dict())
+    return student.eval()
+
+
+def count_parameters(model: CoCa) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run depend on beside its configuration."""
+    return {
+        "optima": version("optima-distill"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _train(
+    config: DistillConfig,
+    distiller: Distiller[TaskBatch],
+    directory: RunDirectory,
+    student: CoCa,
+    validation: Pictograms,
+    tokenizer: Tokenizer,
+) -> tuple[list[dict[str, float]], float]:
+    """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
+    curve: list[dict[str, float]] = []
+    spent = 0.0
+    state = directory.checkpoints.load()
+    if state is not None:
+        _refuse_other_run(config, state["config"], directory)
+        distiller.load_state_dict(state["distiller"])
+        curve, spent = state["learning_curve"], state["seconds"]
+    directory.cut_metrics(distiller.round)
+    rounds = config.engine.rounds
+    display = make_display(distiller.arm_names, rounds, distiller.round, config.quiet)
+    started = time.monotonic()
+    try:
+        if state is not None:
+            display.note(f"resumed after round {distiller.round} of {rounds}")
+        if not curve:
+            _add_point(config, curve, 0, student, validation, tokenizer, display)
+        while distiller.round < rounds:
+            record = distiller.run_round()
+            seconds = spent + time.monotonic() - started
+            directory.append_metrics(_row(record, seconds))
+            display.round(record)
+            if config.evaluate_every and record.round % config.evaluate_every == 0:
+                _add_point(config, curve, record.step, student, validation, tokenizer, display)
+            if record.round % config.checkpoint_every == 0 or record.round == rounds:
+                directory.checkpoints.save(
+                    record.step,
+                    {
+                        "distiller": distiller.state_dict(),
+                        "config": comparable(config),
+                        "learning_curve": curve,
+                        "seconds": spent + time.monotonic() - started,
+                    },
+                )
+    finally:
+        display.close()
+    return curve, spent
+
+
+def _add_point(
+    config: DistillConfig,
+    curve: list[dict[str, float]],
+    step: int,
+    student: CoCa,
+    validation: Pictograms,
+    tokenizer: Tokenizer,
+    display: Display,
+) -> None:
+    if not config.evaluate_every or not config.evaluate_items:
+        return
+    scores = evaluate(student, config.task, validation, tokenizer, limit=config.evaluate_items).scores
+    headline = HEADLINE[config.task]
+    curve.append({"step": step, headline: scores[headline]})
+    display.note(f"step {step}: validation {headline} {scores[headline]:.1f} %")
+
+
+def comparable(config: DistillConfig) -> str:
+    """The part of the configuration that a resumed run must share with its earlier part, as JSON."""
+    values = dataclasses.asdict(config)
+    for name in ("run", "resume", "quiet", "threads"):
+        del values[name]
+    return json.dumps(values, default=str, sort_keys=True)
+
+
+def _refuse_other_run(config: DistillConfig, saved: str, directory: RunDirectory) -> None:
+    ours, theirs = json.loads(comparable(config)), json.loads(saved)
+    changed = [name for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        name = changed[0]
+        raise OptimaError(
+            f"cannot resume {directory.path}: {name} was {theirs.get(name)} there and is {ours[name]} now; "
+            "give the same configuration, or a new directory with --run"
+        )
+
+
+def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:
+    def finite(values: dict[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    return {
+        "round": record.round,
+        "step": record.step,
+        "arm": record.arm,
+        "modules": list(record.modules),
+        "reward": record.reward,
+        "posterior": {"mean": finite(record.mean), "std": finite(record.std)},
+        "losses": record.losses,
+        "probe": record.probe,
+        "learning_rate": record.learning_rate,
+        "seconds": seconds,
+        "steps_per_second": record.step / seconds,
+    }
+
+
+def _write_config(config: DistillConfig, directory: RunDirectory) -> None:
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    write_atomically(directory.path / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())

@@ -1,0 +1,170 @@
+"""Trains a CoCa from scratch on pictograms: contrastive and captioning first, then the four tasks jointly.
+
+With this the shipped teacher and the shipped student start were made; their model cards give the commands. A step
+encodes each picture once and decodes several texts about it, since on a CPU the picture is the dearest part.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optima.coca import CoCa, CoCaConfig, captioning_loss, contrastive_loss
+from optima.coca.checkpoint import save_coca
+from optima.data.pictograms.stream import Pictograms, TrainingBatch
+from optima.data.pictures import normalise
+from optima.data.tokenizer import Tokenizer, word_tokenizer
+from optima.tasks import HEADS, TEXT_LENGTH
+from optima_core.checkpoint import CheckpointStore
+from optima_core.errors import OptimaError
+from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
+from optima_core.precision import Precision, arithmetic
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a CoCa is trained from scratch.
+
+    Attributes:
+        run: Directory that receives checkpoints and, at the end, model.safetensors.
+        model: Sizes of the model.
+        caption_steps: Optimiser steps on contrastive and captioning losses.
+        task_steps: Optimiser steps on captioning, VQA, NLVR2 and SNLI-VE jointly, after the caption steps.
+        pictures: Pictures a step, an even number.
+        questions: VQA items a picture in the task steps.
+        hypotheses: SNLI-VE items a picture in the task steps.
+        statements: NLVR2 items a pair of pictures in the task steps.
+        contrastive: Weight of the contrastive loss beside a captioning loss of weight 1.
+        optimiser: AdamW and its schedule over all steps.
+        precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
+        stored: Floating-point type of the weights in model.safetensors.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between progress lines.
+        seed: Seed of the initialisation and of the data stream.
+        threads: CPU threads; 0 takes what torch chooses.
+        resume: Continue from the newest checkpoint of the run directory.
+    """
+
+    run: Path = Path("runs/pretrain")
+    model: CoCaConfig = field(default_factory=CoCaConfig)
+    caption_steps: int = 2000
+    task_steps: int = 6000
+    pictures: int = 64
+    questions: int = 2
+    hypotheses: int = 1
+    statements: int = 1
+    contrastive: float = 0.2
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    precision: Precision = "bf16"
+    stored: Literal["fp32", "fp16"] = "fp16"
+    checkpoint_every: int = 200
+    log_every: int = 50
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+
+
+def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path:
+    """Trains the model and returns the path of its safetensors file."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    tokenizer = word_tokenizer()
+    model = CoCa(config.model, HEADS if config.task_steps else None)
+    steps = config.caption_steps + config.task_steps
+    optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
+    store = CheckpointStore(config.run / "checkpoints")
+    state = store.load() if config.resume else None
+    if state is None and store.paths():
+        raise OptimaError(f"run directory {config.run} already holds checkpoints; resume it, or give a new directory")
+    step = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+
+    data = Pictograms("train", config.seed)
+    model.train()
+    started, first = time.monotonic(), step
+    while step < steps:
+        batch = data.training_batch(
+            step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
+        )
+        with arithmetic(config.precision, torch.device("cpu")):
+            losses = (
+                caption_losses(model, batch, tokenizer, config.contrastive)
+                if step < config.caption_steps
+                else task_losses(model, batch, tokenizer)
+            )
+        total = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(total):
+            bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+            raise OptimaError(f"loss {', '.join(bad)} is not finite at step {step}; the last checkpoint is intact")
+        total.backward()  # type: ignore[no-untyped-call]
+        clip_gradients(model.parameters(), config.optimiser.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+        step += 1
+        if step % config.log_every == 0 or step == steps:
+            rate = (step - first) / (time.monotonic() - started)
+            shown = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            say(f"step {step}/{steps}  {shown}  {rate:.2f} steps/s  {(steps - step) / rate / 60:.0f} min left")
+        if step % config.checkpoint_every == 0 or step == steps:
+            store.save(
+                step,
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step,
+                },
+            )
+    path = config.run / "model.safetensors"
+    save_coca(model, path, torch.float16 if config.stored == "fp16" else torch.float32)
+    return path
+
+
+def caption_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer, contrastive: float) -> dict[str, Tensor]:
+    """The pre-training losses: every picture with its caption."""
+    tokens = tokenizer.encode(batch.captions, TEXT_LENGTH)
+    output = model(normalise(batch.images)[:, None], tokens, with_class=True)
+    caption = captioning_loss(model.caption_logits(output.states), tokens, tokenizer.pad_id)
+    return {
+        "caption": caption,
+        "contrastive": contrastive * contrastive_loss(output.image_feature, output.text_feature, model.logit_scale),
+    }
+
+
+def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The four tasks' losses of one batch; all texts go through the decoders together."""
+    pictures = len(batch.images)
+    feature, image_tokens, _ = model.image_encoder(normalise(batch.images))
+    pairs = torch.arange(pictures).view(-1, 2)
+    # A statement is about two pictures, so its text is decoded over each of them.
+    about = {
+        "captioning": torch.arange(pictures),
+        "vqa": torch.arange(pictures).repeat_interleave(len(batch.questions) // pictures),
+        "snli_ve": torch.arange(pictures).repeat_interleave(len(batch.hypotheses) // pictures),
+        "nlvr2": pairs.repeat_interleave(2 * len(batch.statements) // pictures, dim=0).flatten(),
+    }
+    repeated = [statement for statement in batch.statements for _ in range(2)]
+    texts = [*batch.captions, *batch.questions, *batch.hypotheses, *repeated]
+    tokens = tokenizer.encode(texts, TEXT_LENGTH)
+    rows = torch.cat(list(about.values()))
+    output = model.decode(feature[rows], image_tokens[rows], tokens)
+    sizes = [len(found) for found in about.values()]
+    states = dict(zip(about, torch.split(output.states, sizes), strict=True))
+    valid = dict(zip(about, torch.split(output.valid, sizes), strict=True))
+    losses = {
+        "captioning": captioning_loss(model.caption_logits(states["captioning"]), tokens[:pictures], tokenizer.pad_id)
+    }
+    for task, targets in (("vqa", batch.answers), ("snli_ve", batch.labels), ("nlvr2", batch.truths)):
+        losses[task] = F.cross_entropy(model.heads[task](states[task], valid[task]).float(), targets)
+    return losses

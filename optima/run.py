@@ -1,0 +1,143 @@
+"""The command line: `python -m optima.run [COMMAND] [OPTIONS]`.
+
+A command is a dataclass of options and a function that takes it; `COMMANDS` lists them. Mistakes end in one line on
+standard error and exit status 2.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from optima.coca.checkpoint import load_coca
+from optima.command_line import Command, parse
+from optima.data.pictograms.stream import Pictograms
+from optima.data.tokenizer import word_tokenizer
+from optima.distill import DistillConfig, distill
+from optima.doctor import DoctorConfig, doctor
+from optima.pretrain import PretrainConfig, pretrain
+from optima.report import write_report
+from optima.simulate import SimulateConfig, simulate
+from optima.tasks import Task
+from optima.tasks.evaluate import evaluate
+from optima_core.errors import OptimaError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores a model on a held-out split of pictograms.
+
+    Attributes:
+        model: Weights (.safetensors), such as a run directory's student.safetensors.
+        tasks: Tasks to score; those that the model has no head for are refused.
+        split: Which held-out split.
+        items: Items of the split that count; 0 takes all 2000.
+    """
+
+    model: Path
+    tasks: list[Task]
+    split: str = "test"
+    items: int = 0
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Writes report.html anew.
+
+    Attributes:
+        run: Run directory of a finished distillation.
+    """
+
+    run: Path
+
+
+def run_distill(config: DistillConfig) -> None:
+    """Distils, then prints the scores."""
+    summary = distill(config)
+    table = Table(title=f"{config.task}, {summary['test_items']} test items", title_justify="left", header_style="bold")
+    table.add_column("score, %")
+    for heading in ("teacher", "student before", "student after"):
+        table.add_column(heading, justify="right")
+    scores = summary["scores"]
+    for name in scores["teacher"]:
+        table.add_row(name, *(f"{scores[model][name]:.1f}" for model in ("teacher", "before", "after")))
+    sizes = summary["parameters"]
+    table.add_row(
+        "parameters, M",
+        *(f"{sizes[model] / 1e6:.2f}" for model in ("teacher", "student", "student")),
+    )
+    Console().print(table)
+    Console().print(
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_mib']:.0f} MiB. Report: {config.run / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """Trains a model from scratch."""
+    print(f"wrote {pretrain(config, lambda line: print(line, flush=True))}")
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    """Prints a model's scores."""
+    if config.split not in ("validation", "test"):
+        raise OptimaError(f"split must be validation or test, got {config.split}")
+    model, tokenizer, console = load_coca(config.model), word_tokenizer(), Console()
+    data = Pictograms("test" if config.split == "test" else "validation")
+    for task in config.tasks:
+        if task != "captioning" and task not in model.head_specs:
+            raise OptimaError(
+                f"model {config.model} has no head for {task}; it has {', '.join(model.head_specs) or 'none'}"
+            )
+        table = Table("score, %", task, header_style="bold")
+        for name, value in evaluate(model, task, data, tokenizer, limit=config.items).scores.items():
+            table.add_row(name, f"{value:.1f}")
+        console.print(table)
+
+
+def run_report(config: ReportConfig) -> None:
+    """Renders a run directory's report."""
+    print(f"wrote {write_report(config.run)}")
+
+
+def run_simulate(config: SimulateConfig) -> None:
+    """Compares policies."""
+    simulate(config)
+
+
+COMMANDS = {
+    "distill": Command("Distil a teacher into a student on one task.", DistillConfig, run_distill),
+    "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
+    "evaluate": Command("Score a model on a held-out split.", EvaluateConfig, run_evaluate),
+    "report": Command("Write a finished run's report.html anew.", ReportConfig, run_report),
+    "simulate": Command("Compare bandit policies in simulated environments.", SimulateConfig, run_simulate),
+    "doctor": Command("Say what this machine offers and what will be used of it.", DoctorConfig, doctor),
+}
+DEFAULT = "distill"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status."""
+    try:
+        command, config = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS, DEFAULT)
+        command.run(config)
+    except (OptimaError, ValueError) as error:
+        print(f"optima: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("optima: stopped; continue with the same command and --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
