@@ -24,7 +24,7 @@ from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.display import Display, make_display
 from optima.report import write_report
 from optima.run_directory import RunDirectory
-from optima.samples import write_samples
+from optima.samples import write_cross_attention, write_samples
 from optima.tasks import HEADLINE, HEADS, Task
 from optima.tasks.batches import TaskBatch, load_batch
 from optima.tasks.evaluate import Evaluation, evaluate
@@ -131,6 +131,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         evaluations[name] = evaluate(model, config.task, test, tokenizer, limit=config.test_items)
         seconds[name] = time.monotonic() - begun
     write_samples(directory, config.task, test, evaluations, config.samples)
+    if config.task == "captioning":
+        write_cross_attention(directory, student, test, evaluations["after"], tokenizer)
     items = len(evaluations["after"].predictions)
     summary = {
         "task": config.task,
