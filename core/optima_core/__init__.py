@@ -1,1 +1,34 @@
-"""Module-wise distillation of any torch model: taps, objective, bandit, engine. Knows losses, knows nothing of CoCa."""
+"""Module-wise distillation of any torch model: taps, objective, bandit, engine. Knows losses, knows nothing of CoCa.
+
+`Distiller` is the door. What it needs beside two models: a `ModulePair` for each part that is distilled, a function
+that loads a batch, and for each model a function that returns a `Forward`.
+"""
+
+from optima_core.checkpoint import CheckpointStore
+from optima_core.engine import BanditConfig, Distiller, DistillerConfig, RewardConfig, RoundRecord
+from optima_core.errors import OptimaError
+from optima_core.modules import ModulePair
+from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
+from optima_core.optimiser import OptimiserConfig
+from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
+
+__all__ = [
+    "AttentionTap",
+    "BanditConfig",
+    "CheckpointStore",
+    "Distiller",
+    "DistillerConfig",
+    "Forward",
+    "LayerTap",
+    "LinearPrediction",
+    "LogitPrediction",
+    "ModulePair",
+    "Objective",
+    "ObjectiveConfig",
+    "OptimaError",
+    "OptimiserConfig",
+    "RewardConfig",
+    "RoundRecord",
+    "Taps",
+    "WantedTaps",
+]
