@@ -1,8 +1,7 @@
 """The engine: rounds of optimiser steps on the module that the bandit chose, and the reward that follows.
 
 One round: the policy picks an arm; for some steps the student learns with the layer losses of that arm's modules
-switched
-on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's reward.
+switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's reward.
 Everything that decides anything is a tensor on the device; the host reads once a round, for the record.
 """
 
@@ -85,6 +84,11 @@ class DistillerConfig:
     bandit: BanditConfig = field(default_factory=BanditConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps_per_round"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -175,21 +179,20 @@ class Distiller(Generic[Batch]):
         """
         arm, self.bandit = self.policy.select(self.bandit)
         gates = self.gates[arm[0]]
-        sums: dict[str, Tensor] = {}
+        steps: list[dict[str, Tensor]] = []
         for _ in range(self.config.steps_per_round):
-            terms = self._train_step(self.load(self.step), gates)
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach()
+            steps.append(self._train_step(self.load(self.step), gates))
             self.step += 1
         probe = self._probe_terms()
-        self._refuse_non_finite(sums | {f"probe {name}": term for name, term in probe.items()})
+        losses = {name: torch.stack([terms[name] for terms in steps]) for name in steps[0]}
+        self._refuse_non_finite(losses, probe)
         if self.config.reward.source == "probe":
             reward, self.reward = self.meter.measure(self.reward, self.objective.tracked(probe)[None])
         else:
             reward, self.reward = self.meter.finish(self.reward)
         self.bandit = self.policy.update(self.bandit, arm, reward)
         self.round += 1
-        return self._record(int(arm), gates, float(reward), sums, probe)
+        return self._record(int(arm), gates, float(reward), losses, probe)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit."""
@@ -229,7 +232,7 @@ class Distiller(Generic[Batch]):
         self.schedule.step()
         if self.config.reward.source == "training":
             self._observe(terms, gates)
-        return dict(terms)
+        return {name: term.detach() for name, term in terms.items()}
 
     def _distilled(self, gates: Tensor) -> tuple[str, ...]:
         """The modules to tap: on a CPU those of the arm; elsewhere all, since reading the arm would stall."""
@@ -263,17 +266,22 @@ class Distiller(Generic[Batch]):
             measured.append((gate > 0) & (found is not None))
         self.reward = self.meter.observe(self.reward, torch.stack(losses)[None], torch.stack(measured)[None])
 
-    def _refuse_non_finite(self, terms: dict[str, Tensor]) -> None:
-        finite = torch.isfinite(torch.stack([term.float() for term in terms.values()])).tolist()
-        bad = [name for name, good in zip(terms, finite, strict=True) if not good]
-        if bad:
-            raise OptimaError(
-                f"loss {', '.join(bad)} became NaN or infinite in round {self.round + 1}; "
-                "lower optimiser.learning_rate or the loss's weight; the last good checkpoint is kept"
-            )
+    def _refuse_non_finite(self, losses: dict[str, Tensor], probe: dict[str, Tensor]) -> None:
+        """Names the terms that were bad first: one step later their gradients have spoilt all the others."""
+        steps = torch.isfinite(torch.stack([steps.float() for steps in losses.values()], dim=1)).tolist()
+        checks = [(f"step {self.step - len(steps) + i}", losses, finite) for i, finite in enumerate(steps, 1)]
+        finite = torch.isfinite(torch.stack([term.float() for term in probe.values()])).tolist()
+        checks.append((f"the probe after step {self.step}", probe, finite))
+        for place, names, row in checks:
+            bad = [name for name, good in zip(names, row, strict=True) if not good]
+            if bad:
+                raise OptimaError(
+                    f"loss {', '.join(bad)} became NaN or infinite in round {self.round + 1}, at {place}; "
+                    "lower optimiser.learning_rate or the loss's weight; the last checkpoint is kept"
+                )
 
     def _record(
-        self, arm: int, gates: Tensor, reward: float, sums: dict[str, Tensor], probe: dict[str, Tensor]
+        self, arm: int, gates: Tensor, reward: float, losses: dict[str, Tensor], probe: dict[str, Tensor]
     ) -> RoundRecord:
         mean, std = (
             dict(zip(self.arm_names, row[0].tolist(), strict=False)) for row in self.policy.posterior(self.bandit)
@@ -286,7 +294,7 @@ class Distiller(Generic[Batch]):
             reward=reward,
             mean=mean,
             std=std,
-            losses={name: float(total) / self.config.steps_per_round for name, total in sums.items()},
+            losses={name: float(steps.mean()) for name, steps in losses.items()},
             probe={name: float(term) for name, term in probe.items()},
             learning_rate=float(self.schedule.get_last_lr()[0]),
         )
