@@ -42,12 +42,13 @@ class TextDecoder(nn.Module):
         The states of the text do not depend on `with_class`: no token sees the CLS behind it.
         """
         valid = tokens != self.config.pad_id
-        x = self.token_embedding(tokens)
+        x = self.token_embedding(tokens) + self.position[: tokens.shape[1]]
         if with_class:
-            x = torch.cat([x, self.class_token.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+            # CLS has a position of its own, the last: its feature must not depend on how far a batch is padded.
+            class_token = (self.class_token + self.position[-1]).to(x.dtype)
+            x = torch.cat([x, class_token.expand(len(x), 1, -1)], dim=1)
             valid = F.pad(valid, (0, 1), value=True)
         length = x.shape[1]
-        x = x + self.position[:length]
         # Right padding and causality keep padding out of every text state; only CLS, being last, must be kept from it.
         mask = causal_mask(length, x.device) & valid[:, None, None, :] if with_class else None
         taps = []
