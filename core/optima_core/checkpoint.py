@@ -6,9 +6,9 @@ newest two or more are kept: if the newest cannot be read, the one before is tak
 
 import io
 import os
-import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,10 @@ class CheckpointStore:
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes the state of a step, then drops the checkpoints beyond `keep`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptimaError(f"cannot make the directory {self.directory}: {error.strerror}") from error
         buffer = io.BytesIO()
         torch.save(state, buffer)
         path = self.directory / f"step-{step:09d}.pt"
@@ -66,17 +69,30 @@ class CheckpointStore:
 
         Raises OptimaError if there are checkpoints and none can be read.
         """
-        paths = self.paths()
-        for path in reversed(paths):
+        damaged: list[str] = []
+        for path in reversed(self.paths()):
             try:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                warnings.warn(f"checkpoint {path} cannot be read ({reason}); trying the one before", stacklevel=2)
+                state = _read(path)
+            except Exception as error:  # a damaged file may fail in any way
+                lines = str(error).strip().splitlines()
+                damaged.append(f"checkpoint {path} cannot be read ({lines[0] if lines else type(error).__name__})")
             else:
+                for complaint in damaged:
+                    warnings.warn(f"{complaint}; {path.name} is taken instead", stacklevel=2)
                 return state
-        if paths:
+        if damaged:
             raise OptimaError(
-                f"none of the {len(paths)} checkpoints in {self.directory} can be read; start the run afresh"
+                f"none of the {len(damaged)} checkpoints in {self.directory} can be read; start the run afresh "
+                f"(the newest: {damaged[0]})"
             )
         return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """torch.load does not look at the checksums that torch.save wrote; a flipped bit would become a weight."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise OSError(f"the checksum of {broken} is wrong")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
