@@ -1,7 +1,8 @@
 """The engine: rounds of optimiser steps on the module that the bandit chose, and the reward that follows.
 
 One round: the policy picks an arm; for some steps the student learns with the layer losses of that arm's modules
-switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's reward.
+switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's
+reward.
 Everything that decides anything is a tensor on the device; the host reads once a round, for the record.
 """
 
@@ -195,7 +196,10 @@ class Distiller(Generic[Batch]):
         return self._record(int(arm), gates, float(reward), losses, probe)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit."""
+        """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
+
+        Holds references to live tensors: write it out, or copy it, before the next round.
+        """
         return {
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
@@ -203,6 +207,8 @@ class Distiller(Generic[Batch]):
             "schedule": self.schedule.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
+            "random": {"cpu": torch.get_rng_state()}
+            | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
             "round": self.round,
             "step": self.step,
         }
@@ -215,6 +221,9 @@ class Distiller(Generic[Batch]):
         self.schedule.load_state_dict(state["schedule"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.round = state["round"]
         self.step = state["step"]
 
@@ -248,10 +257,15 @@ class Distiller(Generic[Batch]):
     def _probe_terms(self) -> dict[str, Tensor]:
         wanted, _ = self.objective.wanted(self.names)
         open_gates = dict.fromkeys(self.names, torch.ones((), device=self.device))
+        # A probe is measured without dropout, and teaches no running statistics.
+        training = [module for module in self.student.modules() if module.training]
+        self.student.eval()
         with torch.no_grad(), arithmetic(self.config.precision, self.device):
             terms: dict[str, Tensor] = self.objective(
                 self.student_forward(self.probe, wanted), self._probed_teacher, open_gates
             )
+        for module in training:
+            module.training = True
         return terms
 
     def _observe(self, terms: dict[str, Tensor], gates: Tensor) -> None:

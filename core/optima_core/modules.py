@@ -11,7 +11,7 @@ class ModulePair:
     """One module of both models: an arm of the bandit.
 
     Attributes:
-        name: The module's name, the same in the taps of teacher and student.
+        name: The module's name, the same in the taps of teacher and student, without "." and "/".
         student_layers: Number of layers of the student's module.
         teacher_layers: Number of layers of the teacher's module, at least as many.
         student_width: Width of the student's hidden states.
@@ -29,6 +29,8 @@ class ModulePair:
     layer_map: str | Sequence[int] = "uniform"
 
     def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set("./"):
+            raise ValueError(f"a module's name must not be empty nor contain '.' or '/', got {self.name!r}")
         self.teacher_layer_of()
 
     def teacher_layer_of(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ The layer sums are means over a module's layers, so that the weights mean the sa
 module's terms carry a gate on the device: 1 where the module is distilled this round, else 0.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -47,6 +48,13 @@ class ObjectiveConfig:
     attention_heads: Literal["match", "mean", "relation"] = "match"
     relation_heads: int | None = None
     normalize: Literal["layernorm", "l2"] | None = "layernorm"
+
+    def __post_init__(self) -> None:
+        for name in ("task", "logits", "hidden", "attention"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}, a weight, must be a finite number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
 
 
 class LogitPrediction(NamedTuple):
@@ -91,6 +99,8 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.pairs = {pair.name: pair for pair in modules}
+        if len(self.pairs) != len(modules):
+            raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
         self.projections = nn.ModuleDict(
             {
                 pair.name: nn.ModuleList(
@@ -107,7 +117,7 @@ class Objective(nn.Module):
         return student, teacher
 
     def forward(self, student: Forward, teacher: Forward, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The unweighted loss terms, scalars by name; a term of weight 0 is left out.
+        """The unweighted loss terms, scalars by name; but for the task's, a term of weight 0 is left out.
 
         Names: "task", "logits", "hidden/<module>/<layer>", "attention/<module>/<layer>" with the student's layer.
         gates: module name -> 0-d tensor; the modules named here must have been tapped.

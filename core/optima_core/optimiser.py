@@ -30,6 +30,19 @@ class OptimiserConfig:
     beta2: float = 0.98
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("learning_rate", 0.0, math.inf),
+            ("warmup", 0.0, 1.0),
+            ("final", 0.0, math.inf),
+            ("weight_decay", 0.0, math.inf),
+            ("beta1", 0.0, 1.0),
+            ("beta2", 0.0, 1.0),
+            ("clip", 0.0, math.inf),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {getattr(self, name)}")
+
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; gains, biases and scalars do not."""
