@@ -95,7 +95,8 @@ class RewardMeter:
     def init(self, losses: Tensor) -> State:
         """The state at a run's start, given `losses` [batch, losses] of the probe batch."""
         measured = torch.ones_like(losses, dtype=torch.bool)
-        return self.observe(self.init_unmeasured(*losses.shape, device=losses.device), losses, measured)
+        batch, count = losses.shape
+        return self.observe(self.init_unmeasured(batch, count, losses.device), losses, measured)
 
     def init_unmeasured(self, batch: int, losses: int, device: torch.device | str = "cpu") -> State:
         """The state at a run's start when no loss is known yet, for rewards from training."""
