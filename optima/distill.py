@@ -1,7 +1,6 @@
 """The main job: distils a CoCa teacher into a student on one task, scores both, and writes the run directory."""
 
-import dataclasses
-import json
+import contextlib
 import math
 import platform
 import resource
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
@@ -22,14 +20,15 @@ from optima.coca.pairs import module_pairs
 from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.display import Display, make_display
+from optima.interruption import StopRequest
 from optima.report import write_report
-from optima.run_directory import RunDirectory
+from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
 from optima.tasks import HEADLINE, HEADS, Task
 from optima.tasks.batches import TaskBatch, load_batch
 from optima.tasks.evaluate import Evaluation, evaluate
+from optima.tasks.fit import refuse_misfit
 from optima.tasks.forward import TaskForward
-from optima_core.checkpoint import write_atomically
 from optima_core.engine import Distiller, DistillerConfig, RoundRecord
 from optima_core.errors import OptimaError
 
@@ -97,7 +96,6 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     teacher, student = load_models(config)
     directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
-    _write_config(config, directory)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device).requires_grad_(False)
@@ -156,10 +154,12 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
 def load_models(config: DistillConfig) -> tuple[CoCa, CoCa]:
     """The teacher and the student start, checked against each other and the task."""
-    teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
+    path = config.teacher or ASSETS / "teacher.safetensors"
+    teacher = load_coca(path)
+    refuse_misfit(teacher, f"teacher {path}")
     if config.task in HEADS and config.task not in teacher.head_specs:
         raise OptimaError(
-            f"teacher {config.teacher} has no head for task {config.task} "
+            f"teacher {path} has no head for task {config.task} "
             f"(it has {', '.join(teacher.head_specs) or 'none'}); "
             "train it on the task first with `python -m optima.run pretrain`"
         )
@@ -168,7 +168,9 @@ def load_models(config: DistillConfig) -> tuple[CoCa, CoCa]:
 
 def load_start(config: DistillConfig, teacher: CoCa) -> CoCa:
     """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
-    start = load_coca(config.student or ASSETS / "student.safetensors")
+    path = config.student or ASSETS / "student.safetensors"
+    start = load_coca(path)
+    refuse_misfit(start, f"student {path}")
     ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
     if ours != theirs:
         raise OptimaError(
@@ -210,14 +212,15 @@ def _train(
     spent = 0.0
     state = directory.checkpoints.load()
     if state is not None:
-        _refuse_other_run(config, state["config"], directory)
+        directory.refuse_other_run(config, state["config"])
         distiller.load_state_dict(state["distiller"])
         curve, spent = state["learning_curve"], state["seconds"]
+    directory.write_config(config)
     directory.cut_metrics(distiller.round)
     rounds = config.engine.rounds
     display = make_display(distiller.arm_names, rounds, distiller.round, config.quiet)
     started = time.monotonic()
-    try:
+    with StopRequest() as stop, contextlib.closing(display):
         if state is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not curve:
@@ -229,18 +232,18 @@ def _train(
             display.round(record)
             if config.evaluate_every and record.round % config.evaluate_every == 0:
                 _add_point(config, curve, record.step, student, validation, tokenizer, display)
-            if record.round % config.checkpoint_every == 0 or record.round == rounds:
+            if record.round % config.checkpoint_every == 0 or record.round == rounds or stop.made:
                 directory.checkpoints.save(
                     record.step,
                     {
                         "distiller": distiller.state_dict(),
-                        "config": comparable(config),
+                        "config": fingerprint(config),
                         "learning_curve": curve,
                         "seconds": spent + time.monotonic() - started,
                     },
                 )
-    finally:
-        display.close()
+            if stop.made:
+                raise KeyboardInterrupt
     return curve, spent
 
 
@@ -261,25 +264,6 @@ def _add_point(
     display.note(f"step {step}: validation {headline} {scores[headline]:.1f} %")
 
 
-def comparable(config: DistillConfig) -> str:
-    """The part of the configuration that a resumed run must share with its earlier part, as JSON."""
-    values = dataclasses.asdict(config)
-    for name in ("run", "resume", "quiet", "threads"):
-        del values[name]
-    return json.dumps(values, default=str, sort_keys=True)
-
-
-def _refuse_other_run(config: DistillConfig, saved: str, directory: RunDirectory) -> None:
-    ours, theirs = json.loads(comparable(config)), json.loads(saved)
-    changed = [name for name in ours if ours[name] != theirs.get(name)]
-    if changed:
-        name = changed[0]
-        raise OptimaError(
-            f"cannot resume {directory.path}: {name} was {theirs.get(name)} there and is {ours[name]} now; "
-            "give the same configuration, or a new directory with --run"
-        )
-
-
 def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:
     def finite(values: dict[str, float]) -> dict[str, float | None]:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -297,8 +281,3 @@ def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "steps_per_second": record.step / seconds,
     }
-
-
-def _write_config(config: DistillConfig, directory: RunDirectory) -> None:
-    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    write_atomically(directory.path / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())

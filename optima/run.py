@@ -4,11 +4,14 @@ A command is a dataclass of options and a function that takes it; `COMMANDS` lis
 standard error and exit status 2.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +22,13 @@ from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import word_tokenizer
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
+from optima.interruption import terminate_as_interrupt
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_report
 from optima.simulate import SimulateConfig, simulate
 from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
+from optima.tasks.fit import refuse_misfit
 from optima_core.errors import OptimaError
 
 
@@ -40,8 +45,12 @@ class EvaluateConfig:
 
     model: Path
     tasks: list[Task]
-    split: str = "test"
+    split: Literal["validation", "test"] = "test"
     items: int = 0
+
+    def __post_init__(self) -> None:
+        if self.items < 0:
+            raise ValueError(f"items must be at least 0, got {self.items}")
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,9 @@ def run_pretrain(config: PretrainConfig) -> None:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores."""
-    if config.split not in ("validation", "test"):
-        raise OptimaError(f"split must be validation or test, got {config.split}")
     model, tokenizer, console = load_coca(config.model), word_tokenizer(), Console()
-    data = Pictograms("test" if config.split == "test" else "validation")
+    refuse_misfit(model, f"model {config.model}")
+    data = Pictograms(config.split)
     for task in config.tasks:
         if task != "captioning" and task not in model.head_specs:
             raise OptimaError(
@@ -122,21 +130,41 @@ DEFAULT = "distill"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status."""
+    """Runs a command and returns the exit status: 0, 2 after a mistake, 130 when stopped by Ctrl-C or SIGTERM."""
+    resumable = False
     try:
-        command, config = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS, DEFAULT)
-        command.run(config)
-    except (OptimaError, ValueError) as error:
-        print(f"optima: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("optima: stopped; continue with the same command and --resume", file=sys.stderr)
-        return 130
+        with terminate_as_interrupt(), _warnings_in_a_line():
+            command, config = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS, DEFAULT)
+            resumable = hasattr(config, "resume")
+            command.run(config)
     except BrokenPipeError:
         # The reader of a pipe has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OptimaError, ValueError) as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _complain("stopped; continue with the same command and --resume" if resumable else "stopped")
+        return 130
     return 0
+
+
+def _complain(message: str) -> int:
+    print(f"optima: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Shows a warning without the line of code that gave it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"optima: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 if __name__ == "__main__":

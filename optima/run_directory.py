@@ -6,9 +6,13 @@ checkpoints/       what `--resume` continues from
 student.safetensors, summary.json, samples.json, samples/, report.html    written at the end
 """
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from optima_core.checkpoint import CheckpointStore, write_atomically
 from optima_core.errors import OptimaError
@@ -38,7 +42,15 @@ class RunDirectory:
                 f"run directory {path} is not empty; continue it with --resume, or give a new directory with --run"
             )
         self.checkpoints = CheckpointStore(path / "checkpoints", keep)
+        if occupied and not (path / "config.yaml").exists() and not self.checkpoints.paths():
+            raise OptimaError(f"directory {path} holds something, but no run to resume; give another with --run")
         self.metrics = path / "metrics.jsonl"
+
+    def write_config(self, config: Any) -> None:
+        """Writes config.yaml, the dataclass `config` as `--config` takes it; a later reader starts the run anew."""
+        values = _plain(config)
+        values["resume"] = False
+        self.write_text("config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces a file of the directory, atomically."""
@@ -53,6 +65,8 @@ class RunDirectory:
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint of this round must not outlive its row
         except OSError as error:
             raise OptimaError(
                 f"cannot write {self.metrics}: {error.strerror}; the last checkpoint is intact, continue with --resume"
@@ -63,3 +77,33 @@ class RunDirectory:
         if self.metrics.exists():
             rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             self.write_text(self.metrics.name, "".join(row for row in rows[:rounds] if row.endswith("\n")))
+
+    def refuse_other_run(self, config: Any, saved: str) -> None:
+        """Raises OptimaError if `saved`, the `fingerprint` of the run in this directory, is not that of `config`."""
+        ours, theirs = json.loads(fingerprint(config)), json.loads(saved)
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise OptimaError(
+                    f"cannot resume {self.path}: {name} was {theirs.get(name)} there and is {ours.get(name)} now; "
+                    "give the same configuration, or a new directory with --run"
+                )
+
+
+def fingerprint(config: Any) -> str:
+    """What a resumed run must share with its earlier part: a JSON object from dotted name to value."""
+    values = _plain(config)
+    for name in ("run", "resume", "quiet", "threads", "checkpoint_every", "keep", "log_every"):
+        values.pop(name, None)
+    return json.dumps(_flat(values), sort_keys=True)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

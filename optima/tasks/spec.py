@@ -3,6 +3,9 @@
 from optima.coca import HeadSpec
 from optima.data.pictograms.stream import CLASSES, TASKS, Task
 
+PICTURE_SIZE = 64
+"""Side of the square pictures, pixels."""
+
 TEXT_LENGTH = 14
 """Tokens in a row of text, start and end included; the longest pictogram text takes fewer."""
 
@@ -19,4 +22,4 @@ HEADLINE: dict[Task, str] = {
 }
 """The score that a task is judged by, in percent."""
 
-__all__ = ["HEADLINE", "HEADS", "TASKS", "TEXT_LENGTH", "Task"]
+__all__ = ["HEADLINE", "HEADS", "PICTURE_SIZE", "TASKS", "TEXT_LENGTH", "Task"]

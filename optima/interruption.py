@@ -1,0 +1,48 @@
+"""Asked to stop by Ctrl-C or SIGTERM, a run ends what it is at and saves it; asked again, it leaves at once."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """While entered, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    if not _handles_signals():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is noted in `made`; the next one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __enter__(self) -> "StopRequest":
+        handled = _SIGNALS if _handles_signals() else ()
+        self._previous = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+
+
+def _handles_signals() -> bool:
+    """Python lets only the main thread handle signals; in another one the caller's handling stays."""
+    return threading.current_thread() is threading.main_thread()
