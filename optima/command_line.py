@@ -29,12 +29,15 @@ def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) 
     Raises OptimaError for unknown names (with the nearest known one), wrong types and values out of range.
     """
     words = list(arguments)
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise OptimaError(f"unknown command {words[0]}; {_nearest(words[0], list(commands))}")
     if not words or (words[0] not in commands and words[0] not in ("-h", "--help")):
         words.insert(0, default)
     parser = ArgumentParser(
         prog="python -m optima.run",
         description=f"Distils multimodal models, module by module. Without a command: {default}.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     parsers = {name: _command_parser(command) for name, command in commands.items()}
@@ -46,7 +49,7 @@ def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) 
         command = commands[command_name]
         options = parsed[command_name].clone()
         options.pop("config", None)
-        config = command.config(**vars(parsers[command_name].instantiate(options)))
+        config = command.config(**parsers[command_name].instantiate(options).as_dict())
     except ArgumentError as error:
         known = _option_names(parsers[words[0]]) if words[0] in parsers else list(commands)
         raise OptimaError(_explain(str(error), known)) from error
@@ -54,7 +57,7 @@ def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) 
 
 
 def _command_parser(command: Command) -> ArgumentParser:
-    parser = ArgumentParser(description=command.summary, exit_on_error=False)
+    parser = ArgumentParser(description=command.summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped recipe: " + _recipes())
     parser.add_class_arguments(command.config, as_group=False)
     return parser
@@ -68,7 +71,7 @@ def _with_recipe_paths(words: list[str]) -> list[str]:
     """Replaces the name of a shipped recipe after --config by its path."""
     found = []
     for before, word in zip(["", *words], words, strict=False):
-        option, separator, value = word.rpartition("=") if word.startswith("--config=") else ("", "", word)
+        option, separator, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
         recipe = RECIPES / f"{value}.yaml"
         given = before == "--config" or separator
         if given and not Path(value).exists():
@@ -97,13 +100,24 @@ def _option_names(parser: ArgumentParser) -> list[str]:
 
 
 def _explain(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message in one line, with the nearest known name where a name is unknown."""
+    """jsonargparse's message in one line and in our words: the nearest known name, or the type that is wanted."""
     line = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments?: (?:--)?([\w.]+)", line) or re.search(
+    unknown = re.search(r"unrecognized arguments?: -*([\w.]+)", line) or re.search(
         r"does not accept (?:option|nested key) '([\w.]+)'", line
     )
-    if unknown is None:
+    if unknown is not None:
+        return f"unknown option {unknown.group(1)}; {_nearest(unknown.group(1), known)}"
+    wrong = re.fullmatch(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.*)', line) or re.fullmatch(
+        r'Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)', line
+    )
+    if wrong is None:
         return line
-    name = unknown.group(1)
+    name, kind, value = wrong.groups()
+    choices = [*re.findall(r"'([^']*)'", re.sub("<class '.*?'>", "", kind)), *(["null"] if "NoneType" in kind else [])]
+    types = [found for found in re.findall(r"<class '([^']+)'>", kind) if found != "NoneType"]
+    return f"{name} must be {' or '.join(types + choices)}, got {value}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown option {name}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help for all of them")
+    return f"did you mean {nearest[0]}?" if nearest else "see --help for all of them"
