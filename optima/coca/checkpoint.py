@@ -58,12 +58,18 @@ def load_coca(path: Path) -> CoCa:
             f"checkpoint {path} is not an OPTIMA CoCa model: "
             f"its format is {metadata.get('format')!r}, expected {FORMAT!r}"
         )
-    heads = {task: HeadSpec(**spec) for task, spec in json.loads(metadata["heads"]).items()}
-    model = CoCa(config_from_dict(json.loads(metadata["config"])), heads)
-    wrong = sorted(set(tensors) ^ set(model.state_dict()))
-    if wrong:
-        raise OptimaError(
-            f"checkpoint {path} does not fit its own configuration: {len(wrong)} odd tensors, first {wrong[0]}"
-        )
+    try:
+        heads = {task: HeadSpec(**spec) for task, spec in json.loads(metadata["heads"]).items()}
+        model = CoCa(config_from_dict(json.loads(metadata["config"])), heads)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OptimaError(f"checkpoint {path} holds no configuration that this version can read ({error})") from error
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(found | expected):
+        if found.get(name) != expected.get(name):
+            raise OptimaError(
+                f"checkpoint {path} does not fit its own configuration: "
+                f"tensor {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+            )
     model.load_state_dict(tensors)
     return model.eval()
