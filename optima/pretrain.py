@@ -19,8 +19,10 @@ from optima.coca.checkpoint import save_coca
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
 from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
+from optima.interruption import StopRequest
+from optima.run_directory import RunDirectory, fingerprint
 from optima.tasks import HEADS, TEXT_LENGTH
-from optima_core.checkpoint import CheckpointStore
+from optima.tasks.fit import refuse_misfit
 from optima_core.errors import OptimaError
 from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
 from optima_core.precision import Precision, arithmetic
@@ -31,7 +33,7 @@ class PretrainConfig:
     """How a CoCa is trained from scratch.
 
     Attributes:
-        run: Directory that receives checkpoints and, at the end, model.safetensors.
+        run: Run directory, new or empty; see also resume. At the end it holds model.safetensors.
         model: Sizes of the model.
         caption_steps: Optimiser steps on contrastive and captioning losses.
         task_steps: Optimiser steps on captioning, VQA, NLVR2 and SNLI-VE jointly, after the caption steps.
@@ -68,6 +70,26 @@ class PretrainConfig:
     threads: int = 0
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("pictures", 2),
+            ("checkpoint_every", 1),
+            ("log_every", 1),
+            ("caption_steps", 0),
+            ("task_steps", 0),
+            ("questions", 1),
+            ("hypotheses", 1),
+            ("statements", 1),
+            ("seed", 0),
+            ("threads", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.pictures % 2:
+            raise ValueError(f"pictures must be an even number, got {self.pictures}")
+        if not self.caption_steps + self.task_steps:
+            raise ValueError("caption_steps and task_steps are both 0; give at least one step")
+
 
 def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path:
     """Trains the model and returns the path of its safetensors file."""
@@ -76,56 +98,61 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
     torch.manual_seed(config.seed)
     tokenizer = word_tokenizer()
     model = CoCa(config.model, HEADS if config.task_steps else None)
+    refuse_misfit(model, "the model")
     steps = config.caption_steps + config.task_steps
     optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
-    store = CheckpointStore(config.run / "checkpoints")
-    state = store.load() if config.resume else None
-    if state is None and store.paths():
-        raise OptimaError(f"run directory {config.run} already holds checkpoints; resume it, or give a new directory")
+    directory = RunDirectory(config.run, resume=config.resume, keep=2)
+    state = directory.checkpoints.load()
     step = 0
     if state is not None:
+        directory.refuse_other_run(config, state["config"])
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         step = state["step"]
 
+    directory.write_config(config)
     data = Pictograms("train", config.seed)
     model.train()
     started, first = time.monotonic(), step
-    while step < steps:
-        batch = data.training_batch(
-            step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
-        )
-        with arithmetic(config.precision, torch.device("cpu")):
-            losses = (
-                caption_losses(model, batch, tokenizer, config.contrastive)
-                if step < config.caption_steps
-                else task_losses(model, batch, tokenizer)
+    with StopRequest() as stop:
+        while step < steps:
+            batch = data.training_batch(
+                step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
             )
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
-            raise OptimaError(f"loss {', '.join(bad)} is not finite at step {step}; the last checkpoint is intact")
-        total.backward()  # type: ignore[no-untyped-call]
-        clip_gradients(model.parameters(), config.optimiser.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-        step += 1
-        if step % config.log_every == 0 or step == steps:
-            rate = (step - first) / (time.monotonic() - started)
-            shown = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            say(f"step {step}/{steps}  {shown}  {rate:.2f} steps/s  {(steps - step) / rate / 60:.0f} min left")
-        if step % config.checkpoint_every == 0 or step == steps:
-            store.save(
-                step,
-                {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "step": step,
-                },
-            )
+            with arithmetic(config.precision, torch.device("cpu")):
+                losses = (
+                    caption_losses(model, batch, tokenizer, config.contrastive)
+                    if step < config.caption_steps
+                    else task_losses(model, batch, tokenizer)
+                )
+            total = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(total):
+                bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+                raise OptimaError(f"loss {', '.join(bad)} is not finite at step {step}; the last checkpoint is intact")
+            total.backward()  # type: ignore[no-untyped-call]
+            clip_gradients(model.parameters(), config.optimiser.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
+            if step % config.log_every == 0 or step == steps:
+                rate = (step - first) / (time.monotonic() - started)
+                shown = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+                say(f"step {step}/{steps}  {shown}  {rate:.2f} steps/s  {(steps - step) / rate / 60:.0f} min left")
+            if step % config.checkpoint_every == 0 or step == steps or stop.made:
+                directory.checkpoints.save(
+                    step,
+                    {
+                        "config": fingerprint(config),
+                        "model": model.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "step": step,
+                    },
+                )
+            if stop.made:
+                raise KeyboardInterrupt
     path = config.run / "model.safetensors"
     save_coca(model, path, torch.float16 if config.stored == "fp16" else torch.float32)
     return path
