@@ -214,6 +214,8 @@ def _check(
     check_device(h_s, mask=mask)
     if h_s.dim() == 0 or h_t.dim() == 0:
         raise ValueError("h_s and h_t must have a feature dimension, not be 0-d")
+    if 0 in h_s.shape or 0 in h_t.shape:
+        raise ValueError(f"h_s and h_t must not be empty, but have shapes {tuple(h_s.shape)} and {tuple(h_t.shape)}")
     tokens, d_s, d_t = h_s.shape[:-1], h_s.shape[-1], h_t.shape[-1]
     check_shape("h_t", h_t, (*tokens, d_t), "the tokens of h_s")
     if weight is not None:

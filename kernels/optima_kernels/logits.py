@@ -3,7 +3,13 @@
 With a vocabulary of 50 thousand and 2 thousand tokens one logits matrix is 400 MB, and the usual way makes about five
 of that size. `linear_kl` takes the hidden states and the heads instead and only ever holds tiles of logits.
 `prediction_kl` is for heads whose logits are small enough to exist: a few answers, or a few thousand.
+
+The gradients are made in the forward pass, while the logits are there, and the backward pass only multiplies them.
+With labels there are two losses, whose incoming gradients are only known in the backward pass, and a gradient of the
+head for each would double the memory: then the forward pass keeps nothing, and the backward makes the logits again.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +26,9 @@ from optima_kernels.checks import (
     check_shape,
 )
 from optima_kernels.dispatch import choose_backend, compute_dtype
+from optima_kernels.logits_problem import Gradients, Problem
 from optima_kernels.reference import apply_gate
+from optima_kernels.registration import FusedOperator, multiply
 from optima_kernels.tokens import token_weight
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -89,6 +97,9 @@ def linear_kl(
     for name, w in (("w_s", w_s), ("w_t", w_t)):
         if w.dim() != 2:
             raise ValueError(f"{name} must be [V, D], not have shape {tuple(w.shape)}")
+    for name, x in (("h_s", h_s), ("w_s", w_s), ("h_t", h_t), ("w_t", w_t)):
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, but has shape {tuple(x.shape)}")
     vocabulary, tokens = w_s.shape[0], h_s.shape[:-1]
     if w_t.shape[0] != vocabulary:
         raise ValueError(
@@ -107,7 +118,8 @@ def linear_kl(
     check_mask(mask, tokens)
     check_gate(gate)
     _check_options(temperature, divergence, beta)
-    if choose_backend(backend, h_s) == "reference":
+    chosen = choose_backend(backend, h_s)
+    if chosen == "reference":
         return reference.linear_kl(
             h_s,
             w_s,
@@ -132,13 +144,15 @@ def linear_kl(
         float(temperature),
         divergence,
         float(beta),
+        chosen,
+        gate,
         _token_weight(h_s, mask, dtype),
         *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s)),
     )
     if labels is None:
-        return apply_gate(blocked.linear_kl(*problem)[0], gate)
+        return apply_gate(_linear_kl(*problem)[0], gate)
     counted = labels != ignore_index if mask is None else (labels != ignore_index) & mask
-    losses = blocked.linear_kl_with_labels(*problem, labels.flatten(), _token_weight(h_s, counted, dtype))
+    losses = _linear_kl_with_labels(*problem, labels.flatten(), _token_weight(h_s, counted, dtype))
     return apply_gate(losses[0], gate), apply_gate(losses[1], gate)
 
 
@@ -206,3 +220,190 @@ def _check_options(temperature: float, divergence: str, beta: float) -> None:
             f'beta must lie strictly between 0 and 1, not be {beta}; the limits are divergence="forward" (beta to 0) '
             'and divergence="reverse" (beta to 1)'
         )
+
+
+def _sweep(backend: str, problem: Problem, *arguments: Any) -> tuple[Tensor, Gradients]:
+    with torch.autocast(problem.h_s.device.type, enabled=False):
+        if backend == "triton":
+            from optima_kernels.triton import logits as triton
+
+            return triton.sweep(problem, *arguments)
+        return blocked.sweep(problem, *arguments)
+
+
+def _forward(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    backend: str,
+    gate: Tensor | None,
+    token_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients without the factor `temperature` / T.
+
+    float16 could not hold the gradient of the state with that factor, and a loss scale comes too late.
+    """
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    sums, gradients = _sweep(backend, problem, token_weight, None, None, (wants_state, wants_head, wants_bias), gate)
+    return sums[0] * (temperature**2 / max(h_s.shape[0], 1)), *gradients
+
+
+def _fake(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    backend: str,
+    gate: Tensor | None,
+    token_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    return h_s.new_empty((), dtype=problem.dtype), *Gradients.empty(problem, (wants_state, wants_head, wants_bias))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h_s, w_s, bias_s = inputs[:3]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype if wanted else None for x, wanted in zip((h_s, w_s, bias_s), inputs[12:], strict=True)]
+    ctx.scale = inputs[6] / max(h_s.shape[0], 1)
+
+
+def _backward(in_graph: bool, ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = [
+        None if d_loss is None or dtype is None else multiply(gradient, d_loss * ctx.scale, in_graph).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    return *gradients, *[None] * 12
+
+
+_linear_kl = FusedOperator("linear_kl", _forward, _fake, _setup_context, _backward)
+
+
+def _forward_with_labels(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    backend: str,
+    gate: Tensor | None,
+    token_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
+    labels: Tensor,
+    label_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    sums, _ = _sweep(backend, problem, token_weight, labels, label_weight, (False, False, False), gate)
+    tokens = max(h_s.shape[0], 1)
+    return sums[0] * (temperature**2 / tokens), sums[1] / tokens
+
+
+def _fake_with_labels(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dtype = Problem(h_s, w_s, bias_s, *arguments[:6]).dtype
+    return h_s.new_empty((), dtype=dtype), h_s.new_empty((), dtype=dtype)
+
+
+def _setup_context_with_labels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *inputs[10:12], *inputs[15:])
+    ctx.options, ctx.wants = inputs[6:10], inputs[12:15]
+
+
+def _backward_with_labels(
+    in_graph: bool, ctx: Any, d_divergence: Tensor, d_cross_entropy: Tensor
+) -> tuple[Tensor | None, ...]:
+    *tensors, gate, token_weight, labels, label_weight = ctx.saved_tensors
+    tokens = max(labels.shape[0], 1)
+    gradients = _gradients_with_labels(
+        *tensors,
+        *ctx.options,
+        gate,
+        token_weight * (d_divergence * (ctx.options[0] / tokens)),
+        labels,
+        label_weight * (d_cross_entropy / tokens),
+        *ctx.wants,
+        in_graph=in_graph,
+    )
+    return *(g if wanted else None for g, wanted in zip(gradients, ctx.wants, strict=True)), *[None] * 14
+
+
+def _forward_gradients(
+    h_s: Tensor,
+    w_s: Tensor,
+    bias_s: Tensor | None,
+    h_t: Tensor,
+    w_t: Tensor,
+    bias_t: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    backend: str,
+    gate: Tensor | None,
+    token_weight: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    wants_state: bool,
+    wants_head: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
+    wants = (wants_state, wants_head, wants_bias)
+    _, gradients = _sweep(backend, problem, token_weight, labels, label_weight, wants, gate)
+    return (
+        gradients.state,
+        gradients.head.to(w_s.dtype),
+        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
+    )
+
+
+def _fake_gradients(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = Gradients.empty(Problem(h_s, w_s, bias_s, *arguments[:6]), arguments[-3:])
+    return (
+        gradients.state,
+        gradients.head.to(w_s.dtype),
+        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
+    )
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_second_derivative(in_graph: bool, ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("linear_kl has no second derivatives")
+
+
+_gradients_with_labels = FusedOperator(
+    "linear_kl_with_labels_gradients", _forward_gradients, _fake_gradients, _no_context, _no_second_derivative
+)
+_linear_kl_with_labels = FusedOperator(
+    "linear_kl_with_labels",
+    _forward_with_labels,
+    _fake_with_labels,
+    _setup_context_with_labels,
+    _backward_with_labels,
+)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optima_kernels import hidden_mse, hidden_mses, reference
 
-BACKENDS = ["blocked"]
+BACKENDS = ["blocked", "triton"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 
