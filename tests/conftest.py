@@ -1,0 +1,16 @@
+"""A fresh seed for every test, printed with a failure; OPTIMA_TEST_SEED repeats one."""
+
+import os
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Set for torch, too."""
+    value = int(os.environ.get("OPTIMA_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"OPTIMA_TEST_SEED={value} reproduces {request.node.nodeid}")
+    torch.manual_seed(value)
+    return value

@@ -1,0 +1,65 @@
+"""AdamW's groups, its schedule, and clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optima_core import OptimiserConfig
+from optima_core.optimiser import clip_gradients, make_optimiser
+
+
+def learning_rates(config: OptimiserConfig, steps: int) -> list[float]:
+    optimiser, schedule = make_optimiser([nn.Parameter(torch.ones(1))], config, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    return [*found, optimiser.param_groups[0]["lr"]]
+
+
+def test_learning_rate_rises_to_its_peak_then_falls_as_a_cosine() -> None:
+    rates = learning_rates(OptimiserConfig(learning_rate=0.5, warmup=0.2, final=0.1), 20)
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[12] == pytest.approx(0.05 + 0.45 * (1 + math.cos(math.pi / 2)) / 2)
+    assert rates[20] == pytest.approx(0.05)
+
+
+def test_one_step_is_taken_at_the_peak() -> None:
+    assert learning_rates(OptimiserConfig(learning_rate=0.5, warmup=0.0), 1)[0] == 0.5
+
+
+def test_matrices_decay_and_the_others_do_not() -> None:
+    matrix, gain = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimiser, _ = make_optimiser([matrix, gain], OptimiserConfig(learning_rate=0.1, weight_decay=0.5, warmup=0), 10)
+    matrix.grad, gain.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimiser.step()
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 1 - 0.1 * 0.5))
+    assert torch.equal(gain.detach(), torch.ones(2))
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    optimiser, _ = make_optimiser([frozen, nn.Parameter(torch.ones(1))], OptimiserConfig(), 1)
+    assert all(frozen is not p for group in optimiser.param_groups for p in group["params"])
+
+
+def test_gradients_are_clipped_jointly() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    clip_gradients(parameters, 0.0)
+    assert [p.grad.item() for p in parameters if p.grad is not None] == [3.0, 4.0]
+    clip_gradients(parameters, 1.0)
+    assert [p.grad.item() for p in parameters if p.grad is not None] == pytest.approx([0.6, 0.8], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", -1.0), ("learning_rate", math.nan), ("warmup", 1.5), ("beta1", 2.0), ("clip", -1.0)],
+)
+def test_values_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        OptimiserConfig(**{name: value})
