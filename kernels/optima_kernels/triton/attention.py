@@ -20,7 +20,7 @@ Names: i_ indices, o_ offsets, b_ tiles, m_ masks, s_ strides; B* are tile sizes
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from torch import Tensor
 from optima_kernels.attention_problem import MapLayer, MapOptions, MapSums, empty_gradients
 from optima_kernels.blocked import attention as blocked
 from optima_kernels.dispatch import INTERPRETED
+from optima_kernels.triton.shipped import MULTIPLE_OF_16, ShippedKernel
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -72,14 +73,18 @@ def _dot(b_x, b_y):
 
 
 @triton.jit
-def _attends(mask, s_mask, o_i, o_j, m_i, m_j, length, CAUSAL: tl.constexpr, MASK: tl.constexpr, LOWEST: tl.constexpr):
+def _attends(
+    mask, s_mask, i_0, o_i, o_j, m_i, m_j, length, CAUSAL: tl.constexpr, MASK: tl.constexpr, LOWEST: tl.constexpr
+):
     """Which element of a tile is attended to, and what an additive mask adds to its base-2 score: [BI, BJ] both."""
     m_ij = m_i[:, None] & (m_j & (o_j < length))[None, :]
     b_bias = tl.zeros(m_ij.shape, tl.float32)
     if CAUSAL:
         m_ij = m_ij & (o_j[None, :] <= o_i[:, None])
     if MASK != 0:
-        b_mask = tl.load(mask + o_i.to(tl.int64)[:, None] * s_mask[2] + o_j[None, :] * s_mask[3], mask=m_ij, other=0)
+        # 32-bit offsets from a 64-bit row: 64-bit ones for every element were measured to spill.
+        o_mask = (o_i - i_0)[:, None] * s_mask[2] + o_j[None, :] * s_mask[3]
+        b_mask = tl.load(mask + tl.cast(i_0, tl.int64) * s_mask[2] + o_mask, mask=m_ij, other=0)
         if MASK == 1:
             m_ij = m_ij & (b_mask != 0)
         else:
@@ -178,7 +183,7 @@ def lse_kernel(
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         b_k = _rows(k, o_j, s_k[2], o_j < M, D, BD, WIDEN)
-        m_ij, b_bias = _attends(mask, s_mask, o_i, o_j, m_i, o_j < M, length, CAUSAL, MASK, LOWEST)
+        m_ij, b_bias = _attends(mask, s_mask, i_0, o_i, o_j, m_i, o_j < M, length, CAUSAL, MASK, LOWEST)
         b_scores = tl.where(m_ij, _dot(b_q, tl.trans(b_k)) * scale + b_bias, -float("inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
         b_sum = b_sum * tl.exp2(b_max - b_new_max) + tl.sum(tl.exp2(b_scores - b_new_max[:, None]), 1)
@@ -277,10 +282,11 @@ def query_kernel(
         m_j = o_j < M
         b_k_s = _rows(k_s, o_j, s_k_s[2], m_j, D_S, BD_S, WIDEN)
         b_k_t = _rows(k_t, o_j, s_k_t[2], m_j, D_T, BD_T, WIDEN)
-        m_ij, b_bias = _attends(mask, s_mask, o_i, o_j, m_i, m_j, length, CAUSAL, MASK, LOWEST)
+        m_ij, b_bias = _attends(mask, s_mask, i_0, o_i, o_j, m_i, m_j, length, CAUSAL, MASK, LOWEST)
         b_p_s, b_p_t, b_ratio = _maps(b_q_s, b_k_s, b_q_t, b_k_t, b_lse_s, b_lse_t, scale_s, scale_t, m_ij, b_bias)
         if LOSS:
-            b_keys += tl.sum(m_ij.to(tl.float32), 1)
+            if CAUSAL or LENGTHS or MASK != 0:
+                b_keys += tl.sum(m_ij.to(tl.float32), 1)
             if MSE:
                 b_difference = b_p_s - b_p_t
                 b_total += tl.sum(b_difference * b_difference, 1)
@@ -292,6 +298,8 @@ def query_kernel(
             b_grad_q += _dot(b_grad_scores.to(b_k_s.dtype), b_k_s)
     if LOSS:
         tl.store(total + i_lbh * TILES + i_0 // BI, tl.sum(b_total, 0))
+        if not (CAUSAL or LENGTHS or MASK != 0):
+            b_keys = tl.where(m_i, M, 0).to(tl.float32)
         b_terms = b_keys if MSE else tl.minimum(b_keys, 1.0)
         tl.store(count + i_lbh * TILES + i_0 // BI, tl.sum(b_terms, 0))
         if MSE:
@@ -378,7 +386,7 @@ def key_kernel(
         b_row_term = tl.zeros([BI], tl.float32)
         if MSE:
             b_row_term = tl.load(row_term + i_lbh * N + o_i, mask=m_i, other=0.0)
-        m_ij, b_bias = _attends(mask, s_mask, o_i, o_j, m_i, m_j, length, CAUSAL, MASK, LOWEST)
+        m_ij, b_bias = _attends(mask, s_mask, i_0, o_i, o_j, m_i, m_j, length, CAUSAL, MASK, LOWEST)
         b_p_s, b_p_t, _ = _maps(b_q_s, b_k_s, b_q_t, b_k_t, b_lse_s, b_lse_t, scale_s, scale_t, m_ij, b_bias)
         b_grad_scores = _score_gradient(b_p_s, b_p_t, b_row_term, MSE)
         b_grad_k += _dot(tl.trans(b_grad_scores).to(b_q_s.dtype), b_q_s)
@@ -393,19 +401,26 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
+    def launch(self) -> dict[str, int]:
+        return {"BI": self.queries, "BJ": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
-def tiling(width: int, dtype: torch.dtype, target: str) -> Tiling:
-    """The tiling for head width `width` (the wider side's) on `target`: "sm_80", ..., "gfx942" or "interpreter".
 
-    Fixed, not tuned at run time. Chosen from compiled code: no spilled register for width 64 and 128 in bf16 on any
-    target, and 64 queries where a warp-group's matrix instruction wants them.
+def tiling(walk: Literal["keys", "queries"], width: int, dtype: torch.dtype, target: str, masked: bool) -> Tiling:
+    """The tiling of a kernel that walks over keys or over queries.
+
+    `width` is the wider side's padded head width, `target` "sm_80", ..., "gfx942" or "interpreter", and `masked` tells
+    whether any rule but the ends of the tensors decides who attends to whom.
+
+    Fixed, not tuned at run time. Chosen from compiled code: no spilled register for widths up to 128 in bf16 on any
+    target, and 64 rows where a warp group's matrix instruction wants them. The walk over keys holds both maps and the
+    loss, hence fewer keys, and more warps where masks come on top.
     """
-    if target == "interpreter":
-        return Tiling(32, 32, 4, 1)
-    if dtype == torch.float32:
+    if target == "interpreter" or dtype == torch.float32:
         return Tiling(32, 32, 4, 1)
     if target.startswith("gfx"):
         return Tiling(32, 64, 4, 1) if width <= 128 else Tiling(32, 32, 4, 1)
+    if walk == "keys":
+        return Tiling(64, 32, 8 if masked or width > 128 else 4, 2 if width <= 128 else 1)
     if width <= 64:
         return Tiling(64, 64, 4, 2)
     return Tiling(64, 64, 8, 2) if width <= 128 else Tiling(64, 32, 8, 1)
@@ -466,8 +481,10 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
     first = layers[0]
     batch, heads, queries, d_s = first.q_s.shape
     keys, d_t = first.k_s.shape[2], first.q_t.shape[3]
-    tile = tiling(max(d_s, d_t), first.q_s.dtype, target_of(first.q_s.device))
-    row_tiles, key_tiles = triton.cdiv(queries, tile.queries), triton.cdiv(keys, tile.keys)
+    target, width = target_of(first.q_s.device), _padded(max(d_s, d_t))
+    masked = options.causal or first.mask is not None or first.key_lengths is not None
+    over_keys, over_queries = (tiling(walk, width, first.q_s.dtype, target, masked) for walk in ("keys", "queries"))
+    row_tiles, key_tiles = triton.cdiv(queries, over_keys.queries), triton.cdiv(keys, over_queries.keys)
     mse = options.kind == "mse"
 
     def pointers(name: str) -> tuple[Tensor, ...] | None:
@@ -485,16 +502,12 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
         "N": queries,
         "M": keys,
         "LAYERS": len(layers),
-        "BI": tile.queries,
-        "BJ": tile.keys,
         "CAUSAL": options.causal,
         "LENGTHS": first.key_lengths is not None,
         "MASK": _mask_kind(first.mask),
         "LOWEST": 0.0 if _mask_kind(first.mask) != ADDITIVE_MASK else torch.finfo(first.mask.dtype).min,
         "GATED": gate is not None,
         "WIDEN": INTERPRETED,  # its bf16 products are wrong
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
     log_sums = {}
     for side, scale in (("s", first.scale_s), ("t", first.scale_t)):
@@ -514,6 +527,7 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
             scale=scale * LOG2E,
             D=width,
             BD=_padded(width),
+            **over_keys.launch(),
             **shared,
         )
     shared |= log_sums | {name: pointers(name) for name in ("q_s", "k_s", "q_t", "k_t")}
@@ -534,10 +548,13 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
             TILES=row_tiles,
             LOSS=loss,
             GRAD=grad,
+            **over_keys.launch(),
             **shared,
         )
     if with_grad:
-        key_kernel[(key_tiles * batch * heads, len(layers))](grad_k=grad_k, TILES=key_tiles, **shared)
+        key_kernel[(key_tiles * batch * heads, len(layers))](
+            grad_k=grad_k, TILES=key_tiles, **over_queries.launch(), **shared
+        )
     totals, counts = total.sum((2, 3)), count.sum((2, 3))
     return [MapSums(totals[i], counts[i], *gradients[i]) for i in range(len(layers))]
 
@@ -551,3 +568,76 @@ def _mask_kind(mask: Tensor | None) -> int:
 def _padded(width: int) -> int:
     """Head width as a tile has it: a power of two that a matrix instruction takes."""
     return max(16, triton.next_power_of_2(width))
+
+
+def shipped_kernels(target: str) -> list[ShippedKernel]:
+    """Every kernel for bf16 heads of width 64 and 128, two layers a launch, plain and with all masks at once."""
+    return [
+        _shipped(kernel, target, width, masked, constants)
+        for width in (64, 128)
+        for masked in (False, True)
+        for kernel, constants in (
+            (lse_kernel, {}),
+            (query_kernel, {"MSE": False, "LOSS": True, "GRAD": True}),
+            (query_kernel, {"MSE": True, "LOSS": True, "GRAD": False}),
+            (query_kernel, {"MSE": True, "LOSS": False, "GRAD": True}),
+            (key_kernel, {"MSE": False}),
+            (key_kernel, {"MSE": True}),
+        )
+    ]
+
+
+def _shipped(
+    kernel: triton.JITFunction[Any], target: str, width: int, masked: bool, constants: dict[str, bool]
+) -> ShippedKernel:
+    layers = 2
+    tile = tiling("queries" if kernel is key_kernel else "keys", width, torch.bfloat16, target, masked)
+    options: dict[str, Any] = {
+        "LAYERS": layers,
+        **dict.fromkeys(("D", "D_S", "D_T", "BD", "BD_S", "BD_T"), width),
+        "BI": tile.queries,
+        "BJ": tile.keys,
+        "CAUSAL": masked,
+        "LENGTHS": masked,
+        "MASK": BOOL_MASK if masked else NO_MASK,
+        "LOWEST": 0.0,
+        "GATED": True,
+        "WIDEN": False,
+        **constants,
+    }
+    absent = {"mask", "s_mask", "key_lengths"} if not masked else set()
+    absent |= {"row_term"} if not constants.get("MSE") else set()
+    absent |= {"total", "count"} if not constants.get("LOSS", True) else set()
+    absent |= {"grad_q"} if not constants.get("GRAD", True) else set()
+    types: dict[str, str | tuple[str, ...]] = {
+        **dict.fromkeys(("q", "k", "q_s", "k_s", "q_t", "k_t"), ("*bf16",) * layers),
+        **dict.fromkeys(("grad_q", "grad_k"), ("*fp32",) * layers),
+        **dict.fromkeys(
+            ("s_q", "s_k", "s_q_s", "s_k_s", "s_q_t", "s_k_t", "s_mask"), ("i32", "i32", "i32", "constexpr")
+        ),
+        **dict.fromkeys(("gate", "lse", "lse_s", "lse_t", "row_term", "total", "count"), "*fp32"),
+        **dict.fromkeys(("H", "N", "M", "TILES"), "i32"),
+        **dict.fromkeys(("scale", "scale_s", "scale_t", "grad_scale"), "fp32"),
+        "mask": ("*u8",) * layers,
+        "key_lengths": ("*i64",) * layers,
+    }
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constexprs: dict[str | tuple[str, int], Any] = {}
+    attrs: dict[str | tuple[str, int], Any] = {}
+    for name in kernel.arg_names:
+        if name in options or name in absent:
+            signature[name] = "constexpr"
+            constexprs[name] = options.get(name)
+            continue
+        signature[name] = types[name]
+        if name.startswith("s_"):
+            constexprs[name, 3] = 1
+        if isinstance(types[name], tuple) and name != "s_mask":
+            attrs |= {(name, i): MULTIPLE_OF_16 for i in range(min(3, len(types[name])))}
+        elif types[name] == "*fp32":
+            attrs[name] = MULTIPLE_OF_16
+    words = [kernel.__name__.removesuffix("_kernel"), "mse" if constants.get("MSE") else "kl" if constants else "any"]
+    words += ["loss"] * constants.get("LOSS", False) + ["grad"] * constants.get("GRAD", False)
+    words += [f"d{width}", "masked" if masked else "plain"]
+    name = "attention " + " ".join(words)
+    return ShippedKernel(name, kernel, signature, constexprs, attrs, tile.warps, tile.stages, uses_dot=True)
