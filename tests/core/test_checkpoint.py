@@ -67,8 +67,8 @@ def test_when_all_are_damaged_the_error_says_so_in_one_line(tmp_path: Path) -> N
     store = store_with(tmp_path, [1, 2])
     for path in store.paths():
         path.write_bytes(b"garbage")
-    with warnings.catch_warnings(), pytest.raises(OptimaError, match="none of the 2 checkpoints") as caught:
-        warnings.simplefilter("error")
+    warnings.simplefilter("error")  # pytest restores the filters after each test
+    with pytest.raises(OptimaError, match="none of the 2 checkpoints") as caught:
         store.load()
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,267 @@
+"""Rounds: what is distilled, what a round earns, and that a resumed run equals an uninterrupted one."""
+
+import io
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from plain_models import QUICK, Batch, TwoModules, load, make_distiller
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from optima_core import (
+    BanditConfig,
+    Distiller,
+    DistillerConfig,
+    Forward,
+    LayerTap,
+    LogitPrediction,
+    ModulePair,
+    ObjectiveConfig,
+    OptimaError,
+    RewardConfig,
+    RoundRecord,
+    WantedTaps,
+)
+
+CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
+
+
+def weights(distiller: Distiller[Batch]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in distiller.student.state_dict().items()}
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize(("arm", "name", "other"), [(0, "front", "back"), (1, "back", "front")])
+def test_only_the_chosen_module_is_distilled(arm: int, name: str, other: str) -> None:
+    config = replace(CONFIG, bandit=BanditConfig("fixed_arm", options={"arm": arm}))
+    distiller = make_distiller(config)
+    before = [parameter.clone() for parameter in distiller.objective.projections[other].parameters()]
+    for _ in range(2):
+        record = distiller.run_round()
+        assert record.arm == arm
+        assert record.modules == (name,)
+        assert {term.split("/")[1] for term in record.losses if "/" in term} == {name}
+        assert {term.split("/")[1] for term in record.probe if "/" in term} == {"front", "back"}
+    after = list(distiller.objective.projections[other].parameters())
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_all_modules_at_once() -> None:
+    record = make_distiller(replace(CONFIG, bandit=BanditConfig("all_modules"))).run_round()
+    assert record.arm == -1
+    assert record.modules == ("front", "back")
+    assert {"hidden/front/0", "hidden/front/1", "hidden/back/0"} <= set(record.losses)
+
+
+def test_subsets_are_arms_with_names_of_their_own() -> None:
+    config = replace(CONFIG, rounds=3, bandit=BanditConfig("round_robin", arms="subsets"))
+    distiller = make_distiller(config)
+    records = [distiller.run_round() for _ in range(3)]
+    assert [record.modules for record in records] == [("front",), ("back",), ("front", "back")]
+    assert set(records[0].mean) == {"front", "back", "front+back"}
+
+
+def test_the_losses_fall() -> None:
+    distiller = make_distiller(replace(CONFIG, rounds=30))
+    start = {name: float(term) for name, term in distiller.initial_probe.items()}
+    end = [distiller.run_round() for _ in range(30)][-1].probe
+    assert end["task"] < 0.7 * start["task"]
+    assert end["hidden/front/1"] < 0.9 * start["hidden/front/1"]
+    assert end["hidden/back/0"] < 0.9 * start["hidden/back/0"]
+
+
+def test_the_teacher_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    teacher = TwoModules(16, 4, 2).eval()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    make_distiller(CONFIG, teacher_forward=teacher).run_round()
+    assert same(before, teacher.state_dict())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_same_seed_gives_the_same_records_and_weights(seed: int) -> None:
+    first, second = make_distiller(CONFIG, seed), make_distiller(CONFIG, seed)
+    assert [first.run_round() for _ in range(6)] == [second.run_round() for _ in range(6)]
+    assert same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("source", ["probe", "training"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(source: str, seed: int) -> None:
+    config = replace(CONFIG, reward=RewardConfig(source=source, normaliser="quantile"))  # type: ignore[arg-type]
+    whole = make_distiller(config, seed, dropout=0.2)
+    expected = [whole.run_round() for _ in range(8)]
+
+    first = make_distiller(config, seed, dropout=0.2)
+    records = [first.run_round() for _ in range(4)]
+    state = through_a_file(first.state_dict())
+    resumed = make_distiller(config, seed, dropout=0.2)
+    torch.manual_seed(seed + 1)
+    resumed.load_state_dict(state)
+    records += [resumed.run_round() for _ in range(4)]
+
+    assert records == expected
+    assert same(weights(whole), weights(resumed))
+    assert same(whole.objective.state_dict(), resumed.objective.state_dict())
+
+
+def decrement(before: dict[str, float], after: dict[str, float], initial: dict[str, float]) -> float:
+    """The mean over task, logits and each module's mean hidden and attention loss, written out."""
+
+    def grouped(terms: dict[str, float]) -> list[float]:
+        found = [terms["task"], terms["logits"]]
+        for kind in ("hidden", "attention"):
+            found.append((terms[f"{kind}/front/0"] + terms[f"{kind}/front/1"]) / 2)
+            found.append(terms[f"{kind}/back/0"])
+        return found
+
+    rows = zip(grouped(before), grouped(after), grouped(initial), strict=True)
+    relative = [(old - new) / (old + 0.3 * first) for old, new, first in rows]
+    return sum(relative) / len(relative)
+
+
+def test_the_reward_is_the_relative_decrement_of_the_probe_losses() -> None:
+    distiller = make_distiller(replace(CONFIG, reward=RewardConfig(baseline=False)))
+    initial = {name: float(term) for name, term in distiller.initial_probe.items()}
+    before = initial
+    for _ in range(3):
+        record = distiller.run_round()
+        assert record.reward == pytest.approx(decrement(before, record.probe, initial), rel=1e-4, abs=1e-7)
+        before = record.probe
+
+
+def test_the_reward_from_training_smooths_the_losses_that_were_measured() -> None:
+    config = replace(CONFIG, steps_per_round=1, reward=RewardConfig(source="training", baseline=False))
+    distiller = make_distiller(config)
+    initial = {name: float(term) for name, term in distiller.initial_probe.items()}
+    before = dict(initial)
+    for _ in range(4):
+        record = distiller.run_round()
+        after = {name: 0.9 * old + 0.1 * record.losses.get(name, old) for name, old in before.items()}
+        assert record.reward == pytest.approx(decrement(before, after, initial), rel=1e-4, abs=1e-7)
+        before = after
+
+
+def test_the_probe_is_measured_without_dropout_and_leaves_modes_alone() -> None:
+    distiller = make_distiller(CONFIG, dropout=0.9)
+    distiller.student.front.eval()  # type: ignore[union-attr]
+    record = distiller.run_round()
+    assert distiller.student.training
+    assert not distiller.student.front.training  # type: ignore[union-attr]
+    distiller.student.eval()
+    with torch.no_grad():
+        taken = float(distiller.student_forward(distiller.probe, {}).task_loss)
+    assert record.probe["task"] == pytest.approx(taken, rel=1e-5)
+
+
+def test_records_count_rounds_and_steps_and_tell_the_learning_rate() -> None:
+    distiller = make_distiller(CONFIG)
+    records = [distiller.run_round() for _ in range(8)]
+    assert [(record.round, record.step) for record in records] == [(i, 3 * i) for i in range(1, 9)]
+    assert records[-1].learning_rate == pytest.approx(0.0, abs=1e-9)
+    assert all(set(record.mean) == set(record.std) == {"front", "back"} for record in records)
+
+
+def test_batches_are_asked_for_by_step() -> None:
+    asked: list[int] = []
+
+    def noted(step: int) -> Batch:
+        asked.append(step)
+        return load(step)
+
+    distiller = make_distiller(CONFIG, load=noted)
+    asked.clear()
+    distiller.run_round()
+    distiller.run_round()
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_itself_alone() -> None:
+    teacher = TwoModules(16, 4, 2).eval()
+    calls = 0
+
+    def poisoned(batch: Batch, wanted: WantedTaps) -> Forward:
+        nonlocal calls
+        calls += 1
+        output: Forward = teacher(batch, wanted)
+        if calls == 3:  # the probe, then the steps
+            last = output.taps["back"][-1]
+            output.taps["back"] = (last._replace(hidden=torch.full_like(last.hidden, math.nan)),)
+        return output
+
+    config = replace(CONFIG, bandit=BanditConfig("fixed_arm", options={"arm": 1}))
+    distiller = make_distiller(config, teacher_forward=poisoned)
+    with pytest.raises(OptimaError, match=r"loss hidden/back/0 became NaN or infinite in round 1, at step 2;"):
+        distiller.run_round()
+
+
+def test_weights_that_explode_in_the_last_step_are_seen_on_the_probe() -> None:
+    config = replace(CONFIG, steps_per_round=1, optimiser=replace(QUICK, learning_rate=1e30))
+    with pytest.raises(OptimaError, match=r"became NaN or infinite in round 1, at the probe after step 1"):
+        make_distiller(config).run_round()
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    precise, fast = make_distiller(CONFIG), make_distiller(replace(CONFIG, precision="bf16"))
+    for name, term in precise.initial_probe.items():
+        assert float(fast.initial_probe[name]) == pytest.approx(float(term), rel=0.1, abs=0.02), name
+    assert all(math.isfinite(value) for value in fast.run_round().losses.values())
+
+
+@pytest.mark.parametrize("name", ["rounds", "steps_per_round"])
+def test_no_rounds_and_no_steps_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        DistillerConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_an_unknown_policy_or_option_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="discounted_thompson"):
+        make_distiller(replace(CONFIG, bandit=BanditConfig("discounted_tompson")))
+    with pytest.raises(ValueError, match="gamma"):
+        make_distiller(replace(CONFIG, bandit=BanditConfig(options={"gama": 0.9})))
+
+
+def test_two_plain_models_are_distilled_in_a_few_lines() -> None:
+    """The snippet of the README."""
+
+    class Net(nn.Module):
+        def __init__(self, width: int, layers: int) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleList(nn.Linear(8 if i == 0 else width, width) for i in range(layers))
+            self.head = nn.Linear(width, 3)
+
+        def forward(self, batch: tuple[Tensor, Tensor], wanted: WantedTaps) -> Forward:
+            (x, labels), taps = batch, []
+            for i, layer in enumerate(self.encoder):
+                x = layer(x).relu()
+                if i in wanted.get("encoder", ()):
+                    taps.append(LayerTap(x))
+            logits = self.head(x.mean(dim=1))
+            return Forward(F.cross_entropy(logits, labels), LogitPrediction(logits), {"encoder": tuple(taps)})
+
+    def load(step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(step))
+        return x, x.mean(dim=1)[:, :3].argmax(dim=-1)
+
+    torch.manual_seed(0)
+    teacher, student = Net(64, 4).eval(), Net(16, 2)
+    encoder = ModulePair("encoder", student_layers=2, teacher_layers=4, student_width=16, teacher_width=64)
+    config = DistillerConfig(rounds=6, steps_per_round=5, objective=ObjectiveConfig(attention=0))
+    distiller = Distiller(student, student, teacher, [encoder], load, load(10**6), config)
+    start = {name: float(term) for name, term in distiller.initial_probe.items()}
+    records: list[RoundRecord] = [distiller.run_round() for _ in range(6)]
+    assert records[-1].probe["hidden/encoder/1"] < start["hidden/encoder/1"]
+    assert records[-1].probe["task"] < start["task"]

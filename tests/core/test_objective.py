@@ -1,0 +1,148 @@
+"""The loss terms, their weights, their gates, and which projections learn from them."""
+
+import math
+
+import pytest
+import torch
+from plain_models import MODULES, TwoModules, load
+from torch import Tensor
+
+from optima_core import Forward, LayerTap, LinearPrediction, LogitPrediction, ModulePair, Objective, ObjectiveConfig
+from optima_kernels import reference
+
+ON, OFF = torch.ones(()), torch.zeros(())
+
+
+def forwards(objective: Objective, modules: tuple[str, ...] = ("front", "back")) -> tuple[Forward, Forward]:
+    student, teacher = TwoModules(8, 2, 1), TwoModules(16, 4, 2)
+    wanted_student, wanted_teacher = objective.wanted(modules)
+    with torch.no_grad():
+        taught = teacher(load(1), wanted_teacher)
+    return student(load(1), wanted_student), taught
+
+
+def test_the_total_is_the_weights_times_the_terms(seed: int) -> None:
+    config = ObjectiveConfig(task=0.5, logits=2.0, hidden=3.0, attention=0.25)
+    objective = Objective(MODULES, config)
+    terms = objective(*forwards(objective), {"front": ON, "back": ON})
+    by_hand = (
+        0.5 * terms["task"]
+        + 2.0 * terms["logits"]
+        + 3.0 * ((terms["hidden/front/0"] + terms["hidden/front/1"]) / 2 + terms["hidden/back/0"])
+        + 0.25 * ((terms["attention/front/0"] + terms["attention/front/1"]) / 2 + terms["attention/back/0"])
+    )
+    torch.testing.assert_close(objective.total(terms), by_hand)
+    assert len(terms) == 8
+
+
+def test_each_term_is_the_reference_loss_of_the_mapped_layers(seed: int) -> None:
+    objective = Objective(MODULES, ObjectiveConfig(temperature=3.0))
+    student, teacher = forwards(objective)
+    terms = objective(student, teacher, {"front": ON, "back": ON})
+    # The uniform map of 2 layers onto 4 asks for the teacher's layers 1 and 3, in this order.
+    for i in range(2):
+        projection = objective.projections["front"][i]  # type: ignore[index]
+        ours, theirs = student.taps["front"][i], teacher.taps["front"][i]
+        expected = reference.hidden_mse(
+            ours.hidden, theirs.hidden, projection.weight, projection.bias, normalize="layernorm"
+        )
+        torch.testing.assert_close(terms[f"hidden/front/{i}"], expected)
+        maps = reference.attention_map_loss(*ours.attention[0][:2], *theirs.attention[0][:2])
+        torch.testing.assert_close(terms[f"attention/front/{i}"], maps)
+    assert isinstance(student.prediction, LogitPrediction)
+    assert isinstance(teacher.prediction, LogitPrediction)
+    expected = reference.prediction_kl(student.prediction.logits, teacher.prediction.logits, temperature=3.0)
+    torch.testing.assert_close(terms["logits"], expected)
+
+
+def test_taps_are_asked_of_the_mapped_teacher_layers_once_each() -> None:
+    objective = Objective([ModulePair("encoder", 3, 5, 8, 16, [0, 4, 4])], ObjectiveConfig())
+    assert objective.wanted(["encoder"]) == ({"encoder": (0, 1, 2)}, {"encoder": (0, 4)})
+
+
+def test_two_student_layers_may_learn_from_one_teacher_layer(seed: int) -> None:
+    objective = Objective([ModulePair("encoder", 3, 5, 8, 8, [0, 4, 4])], ObjectiveConfig(attention=0, normalize=None))
+    first, last = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    student = Forward(OFF, None, {"encoder": tuple(LayerTap(torch.zeros(2, 5, 8)) for _ in range(3))})
+    teacher = Forward(OFF, None, {"encoder": (LayerTap(first), LayerTap(last))})
+    terms = objective(student, teacher, {"encoder": ON})
+    for i, target in enumerate((first, last, last)):
+        bias = objective.projections["encoder"][i].bias  # type: ignore[index]
+        torch.testing.assert_close(terms[f"hidden/encoder/{i}"], (bias - target).square().mean())
+
+
+def test_a_closed_gate_takes_its_module_out(seed: int) -> None:
+    objective = Objective(MODULES, ObjectiveConfig())
+    terms = objective(*forwards(objective), {"front": ON, "back": OFF})
+    assert terms["hidden/front/0"] > 0
+    assert terms["hidden/back/0"] == 0
+    assert terms["attention/back/0"] == 0
+    objective.total(terms).backward()  # type: ignore[no-untyped-call]
+    for parameter in objective.projections["back"].parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+    for parameter in objective.projections["front"].parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+def test_projections_of_modules_that_are_not_distilled_get_no_gradient_at_all(seed: int) -> None:
+    objective = Objective(MODULES, ObjectiveConfig())
+    terms = objective(*forwards(objective, ("back",)), {"back": ON})
+    assert sorted(terms) == ["attention/back/0", "hidden/back/0", "logits", "task"]
+    objective.total(terms).backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in objective.projections["front"].parameters())
+    assert all(parameter.grad is not None for parameter in objective.projections["back"].parameters())
+
+
+def test_terms_of_weight_zero_are_left_out(seed: int) -> None:
+    objective = Objective(MODULES, ObjectiveConfig(logits=0, hidden=0, attention=0))
+    assert list(objective(*forwards(objective), {"front": ON, "back": ON})) == ["task"]
+
+
+def test_groups_are_means_over_the_layers_of_a_module(seed: int) -> None:
+    objective = Objective(MODULES, ObjectiveConfig())
+    terms = objective(*forwards(objective), {"front": ON, "back": ON})
+    groups = objective.groups(terms)
+    assert list(groups) == ["task", "logits", "hidden/front", "attention/front", "hidden/back", "attention/back"]
+    torch.testing.assert_close(groups["hidden/front"], (terms["hidden/front/0"] + terms["hidden/front/1"]) / 2)
+    torch.testing.assert_close(objective.tracked(terms), torch.stack(list(groups.values())))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_states_and_head_give_the_same_loss_as_their_logits(divergence: str, seed: int) -> None:
+    objective = Objective((), ObjectiveConfig(divergence=divergence))  # type: ignore[arg-type]
+    mask = torch.rand(12) < 0.7
+    mask[0] = True
+
+    def both(width: int) -> tuple[LinearPrediction, LogitPrediction]:
+        hidden, weight, bias = torch.randn(12, width), torch.randn(20, width), torch.randn(20)
+        logits = hidden @ weight.T + bias
+        return LinearPrediction(hidden, weight, bias, mask), LogitPrediction(logits, mask.float())
+
+    (linear_s, logits_s), (linear_t, logits_t) = both(6), both(9)
+
+    def loss(student: LinearPrediction | LogitPrediction, teacher: LinearPrediction | LogitPrediction) -> Tensor:
+        terms: dict[str, Tensor] = objective(Forward(OFF, student, {}), Forward(OFF, teacher, {}), {})
+        return terms["logits"]
+
+    torch.testing.assert_close(loss(linear_s, linear_t), loss(logits_s, logits_t), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="both"):
+        loss(linear_s, logits_t)
+
+
+def test_a_missing_prediction_leaves_the_logits_term_out() -> None:
+    objective = Objective((), ObjectiveConfig())
+    assert list(objective(Forward(ON, None, {}), Forward(ON, None, {}), {})) == ["task"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("task", -1.0), ("hidden", math.inf), ("attention", math.nan), ("temperature", 0.0)]
+)
+def test_weights_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        ObjectiveConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_two_modules_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="different names"):
+        Objective([MODULES[0], MODULES[0]], ObjectiveConfig())
