@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optima_kernels import linear_kl, prediction_kl, reference
 
-BACKENDS = ["blocked"]
+BACKENDS = ["blocked", "triton"]
 DIVERGENCES = ["forward", "reverse", "jsd"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 LEAVES = ("h_s", "w_s", "bias_s")
@@ -262,15 +262,15 @@ def test_gradients_under(transform: str, labelled: bool, backend: str, seed: int
     assert_close(gradient, problem.solve("oracle")["h_s"], 1e-5, f"{transform}, seed {seed}")
 
 
-def test_blocked_operators_pass_opcheck(seed: int) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_pass_opcheck(backend: str, seed: int) -> None:
     problem = Problem(5, 7, biased=True)
     names = ("h_s", "w_s", "bias_s", "h_t", "w_t", "bias_t")
     tensors = [problem.tensors[name].requires_grad_(name in LEAVES) for name in names]
-    options = (2.0, "jsd", 0.3, torch.rand(5), True, True, True)
-    operators = torch.ops.optima_kernels
-    torch.library.opcheck(operators.linear_kl_blocked.default, (*tensors, *options))
+    arguments = (*tensors, 2.0, "jsd", 0.3, backend, torch.ones(()), torch.rand(5), True, True, True)
+    torch.library.opcheck(torch.ops.optima_kernels.linear_kl.default, arguments)
     labels = (torch.randint(0, 7, (5,)), torch.rand(5))
-    torch.library.opcheck(operators.linear_kl_with_labels_blocked.default, (*tensors, *options, *labels))
+    torch.library.opcheck(torch.ops.optima_kernels.linear_kl_with_labels.default, (*arguments, *labels))
 
 
 @pytest.mark.parametrize(("divergence", "beta"), [("forward", 1e-4), ("reverse", 1 - 1e-4)])

@@ -46,7 +46,7 @@ def logits_kernel(
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """z [T, V] = h weight^T + bias, and of each row's part in a tile of the vocabulary: its maximum m, and the sums of
-    exp((z - m) / temperature) and of exp(z - m), as shares [3, tiles, T]. Tokens that do not count get zeros for h."""
+    exp((z - m) / temperature) and of exp(z - m), as shares [tiles, 3, T]. Tokens that do not count get zeros for h."""
     if is_closed(gate, 0, GATED):
         return
     tiles = tl.cdiv(V, BC)
@@ -61,36 +61,36 @@ def logits_kernel(
     store_tile(z, o_r, o_c, V, m_r, m_c, b_z)
     b_max = tl.max(tl.where(m_c[None, :], b_z, float("-inf")), 1)
     b_below = b_z - b_max[:, None]
-    p_share = shares + i_c.to(tl.int64) * T + o_r
-    s_kind = tiles.to(tl.int64) * T
+    p_share = shares + i_c * 3 * T + o_r
     b_tempered = tl.where(m_c[None, :], tl.exp(b_below * inverse_temperature), 0.0)
     tl.store(p_share, b_max, mask=m_r)
-    tl.store(p_share + s_kind, tl.sum(b_tempered, 1), mask=m_r)
-    tl.store(p_share + 2 * s_kind, tl.sum(tl.where(m_c[None, :], tl.exp(b_below), 0.0), 1), mask=m_r)
+    tl.store(p_share + T, tl.sum(b_tempered, 1), mask=m_r)
+    tl.store(p_share + 2 * T, tl.sum(tl.where(m_c[None, :], tl.exp(b_below), 0.0), 1), mask=m_r)
 
 
 @triton.jit
 def lse_kernel(shares, gate, lse, inverse_temperature, T, TILES, GATED: tl.constexpr, BR: tl.constexpr):
-    """Log-sum-exp of z / temperature and of z, lse [2, T], joining shares [3, TILES, T] online."""
+    """Joins shares [TILES, 3, T] online to lse [3, T]: the maximum m of a row, and the logarithms of the sums of
+    exp((z - m) / temperature) and of exp(z - m). Kept apart: beside a maximum of 1e4, float32 has 1e-3 to spare."""
     if is_closed(gate, 0, GATED):
         return
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     m_r = o_r < T
     b_max = tl.load(shares + o_r, mask=m_r, other=0.0)
     b_tempered, b_plain = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)
-    s_kind = TILES.to(tl.int64) * T
     for i_c in range(0, TILES):
-        p_share = shares + i_c * T + o_r
+        p_share = shares + i_c * 3 * T + o_r
         b_new = tl.load(p_share, mask=m_r, other=0.0)
         b_next = tl.maximum(b_max, b_new)
         b_old, b_new = b_max - b_next, b_new - b_next
         b_tempered *= tl.exp(b_old * inverse_temperature)
-        b_tempered += tl.load(p_share + s_kind, mask=m_r, other=0.0) * tl.exp(b_new * inverse_temperature)
+        b_tempered += tl.load(p_share + T, mask=m_r, other=0.0) * tl.exp(b_new * inverse_temperature)
         b_plain *= tl.exp(b_old)
-        b_plain += tl.load(p_share + 2 * s_kind, mask=m_r, other=0.0) * tl.exp(b_new)
+        b_plain += tl.load(p_share + 2 * T, mask=m_r, other=0.0) * tl.exp(b_new)
         b_max = b_next
-    tl.store(lse + o_r, b_max * inverse_temperature + tl.log(b_tempered), mask=m_r)
-    tl.store(lse + T + o_r, b_max + tl.log(b_plain), mask=m_r)
+    tl.store(lse + o_r, b_max, mask=m_r)
+    tl.store(lse + T + o_r, tl.log(b_tempered), mask=m_r)
+    tl.store(lse + 2 * T + o_r, tl.log(b_plain), mask=m_r)
 
 
 @triton.jit
@@ -103,11 +103,12 @@ def divergence_kernel(
     """One token's part of a tile of the vocabulary.
 
     VALUE: what it adds to the divergence, to the sum that the gradient of reverse KL and Jensen-Shannon needs, and to
-    the weighted cross entropy: value [3, T, tiles]. GRADIENT: in the logits, times temperature; it may lie where z_s does.
+    the weighted cross entropy: value [3, T, tiles]. GRADIENT: in the logits, times temperature; it may lie where z_s
+    does. A label of -1 is none.
     """
     i_c, i_r = tl.program_id(0), tl.program_id(1)
-    p_value = value + i_r.to(tl.int64) * tl.num_programs(0) + i_c
-    s_kind = T.to(tl.int64) * tl.num_programs(0)
+    p_value = value + i_r * tl.num_programs(0) + i_c
+    s_kind = T * tl.num_programs(0)
     if is_closed(gate, 0, GATED):
         if VALUE:
             for i in tl.static_range(3):
@@ -116,9 +117,10 @@ def divergence_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < V
     o_z = i_r.to(tl.int64) * V + o_c
-    b_z = tl.load(z_s + o_z, mask=m_c, other=0.0)
-    b_log_s = b_z * inverse_temperature - tl.load(lse_s + i_r)
-    b_log_t = tl.load(z_t + o_z, mask=m_c, other=0.0) * inverse_temperature - tl.load(lse_t + i_r)
+    b_below_s = tl.load(z_s + o_z, mask=m_c, other=0.0) - tl.load(lse_s + i_r)
+    b_below_t = tl.load(z_t + o_z, mask=m_c, other=0.0) - tl.load(lse_t + i_r)
+    b_log_s = b_below_s * inverse_temperature - tl.load(lse_s + T + i_r)
+    b_log_t = b_below_t * inverse_temperature - tl.load(lse_t + T + i_r)
     b_p_s = tl.where(m_c, tl.exp(b_log_s), 0.0)
     b_p_t = tl.where(m_c, tl.exp(b_log_t), 0.0)
     if KIND == 0:
@@ -141,8 +143,8 @@ def divergence_kernel(
         tl.store(p_value + s_kind, tl.sum(tl.where(m_c, b_student, 0.0), 0))
     if LABELS:
         b_label_weight = tl.load(label_weight + i_r)
-        m_label = (o_c == tl.load(labels + i_r)) & (b_label_weight != 0)
-        b_log_p = b_z - tl.load(lse_s + T + i_r)
+        m_label = o_c == tl.load(labels + i_r)
+        b_log_p = b_below_s - tl.load(lse_s + 2 * T + i_r)
         if VALUE:
             tl.store(p_value + 2 * s_kind, -tl.sum(tl.where(m_label, b_log_p, 0.0), 0) * b_label_weight)
     if GRADIENT:
@@ -167,9 +169,12 @@ def sweep(
 ) -> tuple[Tensor, Gradients]:
     """See `logits_problem`. A closed gate gives zeros."""
     p = _dense(problem)
-    (tokens, d_s), vocabulary = p.h_s.shape, p.w_s.shape[0]
+    tokens, vocabulary = p.h_s.shape[0], p.w_s.shape[0]
     tile = tiling(target_of(p.h_s.device), p.h_s.dtype != torch.float32)
-    counts = divergence_weight != 0 if label_weight is None else (divergence_weight != 0) | (label_weight != 0)
+    counts = divergence_weight != 0
+    if labels is not None and label_weight is not None:
+        labels = labels.masked_fill(label_weight == 0, -1)
+        counts = counts | (label_weight != 0)
     counts = counts.to(torch.uint8)
     gradients = Gradients.empty(p, wants)
     chunk = min(chunk_tokens(vocabulary), tokens)
@@ -215,7 +220,7 @@ def sweep(
         sums[1] += values[2].sum()
         if any(wants) and not at_once:
             divergence_kernel[grid](row_value=values[1], VALUE=False, GRADIENT=True, **arguments)
-        _spend(p, rows, d_logits, divergence_weight if labels is None else counts, gradients, wants, gated, dots)
+        _spend(p, rows, d_logits, counts, gradients, wants, gated, dots)
     return sums, gradients
 
 
@@ -240,11 +245,11 @@ def _logits(
     gated: dict[str, Any],
     dots: dict[str, Any],
 ) -> Tensor:
-    """Fills `z` with the logits of a chunk, and returns their log-sum-exps at the temperature and at 1: [2, T]."""
+    """Fills `z` with the logits of a chunk, and returns what `lse_kernel` makes of them: [3, T]."""
     (tokens, d), vocabulary = h.shape, weight.shape[0]
     tiles = triton.cdiv(vocabulary, dots["BC"])
-    shares = z.new_empty((3, tiles, tokens))
-    lse = z.new_zeros((2, tokens))
+    shares = z.new_empty((tiles, 3, tokens))
+    lse = z.new_empty((3, tokens))
     logits_kernel[(triton.cdiv(tokens, dots["BR"]) * tiles,)](
         h=h,
         weight=weight,
