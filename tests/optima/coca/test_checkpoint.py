@@ -1,0 +1,112 @@
+"""Weights on disk: a round trip, and every way a file can be wrong."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from optima.coca.checkpoint import FORMAT, load_coca, save_coca
+from optima_core import OptimaError
+
+
+def test_a_round_trip_is_exact(make_coca, tmp_path: Path, seed: int) -> None:
+    model = make_coca(16, 2, pooler_queries=4)
+    save_coca(model, tmp_path / "model.safetensors")
+    loaded = load_coca(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    assert loaded.head_specs == model.head_specs
+    assert not loaded.training
+    theirs = loaded.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+
+
+def test_half_precision_is_stored_when_asked_for_and_read_as_float32(make_coca, tmp_path: Path, seed: int) -> None:
+    model = make_coca()
+    save_coca(model, tmp_path / "whole.safetensors")
+    save_coca(model, tmp_path / "half.safetensors", torch.float16)
+    sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "whole.safetensors")]
+    assert sizes[0] < 0.7 * sizes[1]
+    for name, tensor in load_coca(tmp_path / "half.safetensors").state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].half().float())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptimaError, match=r"nowhere\.safetensors does not exist"):
+        load_coca(tmp_path / "nowhere.safetensors")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(make_coca, tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "model.safetensors"
+    save_coca(make_coca(), path)
+    whole = path.read_bytes()
+    for length in [0, 4, 8, len(whole) - 1, *random.Random(seed).sample(range(len(whole)), 5)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(OptimaError, match="no readable safetensors") as caught:
+            load_coca(path)
+        assert "\n" not in str(caught.value), length
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("these are not weights, and never were\n" * 10)
+    with pytest.raises(OptimaError, match="no readable safetensors"):
+        load_coca(tmp_path / "text.safetensors")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "pickle.safetensors")
+    with pytest.raises(OptimaError, match="no readable safetensors"):
+        load_coca(tmp_path / "pickle.safetensors")
+    save_file({"weights": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(OptimaError, match="is not an OPTIMA CoCa model"):
+        load_coca(tmp_path / "foreign.safetensors")
+
+
+def rewrite(path: Path, change) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    save_file(tensors, path, metadata)
+
+
+def other_width(metadata: dict[str, str], _: object) -> None:
+    config = json.loads(metadata["config"])
+    config["image_encoder"]["width"] = 32
+    metadata["config"] = json.dumps(config)
+
+
+def unknown_field(metadata: dict[str, str], _: object) -> None:
+    config = json.loads(metadata["config"])
+    config["text_decoder"]["flavour"] = "sweet"
+    metadata["config"] = json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (other_width, "tensor image_encoder.* has shape .*16.*expected .*32"),
+        (unknown_field, "no configuration that this version can read.*flavour"),
+        (lambda metadata, _: metadata.update(config="{"), "no configuration that this version can read"),
+        (lambda metadata, _: metadata.pop("heads"), "no configuration that this version can read"),
+        (lambda _, tensors: tensors.pop("logit_scale"), "tensor logit_scale has shape missing"),
+        (lambda _, tensors: tensors.update(extra=torch.zeros(1)), r"tensor extra has shape \[1\], expected none"),
+        (lambda metadata, _: metadata.update(format="optima-coca-99"), f"expected '{FORMAT}'"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(make_coca, tmp_path: Path, change, complaint: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_coca(make_coca(), path)
+    rewrite(path, change)
+    with pytest.raises(OptimaError, match=complaint) as caught:
+        load_coca(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_configuration_in_the_file_is_the_models(make_coca, tmp_path: Path) -> None:
+    model = make_coca()
+    save_coca(model, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["config"]) == dataclasses.asdict(model.config)
