@@ -27,11 +27,13 @@ from optima_kernels.triton.products import (
     load_tile,
     of_layer,
     project_tile,
+    shipped,
     state_kernel,
     store_tile,
     tiling,
     weight_kernel,
 )
+from optima_kernels.triton.shipped import ShippedKernel
 
 # A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
 MOST_LAYERS_PER_LAUNCH = 32
@@ -44,18 +46,19 @@ def difference_kernel(
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, COMPARE: tl.constexpr,
     STORE: tl.constexpr, WIDEN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """difference [T, D_T] = token_weight * (h_s weight^T + bias - h_t), and a program's share of the loss; or, without
-    COMPARE, the projected state alone."""
+    """difference [T, D_T] = token_weight * (h_s weight^T + bias - h_t), and each tile's share of the loss
+    of every token; or, without COMPARE, the projected state alone."""
     i_l, i_p = tl.program_id(1), tl.program_id(0)
-    p_loss = loss + i_l * tl.num_programs(0) + i_p
-    if is_closed(gate, i_l, GATED):
-        if COMPARE:
-            tl.store(p_loss, 0.0)
-        return
     tiles = tl.cdiv(D_T, BC)
     o_r = i_p // tiles * BR + tl.arange(0, BR)
     o_c = i_p % tiles * BC + tl.arange(0, BC)
     m_r, m_c = o_r < T, o_c < D_T
+    # A row sum each, for the caller to join: a second reduction here stops Triton 3.7 from compiling for sm_100.
+    p_loss = loss + (i_l * tiles + i_p % tiles) * T + o_r
+    if is_closed(gate, i_l, GATED):
+        if COMPARE:
+            tl.store(p_loss, tl.zeros((BR,), tl.float32), mask=m_r)
+        return
     m_counts = m_r
     if WEIGHTED:
         b_counts = tl.load(of_layer(token_weight, i_l, LAYERS) + o_r, mask=m_r, other=0.0)
@@ -73,7 +76,7 @@ def difference_kernel(
         if WEIGHTED:
             b_squares *= b_counts
             b_y *= b_counts[:, None]
-        tl.store(p_loss, tl.sum(b_squares, 0))
+        tl.store(p_loss, b_squares, mask=m_r)
     if STORE:
         store_tile(of_layer(difference, i_l, LAYERS), o_r, o_c, D_T, m_r, m_c, b_y)
 
@@ -176,8 +179,9 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
     if weight is not None:
         if any(wants) or normalize is not None:
             difference = first.h_s.new_empty((count, tokens, d_t)).unbind()
-        grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(d_t, tile.columns), count)
-        parts = first.h_s.new_empty((count, grid[0]), dtype=torch.float32)
+        tiles = triton.cdiv(d_t, tile.columns)
+        grid = (triton.cdiv(tokens, tile.rows) * tiles, count)
+        parts = first.h_s.new_empty((count, tiles * tokens), dtype=torch.float32)
         difference_kernel[grid](
             h_s=h_s,
             h_t=h_t,
@@ -262,3 +266,33 @@ def row_tiling(width: int) -> dict[str, int]:
     """About 4096 elements a program: a row is held in registers whole, so that it is read once."""
     columns = triton.next_power_of_2(width)
     return {"BR": max(4096 // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
+
+
+def shipped_kernels(target: str) -> list[ShippedKernel]:
+    """Every kernel in bf16 with a gate and token weights, two layers a launch; rows of 1024 and 4096 features."""
+    layers = 2
+    dots = {"LAYERS": layers, "GATED": True, "WIDEN": False, "WEIGHTED": True, **tiling(target, True).options()}
+    types: dict[str, str | tuple[str, ...]] = {
+        **dict.fromkeys(("g", "x", "h_s", "h_t", "weight", "bias", "difference"), ("*bf16",) * layers),
+        **dict.fromkeys(("token_weight", "bias_out"), ("*fp32",) * layers),
+        "gate": "*fp32",
+        "loss": "*fp32",
+    }
+    state, weight = {"out": ("*bf16",) * layers}, {"out": ("*fp32",) * layers}
+    compare = {"BIASED": True, "COMPARE": True, "STORE": True}
+    spend = {"WEIGHT": True, "BIAS": True, "ACCUMULATE": False}
+    kernels = [
+        shipped("hidden difference", difference_kernel, types, dots | compare, uses_dot=True),
+        shipped("hidden projection", difference_kernel, types, dots | compare | {"COMPARE": False}, uses_dot=True),
+        shipped("product state", state_kernel, types | state, dots, uses_dot=True),
+        shipped("product weight", weight_kernel, types | weight, dots | spend, uses_dot=True),
+    ]
+    for kind, number in NORMALIZE.items():
+        for width in (1024, 4096):
+            rows = {"LAYERS": layers, "GATED": True, "WEIGHTED": True, "KIND": number, "EPS": LAYERNORM_EPS}
+            rows |= {"STORE": True, "OWES": kind is None, "num_stages": 1, **row_tiling(width)}
+            tensors = types | {"gradient": ("*bf16",) * layers}
+            kernels.append(
+                shipped(f"hidden rows {kind or 'plain'} d{width}", row_kernel, tensors, rows, uses_dot=False)
+            )
+    return kernels

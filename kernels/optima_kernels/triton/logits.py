@@ -27,11 +27,13 @@ from optima_kernels.triton.attention import target_of
 from optima_kernels.triton.products import (
     is_closed,
     project_tile,
+    shipped,
     state_kernel,
     store_tile,
     tiling,
     weight_kernel,
 )
+from optima_kernels.triton.shipped import ShippedKernel
 
 # Logits of one model in a chunk: 64 MB of float32. A chunk has a multiple of 128 tokens where that leaves any.
 CHUNK_ELEMENTS = 2**24
@@ -210,6 +212,7 @@ def sweep(
             "KIND": DIVERGENCE[p.divergence],
             "LABELS": labels is not None,
             "BC": min(VOCABULARY_TILE, triton.next_power_of_2(vocabulary)),
+            "num_warps": 8,
             **gated,
         }
         grid = (vocabulary_tiles, size)
@@ -322,3 +325,28 @@ def _spend(
             **gated,
             **dots,
         )
+
+
+def shipped_kernels(target: str) -> list[ShippedKernel]:
+    """Every kernel in bf16 with a gate and labels."""
+    types: dict[str, str | tuple[str, ...]] = {
+        **dict.fromkeys(("h", "weight", "bias", "gradient"), "*bf16"),
+        **dict.fromkeys(("gate", "z", "shares", "lse", "z_s", "z_t", "lse_s", "lse_t"), "*fp32"),
+        **dict.fromkeys(("divergence_weight", "label_weight", "row_value", "value"), "*fp32"),
+        "counts": "*u8",
+        "labels": "*i64",
+    }
+    dots = {"GATED": True, "WIDEN": False, "BIASED": True, **tiling(target, True).options()}
+    join = {"GATED": True, "BR": 128, "num_warps": 4, "num_stages": 1}
+    compare = {"GATED": True, "LABELS": True, "BC": VOCABULARY_TILE, "num_warps": 8, "num_stages": 1}
+    kernels = [
+        shipped("vocabulary logits", logits_kernel, types, dots, uses_dot=True),
+        shipped("vocabulary lse", lse_kernel, types, join, uses_dot=False),
+    ]
+    for kind, number in DIVERGENCE.items():
+        launches = [(True, True)] if kind == "forward" else [(True, False), (False, True)]
+        for value, gradient in launches:
+            constants = {**compare, "KIND": number, "VALUE": value, "GRADIENT": gradient}
+            name = f"vocabulary {kind}" + " value" * value + " gradient" * gradient
+            kernels.append(shipped(name, divergence_kernel, types, constants, uses_dot=False))
+    return kernels
