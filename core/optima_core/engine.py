@@ -52,8 +52,10 @@ class RewardConfig:
         floor: Share of a loss's first value added to where it stood, so that a loss near zero does not rule; at least
             0.
         clip: A reward is clipped to plus and minus this.
-        baseline: Subtract the discounted mean of all rewards so far.
+        baseline: Subtract the discounted mean of all rewards so far, so that zero is an average round.
         normaliser: Rescale rewards by their running z-score or quantiles.
+        gamma: Discount per round of the running mean and standard deviation, in (0, 1]. Every loss falls fast at first; a
+            short memory keeps that from being credited to the modules tried first.
     """
 
     source: Literal["probe", "training"] = "probe"
@@ -62,6 +64,7 @@ class RewardConfig:
     clip: float = 1.0
     baseline: bool = True
     normaliser: Literal["none", "zscore", "quantile"] = "none"
+    gamma: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class Distiller(Generic[Batch]):
             clip=reward.clip,
             baseline=reward.baseline,
             normaliser=reward.normaliser,
+            gamma=reward.gamma,
         )
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
         self.round = 0
