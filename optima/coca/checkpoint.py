@@ -35,7 +35,18 @@ def save_coca(model: CoCa, path: Path, dtype: torch.dtype = torch.float32) -> No
         "heads": json.dumps({task: dataclasses.asdict(spec) for task, spec in model.head_specs.items()}),
     }
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path, _canonical(save(tensors, metadata)))
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same file with its header in sorted order: safetensors shuffles the metadata, so equal models would differ.
+
+    A file is the header's length (8 bytes, little endian), the header as JSON padded to a multiple of 8, the tensors.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def load_coca(path: Path) -> CoCa:

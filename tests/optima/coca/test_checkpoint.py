@@ -25,6 +25,16 @@ def test_a_round_trip_is_exact(make_coca, tmp_path: Path, seed: int) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
 
 
+def test_equal_models_are_equal_files(make_coca, tmp_path: Path, seed: int) -> None:
+    model = make_coca()
+    for name in "abcdef":
+        save_coca(model, tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in "abcdef"}) == 1
+    # What another reader sees in it.
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+
+
 def test_half_precision_is_stored_when_asked_for_and_read_as_float32(make_coca, tmp_path: Path, seed: int) -> None:
     model = make_coca()
     save_coca(model, tmp_path / "whole.safetensors")
