@@ -183,7 +183,6 @@ def test_choices_do_not_change_with_the_scale_and_offset_of_rewards(name, seed):
 
 
 def test_policy_that_forgets_follows_a_change_that_a_stationary_one_sleeps_through(seed):
-    rewards = rewards_of(seed, batch=32, rounds=1)[0][None].expand(600, -1, -1).clone()
     rewards = torch.linspace(0, 1, ARMS, dtype=torch.float64) + 0.1 * normal(
         make_keys(seed, (600, 32, ARMS)), torch.tensor([0])
     )
