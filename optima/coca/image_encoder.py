@@ -13,9 +13,10 @@ from optima_core.taps import LayerTap
 def sine_cosine_positions(grid: int, width: int, scale: float = 0.5) -> Tensor:
     """Where learned positions start: [grid * grid + 1, width], zeros for the class token, then row by row.
 
-    A quarter of the features each holds sine and cosine of the column, and of the row, at wavelengths from 2 pi to 200 pi
-    patches (after Beyer et al., arXiv 2205.01580). Measured on pictograms: from random positions the model learns what
-    stands in a picture long before where, and its image tokens tell a linear probe little of their place (R2 0.35).
+    A quarter of the features each holds sine and cosine of the column, and of the row, at wavelengths from 2 pi to
+    200 pi patches (after Beyer et al., arXiv 2205.01580). Measured on pictograms: from random positions the model
+    learns what stands in a picture long before where, and its image tokens tell a linear probe little of their place
+    (R2 0.35).
     """
     quarter = width // 4
     frequency = 100 ** -(torch.arange(quarter) / quarter)
