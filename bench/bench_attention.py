@@ -11,13 +11,13 @@ skipped. Extra memory is the growth of a fresh process's peak resident memory ov
 """
 
 import argparse
+import importlib
 import importlib.util
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -62,14 +62,10 @@ def textbrewer_loss(kind: str, textbrewer: ModuleType) -> Loss:
 def textbrewer_losses() -> ModuleType | None:
     """Its file of losses alone: the package's own import wants a dozen others."""
     package = importlib.util.find_spec("textbrewer")
-    if package is None or package.origin is None:
+    if package is None:
         return None
-    spec = importlib.util.spec_from_file_location("textbrewer_losses", Path(package.origin).with_name("losses.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.modules.setdefault("textbrewer", importlib.util.module_from_spec(package))  # not executed
+    return importlib.import_module("textbrewer.losses")
 
 
 def ours(kind: str) -> Loss:
