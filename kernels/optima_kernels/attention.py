@@ -142,7 +142,7 @@ def attention_map_losses(
     masks, lengths, lses_s, lses_t, weights = (per_layer(x, layers) for x in (*optional.values(), sample_weight))
     for arguments in zip(q_s, k_s, q_t, k_t, masks, lengths, lses_s, lses_t, weights, strict=True):
         _check_layer(*arguments, heads=heads, relation_heads=relation_heads, like=q_s[0], gate=gate)
-    chosen = choose_backend(backend, q_s[0])
+    chosen = choose_backend(backend, q_s[0], "attention_map_losses")
     if chosen == "triton" and compute_dtype(*q_s, *k_s, *q_t, *k_t) == torch.float64:
         raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
     if chosen == "reference":

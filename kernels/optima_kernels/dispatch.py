@@ -19,13 +19,15 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend: str | None, tensor: Tensor) -> Backend:
-    """The backend for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
+def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
+    """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
+
+    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.selfcheck`.
 
     Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
     """
     if backend is None:
-        return "triton" if HAS_TRITON and tensor.is_cuda else "blocked"
+        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, tensor.device) else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
     if backend == "triton":
@@ -37,6 +39,13 @@ def choose_backend(backend: str | None, tensor: Tensor) -> Backend:
                 "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
             )
     return cast(Backend, backend)
+
+
+@torch.compiler.assume_constant_result
+def _is_trusted(loss: str, device: torch.device) -> bool:
+    from optima_kernels import selfcheck
+
+    return selfcheck.is_trusted(loss, device)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -76,9 +76,8 @@ def hidden_mse(
     check_gate(gate)
     check_device(h_s, gate=gate)
     gates = None if gate is None else gate[None]
-    return _losses(
-        choose_backend(backend, h_s), [h_s], [h_t], [weight], [bias], normalize, [mask], [sample_weight], gates
-    )[0]
+    chosen = choose_backend(backend, h_s, "hidden_mses")
+    return _losses(chosen, [h_s], [h_t], [weight], [bias], normalize, [mask], [sample_weight], gates)[0]
 
 
 def hidden_mses(
@@ -104,9 +103,9 @@ def hidden_mses(
     check_gate(gate, layers)
     check_device(h_s[0], gate=gate)
     weights, biases, masks, sample_weights = (per_layer(x, layers) for x in (weight, bias, mask, sample_weight))
-    for arguments in zip(h_s, h_t, weights, biases, masks, sample_weights, strict=True):
-        _check(*arguments[:4], normalize, *arguments[4:])
-    chosen = choose_backend(backend, h_s[0])
+    for state, teacher, w, b, m, s in zip(h_s, h_t, weights, biases, masks, sample_weights, strict=True):
+        _check(state, teacher, w, b, normalize, m, s)
+    chosen = choose_backend(backend, h_s[0], "hidden_mses")
     return _losses(chosen, h_s, h_t, weights, biases, normalize, masks, sample_weights, gate)
 
 

@@ -9,6 +9,7 @@ With labels there are two losses, whose incoming gradients are only known in the
 head for each would double the memory: then the forward pass keeps nothing, and the backward makes the logits again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def linear_kl(
     check_mask(mask, tokens)
     check_gate(gate)
     _check_options(temperature, divergence, beta)
-    chosen = choose_backend(backend, h_s)
+    chosen = choose_backend(backend, h_s, "linear_kl")
     if chosen == "reference":
         return reference.linear_kl(
             h_s,
@@ -278,7 +279,7 @@ def _fake(
     return h_s.new_empty((), dtype=problem.dtype), *Gradients.empty(problem, (wants_state, wants_head, wants_bias))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     h_s, w_s, bias_s = inputs[:3]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -328,7 +329,7 @@ def _fake_with_labels(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *argument
     return h_s.new_empty((), dtype=dtype), h_s.new_empty((), dtype=dtype)
 
 
-def _setup_context_with_labels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context_with_labels(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], *inputs[10:12], *inputs[15:])
     ctx.options, ctx.wants = inputs[6:10], inputs[12:15]
 
@@ -389,7 +390,7 @@ def _fake_gradients(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments:
     )
 
 
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _no_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     pass
 
 
