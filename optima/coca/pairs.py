@@ -9,8 +9,22 @@ from optima_core.modules import ModulePair
 def module_pairs(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int] = "uniform") -> tuple[ModulePair, ...]:
     """The three modules with both models' depths and widths.
 
-    Raises ValueError if a module of the student is deeper than the teacher's.
+    Raises ValueError if a module of the student is deeper than the teacher's, or if the two cut a picture into
+    different numbers of tokens, so that their states and attention maps cannot be compared.
     """
+    image_tokens = [
+        (
+            model.config.image_encoder.image_size // model.config.image_encoder.patch_size,
+            model.config.image_encoder.pooler_queries,
+        )
+        for model in (student, teacher)
+    ]
+    if image_tokens[0] != image_tokens[1]:
+        (our_side, our_queries), (their_side, their_queries) = image_tokens
+        raise ValueError(
+            f"the student has {our_side} x {our_side} patches and {our_queries} pooler queries, the teacher "
+            f"{their_side} x {their_side} and {their_queries}; both must be equal"
+        )
     pairs = []
     for name in MODULES:
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)

@@ -76,6 +76,13 @@ def test_every_module_can_be_distilled_on_every_task(make_coca, task: Task, seed
     assert not any(".blocks." in name or ".layers." in name for name in unused)
 
 
+def test_models_that_cut_pictures_differently_are_refused(make_coca) -> None:
+    with pytest.raises(ValueError, match="the student has 4 x 4 patches and 5 pooler queries, the teacher 4 x 4 and 0"):
+        module_pairs(make_coca(pooler_queries=5), make_coca())
+    with pytest.raises(ValueError, match="the student has 2 x 2 patches"):
+        module_pairs(make_coca(image_size=32), make_coca())
+
+
 def test_a_student_deeper_than_its_teacher_is_refused(make_coca) -> None:
     with pytest.raises(ValueError, match="module image_encoder: 3 student layers"):
         module_pairs(make_coca(16, 3), make_coca(16, 2))
