@@ -54,8 +54,8 @@ class RewardConfig:
         clip: A reward is clipped to plus and minus this.
         baseline: Subtract the discounted mean of all rewards so far, so that zero is an average round.
         normaliser: Rescale rewards by their running z-score or quantiles.
-        gamma: Discount per round of the running mean and standard deviation, in (0, 1]. Every loss falls fast at first; a
-            short memory keeps that from being credited to the modules tried first.
+        gamma: Discount per round of the running mean and standard deviation, in (0, 1]. Every loss falls fast at
+            first; a short memory keeps that from being credited to the modules tried first.
     """
 
     source: Literal["probe", "training"] = "probe"
