@@ -1,5 +1,6 @@
 """Whole distillations with tiny models: what they leave behind, that they repeat, and that they survive a kill."""
 
+import errno
 import json
 import os
 import signal
@@ -224,6 +225,18 @@ def test_a_loss_that_explodes_is_named_and_the_last_checkpoint_stays_readable(
     assert state is not None
     assert state["distiller"]["round"] == len(rows_of(run))
     assert all(torch.isfinite(tensor).all() for tensor in state["distiller"]["student"].values())
+
+
+def test_a_disk_that_fills_up_at_the_end_is_one_line(
+    brief: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "samples/0000-0.png")
+
+    monkeypatch.setattr("optima.distill.write_samples", full)
+    assert main([*brief, "--run", str(tmp_path / "run")]) == 2
+    message = "optima: samples/0000-0.png cannot be read or written: No space left on device\n"
+    assert capsys.readouterr().err == message
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
