@@ -64,7 +64,7 @@ class DistillConfig:
     run: Path = Path("runs/distill")
     teacher: Path | None = None
     student: Path | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     probe_size: int = 128
     layer_map: Literal["uniform", "last"] = "uniform"
     engine: DistillerConfig = field(default_factory=DistillerConfig)

@@ -82,7 +82,7 @@ class DistillerConfig:
     """
 
     rounds: int = 60
-    steps_per_round: int = 20
+    steps_per_round: int = 25
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)

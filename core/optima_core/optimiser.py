@@ -22,7 +22,7 @@ class OptimiserConfig:
         clip: Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.05
     final: float = 0.0
     weight_decay: float = 0.05
