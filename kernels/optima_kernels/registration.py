@@ -53,7 +53,7 @@ class FusedOperator:
                 setup_context(ctx, _nested(inputs[0], inputs[1:]), output)
 
             @staticmethod
-            @once_differentiable  # type: ignore[untyped-decorator]
+            @once_differentiable
             def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
                 return None, *_flat(ctx.sizes, backward(False, ctx, *d_outputs))
 

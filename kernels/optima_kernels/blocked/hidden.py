@@ -7,6 +7,7 @@ When no gradient is wanted it stops at the difference.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from torch import Tensor
 from optima_kernels.hidden_problem import HiddenLayer, Solution
 from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
 
-# 4 MB of float32: large enough for matrix products at full speed, small enough to stay in the last-level cache.
+# 8 MB of float32: large enough for matrix products at full speed, small enough to stay in the last-level cache.
 # Measured on 2 cores at 64 x 257 tokens, 768 -> 1024: the three products take 380 ms in tiles, 560 ms in one piece.
-TILE_ELEMENTS = 2**20
+TILE_ELEMENTS = 2**21
 
 PullBack = Callable[[Tensor], Tensor]
 
@@ -83,10 +84,8 @@ def _layernorm(x: Tensor) -> tuple[Tensor, PullBack]:
 
     def pull_back(gradient: Tensor) -> Tensor:
         wanted = [True, False, False]
-        d_x: Tensor = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, x.shape[-1:], mean, rstd, None, None, wanted
-        )[0]
-        return d_x
+        backward = torch.ops.aten.native_layer_norm_backward
+        return cast(Tensor, backward(gradient, x, x.shape[-1:], mean, rstd, None, None, wanted)[0])
 
     return normalized, pull_back
 

@@ -146,7 +146,8 @@ def hidden_mses(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tens
 
 def _dense(tensors: HiddenTensors) -> HiddenTensors:
     """Every tensor with the elements of a row next to each other."""
-    return HiddenTensors(*(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors))
+    dense = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return HiddenTensors(*dense)  # type: ignore[arg-type]
 
 
 def _alike(layers: Sequence[HiddenLayer]) -> Iterator[list[int]]:
@@ -163,20 +164,18 @@ def _alike(layers: Sequence[HiddenLayer]) -> Iterator[list[int]]:
 def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor | None) -> list[Solution]:
     first, wants = layers[0].tensors, layers[0].wants
     (tokens, d_s), d_t, count = first.h_s.shape, first.h_t.shape[1], len(layers)
-    h_s, h_t, weight, bias, token_weight = (
-        None if x[0] is None else x for x in zip(*(layer.tensors for layer in layers), strict=True)
-    )
+    h_s, h_t, weight, bias, token_weight = zip(*(layer.tensors for layer in layers), strict=True)
     gradients = [layer.empty_gradients() for layer in layers]
     d_state, d_weight, d_bias = zip(*gradients, strict=True)
     target = target_of(first.h_s.device)
     tile = tiling(target, first.h_s.dtype != torch.float32)
     gated: dict[str, Any] = {"gate": gate, "LAYERS": count, "GATED": gate is not None}
-    weighted = {"token_weight": token_weight, "WEIGHTED": token_weight is not None}
+    is_weighted = first.token_weight is not None
+    weighted = {"token_weight": token_weight if is_weighted else None, "WEIGHTED": is_weighted}
     dots = {"WIDEN": INTERPRETED, **tile.options()}  # the interpreter's bf16 products are wrong
 
     compared, difference = h_s, d_state  # what is compared with the teacher, and the gradient in it
-    parts = None
-    if weight is not None:
+    if first.weight is not None:
         if any(wants) or normalize is not None:
             difference = first.h_s.new_empty((count, tokens, d_t)).unbind()
         tiles = triton.cdiv(d_t, tile.columns)
@@ -186,7 +185,7 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
             h_s=h_s,
             h_t=h_t,
             weight=weight,
-            bias=bias,
+            bias=bias if first.bias is not None else None,
             difference=difference,
             loss=parts,
             T=tokens,
@@ -195,7 +194,7 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
             s_h_s=first.h_s.stride(0),
             s_h_t=first.h_t.stride(0),
             s_weight=first.weight.stride(0),
-            BIASED=bias is not None,
+            BIASED=first.bias is not None,
             COMPARE=normalize is None,
             STORE=any(wants) or normalize is not None,
             **gated,
@@ -203,7 +202,7 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
             **dots,
         )
         compared = difference
-    if weight is None or normalize is not None:
+    if first.weight is None or normalize is not None:
         rows = row_tiling(d_t)
         grid = (triton.cdiv(tokens, rows["BR"]), count)
         parts = first.h_s.new_empty((count, grid[0]), dtype=torch.float32)
@@ -219,12 +218,12 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
             KIND=NORMALIZE[normalize],
             EPS=L2_EPS if normalize == "l2" else LAYERNORM_EPS,
             STORE=any(wants),
-            OWES=weight is None and wants[0],
+            OWES=first.weight is None and wants[0],
             **gated,
             **weighted,
             **rows,
         )
-    if weight is not None and wants[0]:
+    if first.weight is not None and wants[0]:
         state_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(d_s, tile.columns), count)](
             g=difference,
             weight=weight,
@@ -278,20 +277,19 @@ def shipped_kernels(target: str) -> list[ShippedKernel]:
         "gate": "*fp32",
         "loss": "*fp32",
     }
-    state, weight = {"out": ("*bf16",) * layers}, {"out": ("*fp32",) * layers}
     compare = {"BIASED": True, "COMPARE": True, "STORE": True}
     spend = {"WEIGHT": True, "BIAS": True, "ACCUMULATE": False}
     kernels = [
         shipped("hidden difference", difference_kernel, types, dots | compare, uses_dot=True),
         shipped("hidden projection", difference_kernel, types, dots | compare | {"COMPARE": False}, uses_dot=True),
-        shipped("product state", state_kernel, types | state, dots, uses_dot=True),
-        shipped("product weight", weight_kernel, types | weight, dots | spend, uses_dot=True),
+        shipped("product state", state_kernel, {**types, "out": ("*bf16",) * layers}, dots, uses_dot=True),
+        shipped("product weight", weight_kernel, {**types, "out": ("*fp32",) * layers}, dots | spend, uses_dot=True),
     ]
     for kind, number in NORMALIZE.items():
         for width in (1024, 4096):
             rows = {"LAYERS": layers, "GATED": True, "WEIGHTED": True, "KIND": number, "EPS": LAYERNORM_EPS}
             rows |= {"STORE": True, "OWES": kind is None, "num_stages": 1, **row_tiling(width)}
-            tensors = types | {"gradient": ("*bf16",) * layers}
+            tensors = {**types, "gradient": ("*bf16",) * layers}
             kernels.append(
                 shipped(f"hidden rows {kind or 'plain'} d{width}", row_kernel, tensors, rows, uses_dot=False)
             )

@@ -235,7 +235,7 @@ def chunk_tokens(vocabulary: int) -> int:
 def _dense(problem: Problem) -> Problem:
     """Every tensor with the elements of a row next to each other."""
     tensors = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in problem[:6])
-    return Problem(*tensors, *problem[6:])  # type: ignore[arg-type]
+    return problem._replace(**dict(zip(problem._fields, tensors, strict=False)))  # type: ignore[arg-type]
 
 
 def _logits(
