@@ -213,9 +213,9 @@ class Problem(NamedTuple):
 
     def layers(self, tensors: Sequence[Tensor]) -> list[MapLayer]:
         """The layers, without their sample weights."""
-        per_layer = [self._row(tensors, i) for i in range(len(self.scales_s))]
+        rows = [self._row(tensors, i) for i in range(len(self.scales_s))]
         scales = zip(self.scales_s, self.scales_t, strict=True)
-        return [MapLayer(*row[:-1], *scale) for row, scale in zip(per_layer, scales, strict=True)]  # type: ignore[arg-type]
+        return [MapLayer._make((*row[:-1], *scale)) for row, scale in zip(rows, scales, strict=True)]
 
     def sample_weights(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         return [self._row(tensors, i)[-1] for i in range(len(self.scales_s))]
@@ -242,7 +242,7 @@ def _losses_and_gradients(tensors: Sequence[Tensor], problem: Problem) -> tuple[
         sums = triton.attention_map_sums(layers, options, problem.with_grad, gate)
     else:
         sums = blocked.attention_map_sums(layers, options, problem.with_grad)
-    total, count = torch.stack([x.total for x in sums]), torch.stack([x.count for x in sums])
+    total, count = torch.stack([x.total for x in sums]), torch.stack([x.terms for x in sums])
     weights = zip(problem.sample_weights(tensors), total, strict=True)
     weight = torch.stack([torch.ones_like(sums) if w is None else w.to(sums.dtype) for w, sums in weights])
     denominator = (weight * count).sum(1)
@@ -292,8 +292,9 @@ class _Eager(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, losses_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if losses_grad is None:
-            return (None,) * (ctx.arguments + 1)
-        return None, *_backward(_multiply_in_place, ctx, losses_grad)
+            return (None,) * (int(ctx.arguments) + 1)
+        gradients: list[Tensor | None] = _backward(_multiply_in_place, ctx, losses_grad)
+        return None, *gradients
 
 
 @torch.library.custom_op("optima_kernels::attention_map_losses", mutates_args=())

@@ -43,7 +43,7 @@ class MapSums(NamedTuple):
     """A layer's result; the gradients are those of `total.sum()`, and None where they were not asked for."""
 
     total: Tensor  # [B]
-    count: Tensor  # [B], same dtype as total
+    terms: Tensor  # [B], how many; same dtype as total
     grad_q: Tensor | None  # [B, H, N, d], compute dtype
     grad_k: Tensor | None  # [B, H, M, d], compute dtype
 

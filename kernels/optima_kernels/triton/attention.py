@@ -421,6 +421,10 @@ def tiling(walk: Literal["keys", "queries"], width: int, dtype: torch.dtype, tar
         return Tiling(32, 64, 4, 1) if width <= 128 else Tiling(32, 32, 4, 1)
     if walk == "keys":
         return Tiling(64, 32, 8 if masked or width > 128 else 4, 2 if width <= 128 else 1)
+    if masked and target.startswith("sm_8"):
+        return Tiling(32, 64, 8, 2)
+    if masked and target == "sm_90" and width > 64:
+        return Tiling(64, 32, 8, 2)
     if width <= 64:
         return Tiling(64, 64, 4, 2)
     return Tiling(64, 64, 8, 2) if width <= 128 else Tiling(64, 32, 8, 1)
@@ -456,13 +460,15 @@ def attention_map_sums(
 
 def _readable(layer: MapLayer) -> MapLayer:
     """q and k with features next to each other, and a mask with a stride (0 where it broadcasts) in each dimension."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: x if x.stride(-1) == 1 else x.contiguous() for name, x in zip(layer._fields, layer[:4], strict=False)
     }
     if layer.mask is not None:
         mask = layer.mask.float() if layer.mask.dtype == torch.float64 else layer.mask
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         tensors["mask"] = mask.expand(*layer.q_s.shape[:3], layer.k_s.shape[2])
+    if layer.key_lengths is not None:
+        tensors["key_lengths"] = layer.key_lengths.contiguous()
     return layer._replace(**tensors)
 
 
@@ -496,7 +502,7 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
     shared: dict[str, Any] = {
         "mask": pointers("mask"),
         "s_mask": None if first.mask is None else first.mask.stride(),
-        "key_lengths": None if first.key_lengths is None else tuple(x.key_lengths.contiguous() for x in layers),
+        "key_lengths": pointers("key_lengths"),
         "gate": gate,
         "H": heads,
         "N": queries,
@@ -505,7 +511,9 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
         "CAUSAL": options.causal,
         "LENGTHS": first.key_lengths is not None,
         "MASK": _mask_kind(first.mask),
-        "LOWEST": 0.0 if _mask_kind(first.mask) != ADDITIVE_MASK else torch.finfo(first.mask.dtype).min,
+        "LOWEST": torch.finfo(first.mask.dtype).min
+        if first.mask is not None and first.mask.is_floating_point()
+        else 0.0,
         "GATED": gate is not None,
         "WIDEN": INTERPRETED,  # its bf16 products are wrong
     }
@@ -567,7 +575,7 @@ def _mask_kind(mask: Tensor | None) -> int:
 
 def _padded(width: int) -> int:
     """Head width as a tile has it: a power of two that a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def shipped_kernels(target: str) -> list[ShippedKernel]:
