@@ -9,10 +9,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from optima_kernels import selfcheck
+from optima_kernels.dispatch import HAS_TRITON, INTERPRETED
+
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """The doctor takes no settings."""
+    """What to look at.
+
+    Attributes:
+        check: Also run the Triton kernels of every loss on this GPU and compare them with the reference; takes a
+            minute.
+    """
+
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,37 @@ def examine() -> list[Finding]:
 
 def doctor(config: DoctorConfig) -> None:
     """Prints what was found."""
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for heading in ("", "found", "used"):
-        table.add_column(heading)
+    table = _table("", "found", "used")
     for finding in examine():
         table.add_row(finding.name, finding.found, finding.used)
     Console().print(table)
+    if config.check:
+        check_kernels()
+
+
+def check_kernels() -> None:
+    """Compares every loss's Triton kernels with the reference, keeps the outcomes for later runs, and prints them."""
+    gpu = torch.cuda.is_available()
+    if not (HAS_TRITON and (gpu or INTERPRETED)):
+        missing = "GPU" if HAS_TRITON else "triton package"
+        hint = "; TRITON_INTERPRET=1 checks them in Triton's interpreter" if HAS_TRITON else ""
+        print(f"\nNo {missing} is found, so there are no Triton kernels to check{hint}.")
+        return
+    device = torch.device("cuda" if gpu else "cpu", torch.cuda.current_device() if gpu else None)
+    table = _table("kernels of", "checked on", "outcome", "largest error")
+    for loss in selfcheck.PROBLEMS:
+        outcome = selfcheck.check_anew(loss, device)
+        verdict = "right" if outcome.passed else f"wrong, the blocked backend takes over: {outcome.detail}"
+        error = "" if outcome.error is None else f"{outcome.error:.1e}"
+        table.add_row(loss, outcome.device, verdict, error)
+    Console().print("", table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    return table
 
 
 def _accelerator(name: str, module: str, usable: bool, used: str, instead: str) -> Finding:

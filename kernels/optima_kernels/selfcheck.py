@@ -67,10 +67,7 @@ def is_trusted(loss: str, device: torch.device) -> bool:
 @functools.cache
 def _is_trusted(loss: str, name: str, device: torch.device) -> bool:
     file = _cache_file(loss, name)
-    outcome = _read(file)
-    if outcome is None:
-        outcome = check(loss, device)
-        _write(file, outcome)
+    outcome = _read(file) or check_anew(loss, device)
     if not outcome.passed:
         warnings.warn(
             f"{loss} falls back to the slower blocked backend: its Triton kernels failed their check on {name} with "
@@ -79,6 +76,13 @@ def _is_trusted(loss: str, name: str, device: torch.device) -> bool:
             stacklevel=2,
         )
     return outcome.passed
+
+
+def check_anew(loss: str, device: torch.device) -> Outcome:
+    """`check`, and keeps the outcome for `is_trusted` in processes to come."""
+    outcome = check(loss, device)
+    _write(_cache_file(loss, outcome.device), outcome)
+    return outcome
 
 
 def check(loss: str, device: torch.device) -> Outcome:
