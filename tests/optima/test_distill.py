@@ -16,6 +16,7 @@ import yaml
 
 from optima.coca.checkpoint import load_coca
 from optima.data.pictograms.stream import TASKS
+from optima.distill import DistillConfig
 from optima.run import main
 from optima.tasks import HEADLINE
 from optima_core import CheckpointStore
@@ -36,7 +37,7 @@ def finished(teacher_file: Path, student_file: Path, tmp_path_factory: pytest.Te
     options = (
         f"--teacher {teacher_file} --student {student_file} --run {run} --engine.rounds 4 --engine.steps_per_round 2 "
         "--batch_size 4 --probe_size 6 --evaluate_every 2 --evaluate_items 4 --test_items 20 --samples 4 "
-        "--checkpoint_every 1 --threads 1 --quiet"
+        "--checkpoint_every 1 --threads 1 --quiet --engine.optimiser.weight_decay 0.25"
     )
     assert main(options.split()) == 0
     return run
@@ -117,7 +118,8 @@ def test_the_same_seed_gives_the_same_metrics_and_weights_and_another_seed_does_
 def test_the_written_config_is_the_resolved_one(finished: Path) -> None:
     values = yaml.safe_load((finished / "config.yaml").read_text())
     assert values["engine"]["rounds"] == 4
-    assert values["engine"]["objective"]["temperature"] == 2.0
+    assert values["engine"]["optimiser"]["weight_decay"] == 0.25
+    assert values["engine"]["objective"]["temperature"] == DistillConfig().engine.objective.temperature
     assert values["resume"] is False
 
 
@@ -179,7 +181,7 @@ def test_a_run_of_other_settings_is_not_resumed_and_not_touched(
     files = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     config = ["--config", str(finished / "config.yaml"), "--resume"]
     for option, words in (
-        (["--engine.optimiser.learning_rate", "0.5"], "engine.optimiser.learning_rate was 0.001 there and is 0.5 now"),
+        (["--engine.optimiser.weight_decay", "0.5"], "engine.optimiser.weight_decay was 0.25 there and is 0.5 now"),
         (["--task", "vqa"], "task was captioning there and is vqa now"),
         (["--engine.bandit.options", "{gamma: 0.5}"], "engine.bandit.options.gamma was None there and is 0.5 now"),
     ):
@@ -197,14 +199,15 @@ def test_resuming_a_finished_run_trains_no_further(finished: Path, tmp_path: Pat
     assert rows_of(finished) == rows
 
 
-def test_a_damaged_checkpoint_costs_only_its_rounds(finished: Path, brief: list[str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_only_its_rounds(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main([*brief, "--run", str(run)]) == 0
+    options = ["--config", str(finished / "config.yaml"), "--run", str(run)]
+    assert main(options) == 0
     newest = CheckpointStore(run / "checkpoints").paths()[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     (run / "student.safetensors").unlink()
     with pytest.warns(UserWarning, match=newest.name):
-        assert main([*brief, "--run", str(run), "--resume"]) == 0
+        assert main([*options, "--resume"]) == 0
     assert rows_of(run) == rows_of(finished)
     assert (run / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
