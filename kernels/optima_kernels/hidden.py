@@ -62,7 +62,8 @@ def hidden_mse(
         sample_weight: [B], B being the first dimension of `h_s`.
         gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and the triton backend does
             no work.
-        backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
+        backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
+            blocked.
 
     Returns:
         A scalar, float64 if any floating argument is, float32 otherwise. Arguments may differ in dtype; sums are kept
@@ -159,7 +160,7 @@ def _forward(
 ) -> list[Tensor]:
     """The losses [L], not yet multiplied by the gate, and three gradients a layer."""
     layers = _layers(tensors, slots, wants)
-    if backend == "triton":
+    if backend == "triton" and all(layer.dtype != torch.float64 for layer in layers):
         from optima_kernels.triton import hidden as triton
 
         solutions = triton.hidden_mses(layers, normalize, gate)

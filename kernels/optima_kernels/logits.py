@@ -79,7 +79,8 @@ def linear_kl(
         mask: bool, broadcastable to [...]; True counts. What a masked token holds does not matter.
         gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and the triton
             backend does no work.
-        backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
+        backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
+            blocked.
 
     Returns:
         The loss, or `(loss, cross_entropy)` when labels are given: scalars, float64 if any floating argument
@@ -225,7 +226,7 @@ def _check_options(temperature: float, divergence: str, beta: float) -> None:
 
 def _sweep(backend: str, problem: Problem, *arguments: Any) -> tuple[Tensor, Gradients]:
     with torch.autocast(problem.h_s.device.type, enabled=False):
-        if backend == "triton":
+        if backend == "triton" and problem.dtype != torch.float64:
             from optima_kernels.triton import logits as triton
 
             return triton.sweep(problem, *arguments)

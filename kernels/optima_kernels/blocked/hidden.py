@@ -97,6 +97,6 @@ def _l2(x: Tensor) -> tuple[Tensor, PullBack]:
 
     def pull_back(gradient: Tensor) -> Tensor:
         along = torch.linalg.vecdot(gradient, normalized)[:, None] * (length > L2_EPS)
-        return (gradient - along * normalized) / bounded
+        return cast(Tensor, (gradient - along * normalized) / bounded)
 
     return normalized, pull_back
