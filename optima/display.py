@@ -71,7 +71,7 @@ class _Lines:
         print(message, flush=True)
 
     def round(self, record: RoundRecord) -> None:
-        best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.mean)
+        best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.pulls)
         print(
             f"round {record.round}/{self.pace.rounds}  {'+'.join(record.modules)}  reward {record.reward:+.4f}  "
             f"task loss {record.losses['task']:.3f}  [{best}]  {self.pace.steps_per_second(record):.1f} steps/s  "
@@ -87,7 +87,6 @@ class _Panel:
     def __init__(self, arms: Sequence[str], rounds: int, done: int) -> None:
         self.arms = arms
         self.pace = _Pace(rounds, done)
-        self.pulls = dict.fromkeys(arms, 0)
         self.console = Console()
         self.live = Live(console=self.console, refresh_per_second=4)
         self.live.start()
@@ -97,14 +96,13 @@ class _Panel:
 
     def round(self, record: RoundRecord) -> None:
         chosen = "+".join(record.modules)
-        self.pulls[chosen] = self.pulls.get(chosen, 0) + 1
         arms = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading in ("module", "rounds", "expected reward"):
             arms.add_column(heading, justify="left" if heading == "module" else "right")
-        for name in record.mean:
+        for name in dict.fromkeys([*self.arms, *record.pulls]):
             style = "bold green" if name == chosen else ""
             mark = "> " if name == chosen else "  "
-            arms.add_row(mark + name, str(self.pulls.get(name, 0)), _posterior(record, name), style=style)
+            arms.add_row(mark + name, str(record.pulls.get(name, 0)), _posterior(record, name), style=style)
         losses = Text("losses  ", style="dim")
         for name in ("task", "logits"):
             if name in record.losses:
@@ -124,8 +122,7 @@ class _Panel:
 
 
 def _posterior(record: RoundRecord, arm: str) -> str:
-    mean, std = record.mean[arm], record.std[arm]
-    return "untried" if not abs(mean) < float("inf") else f"{mean:+.4f} ± {std:.4f}"
+    return f"{record.mean[arm]:+.4f} ± {record.std[arm]:.4f}" if arm in record.mean else "untried"
 
 
 def _clock(seconds: float) -> str:

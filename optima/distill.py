@@ -218,7 +218,7 @@ def _train(
     directory.write_config(config)
     directory.cut_metrics(distiller.round)
     rounds = config.engine.rounds
-    display = make_display(distiller.arm_names, rounds, distiller.round, config.quiet)
+    display = make_display(distiller.arm_names[: distiller.policy.arms], rounds, distiller.round, config.quiet)
     started = time.monotonic()
     with StopRequest() as stop, contextlib.closing(display):
         if state is not None:

@@ -13,7 +13,8 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from optima_core.bandit import arm_gates, arm_names, count_arms, make_policy
+from optima_core.bandit import Policy, arm_gates, arm_names, count_arms, make_policy
+from optima_core.bandit.registry import describe_hyper_parameters
 from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, Objective, ObjectiveConfig
@@ -34,11 +35,13 @@ class BanditConfig:
     Attributes:
         policy: Name of the policy, as `optima_core.bandit.make_policy` knows it.
         arms: "modules" offers each module alone, "subsets" every non-empty set of modules.
-        options: Hyper-parameters of the policy by name, e.g. gamma, nu, min_share; those left out keep their defaults.
+        min_share: Least share of the rounds of every arm, at most 1 / arms; policies that do not learn ignore it.
+        options: Other hyper-parameters of the policy by name, e.g. gamma, nu; those left out keep their defaults.
     """
 
     policy: str = "discounted_thompson"
     arms: Literal["modules", "subsets"] = "modules"
+    min_share: float = 0.1
     options: dict[str, float] = field(default_factory=dict)
 
 
@@ -100,7 +103,7 @@ class RoundRecord:
     """What happened in a round, on the host.
 
     round: from 1. step: optimiser steps taken in all. arm: index, -1 for all modules. modules: those distilled.
-    reward: what the round earned. mean, std: the posterior by arm name after the round; None for an arm never tried.
+    reward: what the round earned. pulls: rounds by arm name so far, for the arms tried; mean, std: their posterior.
     losses: mean of each loss term over the round's steps. probe: each loss term on the probe batch after the round.
     """
 
@@ -109,6 +112,7 @@ class RoundRecord:
     arm: int
     modules: tuple[str, ...]
     reward: float
+    pulls: dict[str, int]
     mean: dict[str, float]
     std: dict[str, float]
     losses: dict[str, float]
@@ -158,7 +162,7 @@ class Distiller(Generic[Batch]):
             self.trained, config.optimiser, config.rounds * config.steps_per_round
         )
         arms = config.bandit.arms
-        self.policy = make_policy(config.bandit.policy, arms=count_arms(len(modules), arms), **config.bandit.options)
+        self.policy = _make_policy(config.bandit, count_arms(len(modules), arms))
         self.gates = arm_gates(len(modules), arms, self.device)
         self.arm_names = arm_names(self.names, arms)
         reward = config.reward
@@ -171,6 +175,7 @@ class Distiller(Generic[Batch]):
             gamma=reward.gamma,
         )
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
+        self.pulls: dict[str, int] = {}
         self.round = 0
         self.step = 0
         self._probed_teacher = self._forward_teacher(probe, self.names)
@@ -213,6 +218,7 @@ class Distiller(Generic[Batch]):
             "reward": self.reward,
             "random": {"cpu": torch.get_rng_state()}
             | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
+            "pulls": self.pulls,
             "round": self.round,
             "step": self.step,
         }
@@ -228,6 +234,7 @@ class Distiller(Generic[Batch]):
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.pulls = dict(state["pulls"])
         self.round = state["round"]
         self.step = state["step"]
 
@@ -301,8 +308,11 @@ class Distiller(Generic[Batch]):
     def _record(
         self, arm: int, gates: Tensor, reward: float, losses: dict[str, Tensor], probe: dict[str, Tensor]
     ) -> RoundRecord:
+        name = self.arm_names[arm]
+        self.pulls[name] = self.pulls.get(name, 0) + 1
         mean, std = (
-            dict(zip(self.arm_names, row[0].tolist(), strict=False)) for row in self.policy.posterior(self.bandit)
+            {name: value for name, value in zip(self.arm_names, row[0].tolist(), strict=False) if name in self.pulls}
+            for row in self.policy.posterior(self.bandit)
         )
         return RoundRecord(
             round=self.round,
@@ -310,9 +320,18 @@ class Distiller(Generic[Batch]):
             arm=arm,
             modules=tuple(name for name, gate in zip(self.names, gates.tolist(), strict=True) if gate),
             reward=reward,
+            pulls=dict(self.pulls),
             mean=mean,
             std=std,
             losses={name: float(steps.mean()) for name, steps in losses.items()},
             probe={name: float(term) for name, term in probe.items()},
             learning_rate=float(self.schedule.get_last_lr()[0]),
         )
+
+
+def _make_policy(config: BanditConfig, arms: int) -> Policy:
+    options = dict(config.options)
+    policy = make_policy(config.policy, arms=arms, **options)
+    if "min_share" in options or "min_share" not in describe_hyper_parameters(config.policy):
+        return policy
+    return make_policy(config.policy, arms=arms, min_share=min(config.min_share, 1 / arms), **options)
