@@ -76,7 +76,7 @@ def check_kernels() -> None:
         hint = "; TRITON_INTERPRET=1 checks them in Triton's interpreter" if HAS_TRITON else ""
         print(f"\nNo {missing} is found, so there are no Triton kernels to check{hint}.")
         return
-    device = torch.device("cuda" if gpu else "cpu", torch.cuda.current_device() if gpu else None)
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     table = _table("kernels of", "checked on", "outcome", "largest error")
     for loss in selfcheck.PROBLEMS:
         outcome = selfcheck.check_anew(loss, device)

@@ -62,7 +62,17 @@ CHIPS = {
     "gfx942": Chip(64, 4, 512, 8, 32, 32, 64 * 1024, 64 * 1024, 0, r"\bv_s?mfmac?_\w+"),
 }
 
-COLUMNS = ("kernel", "target", "warps", "stages", "registers", "spilled, B", "shared, B", "blocks", "occupancy")
+COLUMNS: tuple[str, ...] = (
+    "kernel",
+    "target",
+    "warps",
+    "stages",
+    "registers",
+    "spilled, B",
+    "shared, B",
+    "blocks",
+    "occupancy",
+)
 COLUMNS += ("matrix instruction", "loads, bits", "stores, bits")
 
 

@@ -41,7 +41,7 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
     return cast(Backend, backend)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_trusted(loss: str, device: torch.device) -> bool:
     from optima_kernels import selfcheck
 

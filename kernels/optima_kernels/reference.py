@@ -44,7 +44,7 @@ def attention_map_loss(
     `sum_b w_b sum_valid term / sum_b w_b count_b`, or 0 where the denominator is 0, with w the sample weights (1 if not
     given) and, per sample,
 
-    - `kind="kl"`: one term `sum_j P_t log(P_t / P_s)` per valid row (h, i), a row being valid when it attends to any key;
+    - `kind="kl"`: one term `sum_j P_t log(P_t / P_s)` per valid row (h, i), one that attends to any key;
     - `kind="mse"`: one term `(P_s - P_t)^2` per valid element (h, i, j), an element being valid when i attends to j.
 
     `lse_s` and `lse_t` only save the other backends a pass: here the log-sum-exp is always computed.
@@ -214,7 +214,8 @@ def linear_kl(
         h_s, h_t = (h.masked_fill(~mask.expand(h.shape[:-1])[..., None], 0.0) for h in (h_s, h_t))
     dtype = _dtype(h_s, w_s, h_t, w_t, bias_s, bias_t)
     z_s = F.linear(h_s.to(dtype), w_s.to(dtype), None if bias_s is None else bias_s.to(dtype))
-    z_t = F.linear(*(x.detach().to(dtype) for x in (h_t, w_t)), None if bias_t is None else bias_t.detach().to(dtype))
+    h_t, w_t = h_t.detach().to(dtype), w_t.detach().to(dtype)
+    z_t = F.linear(h_t, w_t, None if bias_t is None else bias_t.detach().to(dtype))
     rows = divergence_rows(z_s, z_t, temperature=temperature, divergence=divergence, beta=beta)
     kl = apply_gate(temperature**2 * _weighted_mean(rows, token_weights(rows, mask, None)), gate)
     if labels is None:

@@ -121,12 +121,12 @@ def attention_problem(dtype: torch.dtype) -> Problem:
 
 
 def hidden_problem(dtype: torch.dtype) -> Problem:
-    """Layers of 75 tokens, projected from 96 to 160 features; some tokens are padding."""
+    """Layers of 75 tokens, projected from 48 to 160 features; some tokens are padding."""
     draw = _draw(dtype)
     arguments = {
-        "h_s": [draw(3, 25, 96) for _ in GATES],
+        "h_s": [draw(3, 25, 48) for _ in GATES],
         "h_t": [draw(3, 25, 160) for _ in GATES],
-        "weight": [draw(160, 96) * 96**-0.5 for _ in GATES],
+        "weight": [draw(160, 48) * 48**-0.5 for _ in GATES],
         "bias": [draw(160) for _ in GATES],
         "normalize": "layernorm" if dtype == torch.float32 else None,
         "mask": torch.arange(25) < torch.tensor([[25], [7], [16]]),
@@ -136,21 +136,21 @@ def hidden_problem(dtype: torch.dtype) -> Problem:
 
 
 def logits_problem(dtype: torch.dtype) -> Problem:
-    """70 tokens, a vocabulary of 600; in float32 Jensen-Shannon with cross entropy, in bfloat16 forward KL."""
+    """70 tokens, a vocabulary of 200; in float32 Jensen-Shannon with cross entropy, in bfloat16 forward KL."""
     draw = _draw(dtype)
     arguments: dict[str, Any] = {
-        "h_s": draw(70, 64),
-        "w_s": draw(600, 64) * 64**-0.5,
-        "bias_s": draw(600),
-        "h_t": draw(70, 96),
-        "w_t": draw(600, 96) * 96**-0.5,
-        "bias_t": draw(600),
+        "h_s": draw(70, 48),
+        "w_s": draw(200, 48) * 48**-0.5,
+        "bias_s": draw(200),
+        "h_t": draw(70, 64),
+        "w_t": draw(200, 64) * 64**-0.5,
+        "bias_t": draw(200),
         "temperature": 2.0,
         "mask": torch.arange(70) % 9 != 0,
         "gate": torch.tensor(0.5),
     }
     if dtype == torch.float32:
-        labels = torch.arange(70) * 8
+        labels = torch.arange(70) * 2
         labels[::5] = -100
         arguments |= {"divergence": "jsd", "labels": labels}
     return Problem(arguments, ("h_s", "w_s", "bias_s"))
@@ -192,10 +192,10 @@ def _solve(loss: str, problem: Problem, backend: str, device: torch.device) -> d
             tensor.requires_grad_()
     losses = torch.cat([x.reshape(-1) for x in _tensors(getattr(optima_kernels, loss)(**arguments, backend=backend))])
     # Different factors, so that a gradient in a wrong place shows.
-    (losses * torch.arange(1, len(losses) + 1, device=device)).sum().backward()
+    (losses * torch.arange(1, len(losses) + 1, device=device)).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {f"the gradient of {name}": [x.grad for x in tensors] for name, tensors in trained.items()}
     return {"the loss": losses.detach()} | {
-        name: torch.cat([x.flatten() for x in xs]) for name, xs in gradients.items()
+        name: torch.cat([x.flatten() for x in xs if x is not None]) for name, xs in gradients.items()
     }
 
 
@@ -229,7 +229,7 @@ def _in_clean_thread(function: Callable[[], dict[str, float]], device: torch.dev
         except Exception as failure:
             failures.append(failure)
 
-    initialized = torch.cuda.is_initialized()
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     ban = torch.cuda.get_sync_debug_mode() if initialized else 0
     if initialized:
         torch.cuda.set_sync_debug_mode(0)
