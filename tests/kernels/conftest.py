@@ -1,4 +1,4 @@
-"""Seeds that are printed, and a Triton that runs where there is no GPU."""
+"""Seeds that are printed, and how many random problems are tried."""
 
 import os
 import random
@@ -10,10 +10,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from kernel_support import ...` under --import-mode=importlib
-
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated: it has to be there before the first import of optima_kernels.triton.*
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # OPTIMA_TEST_EXAMPLES scales how many random problems each property is tried on.
 settings.register_profile(
