@@ -183,8 +183,8 @@ def test_large_scores_stay_finite(kind: str, backend: str, seed: int, device: to
     case = Case(seed, options={"kind": kind, "scale_s": 100.0, "scale_t": 50.0})
     tensors = {name: x.to(device) for name, x in case.tensors().items()}
     actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
-    # exp(score - lse) of a map that is all but 0 or 1 is off by eps times the scores' size, and with it the difference of
-    # two such maps, whose gradient is then 2 / elements times that, times scale and key.
+    # exp(score - lse) of a map that is all but 0 or 1 is off by eps times the scores' size, and with it the difference
+    # of two such maps, whose gradient is then 2 / elements times that, times scale and key.
     q_s, k_s = tensors["q_s"], tensors["k_s"]
     score = 100.0 * (q_s @ k_s.transpose(-1, -2)).abs().max().item()
     elements = q_s.shape[:3].numel() * k_s.shape[2]
