@@ -188,7 +188,7 @@ class Distiller(Generic[Batch]):
         Raises OptimaError, naming the loss term, if a loss became NaN or infinite; the state is then not worth saving.
         """
         arm, self.bandit = self.policy.select(self.bandit)
-        gates = self.gates[arm[0]]
+        gates = self.gates[arm][0]
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.config.steps_per_round):
             steps.append(self._train_step(self.load(self.step), gates))
