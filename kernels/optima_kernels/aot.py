@@ -240,10 +240,10 @@ def _nvidia_accesses(code: str) -> tuple[dict[int, int], dict[int, int]]:
 
 
 def _amd_accesses(code: str) -> tuple[dict[int, int], dict[int, int]]:
-    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?([us]?(?:byte|short)|dword(?:x\d)?)", code)
+    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)", code)
     bits = {"byte": 8, "short": 16, "dword": 32} | {f"dwordx{i}": 32 * i for i in (2, 3, 4)}
-    widths = [(kind, bits[size.lstrip("us") if size[1:] in bits else size]) for kind, size in found]
-    return _counts(w for kind, w in widths if kind == "load"), _counts(w for kind, w in widths if kind == "store")
+    loads, stores = ([bits[size] for kind, size in found if kind == wanted] for wanted in ("load", "store"))
+    return _counts(loads), _counts(stores)
 
 
 def _counts(widths: Iterable[int]) -> dict[int, int]:
