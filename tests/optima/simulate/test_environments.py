@@ -24,8 +24,9 @@ def test_worlds_do_not_depend_on_how_many_run_beside_them(name, seed):
     environment = ENVIRONMENTS[name](4, 100)
     few, many = environment.init(2, seed), environment.init(9, seed)
     for t in range(30):
-        assert torch.equal(environment.expected_reward(few), environment.expected_reward(many)[:2])
-        assert torch.equal(environment.draw_noise(few), environment.draw_noise(many)[:2])
+        # Powers, logarithms and sines of whole vectors and of their tails differ in the last bits on a CPU.
+        for draw in (environment.expected_reward, environment.draw_noise):
+            torch.testing.assert_close(draw(few), draw(many)[:2], rtol=1e-12, atol=1e-14)
         few = environment.advance(few, one_hot(t % 4, 2, 4))
         many = environment.advance(many, one_hot(t % 4, 9, 4))
 
