@@ -32,7 +32,7 @@ from optima_core.bandit import POLICIES
 from optima_core.objective import Objective, ObjectiveConfig
 from optima_kernels.dispatch import INTERPRETED
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `from whole_step import ...` under --import-mode=importlib
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
 
 from whole_step import make_coca, make_whole_step, random_batch
 
