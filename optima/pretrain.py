@@ -44,6 +44,8 @@ class PretrainConfig:
         contrastive: Weight of the contrastive loss beside a captioning loss of weight 1.
         optimiser: AdamW and its schedule over all steps.
         precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
+        compile: Compile the three modules with torch.compile: a minute's wait, then 1.3 times the steps a second (measured
+            on one core of an AMD EPYC with AVX-512 bf16); needs a C++ compiler on a CPU.
         stored: Floating-point type of the weights in model.safetensors.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between progress lines.
@@ -63,6 +65,7 @@ class PretrainConfig:
     contrastive: float = 0.2
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     precision: Precision = "bf16"
+    compile: bool = False
     stored: Literal["fp32", "fp16"] = "fp16"
     checkpoint_every: int = 200
     log_every: int = 50
@@ -111,6 +114,9 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
         schedule.load_state_dict(state["schedule"])
         step = state["step"]
 
+    if config.compile:
+        for module in (model.image_encoder, model.text_decoder, model.multimodal_decoder):
+            module.compile(dynamic=False)
     directory.write_config(config)
     data = Pictograms("train", config.seed)
     model.train()
@@ -170,28 +176,37 @@ def caption_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer, cont
 
 
 def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The four tasks' losses of one batch; all texts go through the decoders together."""
+    """The four tasks' losses of one batch; all texts of a picture go through the decoders together."""
     pictures = len(batch.images)
     feature, image_tokens, _ = model.image_encoder(normalise(batch.images))
-    pairs = torch.arange(pictures).view(-1, 2)
+    tokens = tokenizer.encode([*batch.captions, *batch.questions, *batch.hypotheses, *batch.statements], TEXT_LENGTH)
+    captions, questions, hypotheses, statements = torch.split(
+        tokens, [len(batch.captions), len(batch.questions), len(batch.hypotheses), len(batch.statements)]
+    )
     # A statement is about two pictures, so its text is decoded over each of them.
+    over_each = statements.view(pictures // 2, 1, -1, TEXT_LENGTH).expand(-1, 2, -1, -1)
     about = {
-        "captioning": torch.arange(pictures),
-        "vqa": torch.arange(pictures).repeat_interleave(len(batch.questions) // pictures),
-        "snli_ve": torch.arange(pictures).repeat_interleave(len(batch.hypotheses) // pictures),
-        "nlvr2": pairs.repeat_interleave(2 * len(batch.statements) // pictures, dim=0).flatten(),
+        "captioning": captions.view(pictures, 1, TEXT_LENGTH),
+        "vqa": questions.view(pictures, -1, TEXT_LENGTH),
+        "snli_ve": hypotheses.view(pictures, -1, TEXT_LENGTH),
+        "nlvr2": over_each.reshape(pictures, -1, TEXT_LENGTH),
     }
-    repeated = [statement for statement in batch.statements for _ in range(2)]
-    texts = [*batch.captions, *batch.questions, *batch.hypotheses, *repeated]
-    tokens = tokenizer.encode(texts, TEXT_LENGTH)
-    rows = torch.cat(list(about.values()))
-    output = model.decode(feature[rows], image_tokens[rows], tokens)
-    sizes = [len(found) for found in about.values()]
-    states = dict(zip(about, torch.split(output.states, sizes), strict=True))
-    valid = dict(zip(about, torch.split(output.valid, sizes), strict=True))
-    losses = {
-        "captioning": captioning_loss(model.caption_logits(states["captioning"]), tokens[:pictures], tokenizer.pad_id)
-    }
-    for task, targets in (("vqa", batch.answers), ("snli_ve", batch.labels), ("nlvr2", batch.truths)):
-        losses[task] = F.cross_entropy(model.heads[task](states[task], valid[task]).float(), targets)
+    output = model.decode(feature, image_tokens, torch.cat(list(about.values()), dim=1).flatten(0, 1))
+    texts = [found.shape[1] for found in about.values()]
+    by_picture = zip(
+        about,
+        output.states.unflatten(0, (pictures, -1)).split(texts, dim=1),
+        output.valid.unflatten(0, (pictures, -1)).split(texts, dim=1),
+        strict=True,
+    )
+    losses = {}
+    targets = {"vqa": batch.answers, "snli_ve": batch.labels, "nlvr2": batch.truths}
+    for task, states, valid in by_picture:
+        if task == "captioning":
+            losses[task] = captioning_loss(model.caption_logits(states[:, 0]), captions, tokenizer.pad_id)
+            continue
+        if task == "nlvr2":  # the head takes a statement's two pictures one after the other
+            states, valid = (x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(0, 1) for x in (states, valid))
+        logits = model.heads[task](states.flatten(0, 1), valid.flatten(0, 1))
+        losses[task] = F.cross_entropy(logits.float(), targets[task])
     return losses

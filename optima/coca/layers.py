@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one sequence over another of any width."""
+    """Multi-head attention of sequences over contexts of any width, the same number of sequences over each context."""
 
     def __init__(self, width: int, heads: int, context_width: int) -> None:
         super().__init__()
@@ -49,11 +49,16 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, context_BMC: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, AttentionTap]:
-        """mask: bool, broadcasts to [B, H, N, M], True attends."""
-        q = split_heads(self.q(x_BND), self.heads)
+        """x [C * n, N, D] and contexts [C, M, ...]: sequences n c to n c + n - 1 attend over context c.
+
+        No token of x sees another here, so the n sequences are one of n N queries, and a context's keys and values
+        are computed once. The tap has those shapes: q [C, H, n N, d], k [C, H, M, d].
+        mask: bool, broadcasts to [C, H, n N, M], True attends.
+        """
+        q = split_heads(self.q(x_BND).reshape(len(context_BMC), -1, x_BND.shape[-1]), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(context_BMC).chunk(2, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(merge_heads(attended)), AttentionTap(q, k, mask=mask)
+        return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask)
 
 
 class Mlp(nn.Sequential):

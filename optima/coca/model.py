@@ -89,7 +89,7 @@ class CoCa(nn.Module):
         *,
         with_class: bool = False,
     ) -> CoCaOutput:
-        """The text side alone, over pictures that are already encoded, one a text."""
+        """The text side alone, over encoded pictures, each serving the same number of consecutive texts."""
         wanted = wanted or {}
         valid = tokens != self.config.text_decoder.pad_id
         text, text_feature, text_taps = self.text_decoder(tokens, wanted.get("text_decoder", ()), with_class=with_class)

@@ -40,7 +40,10 @@ class MultimodalDecoder(nn.Module):
     def forward(
         self, text_states: Tensor, image_tokens: Tensor, valid: Tensor, wanted: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[LayerTap, ...]]:
-        """valid: bool [B, L], True where the text is no padding; used by the taps alone."""
+        """image_tokens [B / n, M, C]: every picture serves n consecutive texts.
+
+        valid: bool [B, L], True where the text is no padding; used by the taps alone.
+        """
         x = text_states
         taps = []
         for i, layer in enumerate(self.layers):
@@ -48,6 +51,7 @@ class MultimodalDecoder(nn.Module):
             if i in wanted:
                 rows = valid[:, None, :, None]
                 self_tap = self_tap._replace(causal=False, mask=causal_mask(x.shape[1], x.device) & rows)
-                taps.append(LayerTap(x, (self_tap, cross_tap._replace(mask=rows)), valid))
+                cross_rows = valid.reshape(len(image_tokens), -1)[:, None, :, None]
+                taps.append(LayerTap(x, (self_tap, cross_tap._replace(mask=cross_rows)), valid))
         states: Tensor = self.norm_output(x)
         return states, tuple(taps)
