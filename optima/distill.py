@@ -17,18 +17,18 @@ import torch
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.pairs import module_pairs
-from optima.data.pictograms.stream import Pictograms
-from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.display import Display, make_display
 from optima.interruption import StopRequest
 from optima.report import write_report
 from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
-from optima.tasks import HEADLINE, HEADS, Task
-from optima.tasks.batches import TaskBatch, load_batch
-from optima.tasks.evaluate import Evaluation, evaluate
-from optima.tasks.fit import refuse_misfit
+from optima.tasks import Task
+from optima.tasks.batches import TaskBatch
+from optima.tasks.data import Evaluation, TaskData, head_spec
+from optima.tasks.evaluate import evaluate
+from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.forward import TaskForward
+from optima.tasks.pictograms import PictogramTask
 from optima_core.engine import Distiller, DistillerConfig, RoundRecord
 from optima_core.errors import OptimaError
 
@@ -50,7 +50,8 @@ class DistillConfig:
         engine: Rounds, losses, optimiser, bandit and reward.
         evaluate_every: Rounds between points of the learning curve; 0 draws none.
         evaluate_items: Validation items a point of the learning curve.
-        test_items: Test items that the final scores are measured on; 0 takes all 2000.
+        evaluate_batch: Items a forward pass of an evaluation.
+        test_items: Test items that the final scores are measured on; 0 takes all.
         samples: Sample predictions kept for the report.
         checkpoint_every: Rounds between checkpoints.
         keep: Checkpoints that stay on disk.
@@ -70,6 +71,7 @@ class DistillConfig:
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     evaluate_every: int = 10
     evaluate_items: int = 250
+    evaluate_batch: int = 250
     test_items: int = 0
     samples: int = 24
     checkpoint_every: int = 5
@@ -80,7 +82,7 @@ class DistillConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "probe_size", "checkpoint_every", "keep"):
+        for name in ("batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads"):
@@ -94,17 +96,16 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    teacher, student = load_models(config)
-    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
+    data = PictogramTask(config.task, config.seed, device)
+    student = fit_models(config, teacher, data)
+    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
     teacher.to(device).requires_grad_(False)
     student.to(device).train()
-    tokenizer = word_tokenizer()
-    train, validation = Pictograms("train", config.seed), Pictograms("validation")
 
     def load(step: int) -> TaskBatch:
-        return load_batch(train, config.task, step * config.batch_size, config.batch_size, tokenizer, device)
+        return data.training_batch(step, config.batch_size)
 
     distiller = Distiller(
         student,
@@ -112,30 +113,29 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map),
         load,
-        load_batch(validation, config.task, 0, min(config.probe_size, len(validation)), tokenizer, device),
+        data.held_batch("validation", 0, min(config.probe_size, data.items("validation"))),
         config.engine,
         config.seed,
     )
-    before = load_start(config, teacher).to(device)
-    curve, spent = _train(config, distiller, directory, student, validation, tokenizer)
+    before = load_start(config, teacher, data).to(device)
+    curve, spent = _train(config, distiller, directory, student, data)
 
     save_coca(student, directory.path / "student.safetensors")
-    test = Pictograms("test")
     models = {"teacher": teacher, "before": before, "after": student}
     evaluations: dict[str, Evaluation] = {}
     seconds: dict[str, float] = {}
     for name, model in models.items():
         begun = time.monotonic()
-        evaluations[name] = evaluate(model, config.task, test, tokenizer, limit=config.test_items)
+        evaluations[name] = evaluate(model, data, "test", limit=config.test_items, batch_size=config.evaluate_batch)
         seconds[name] = time.monotonic() - begun
-    write_samples(directory, config.task, test, evaluations, config.samples)
+    write_samples(directory, data, evaluations, config.samples)
     if config.task == "captioning":
-        write_cross_attention(directory, student, test, evaluations["after"], tokenizer)
+        write_cross_attention(directory, student, data, evaluations["after"])
     items = len(evaluations["after"].predictions)
     summary = {
         "task": config.task,
         "scores": {name: evaluation.scores for name, evaluation in evaluations.items()},
-        "headline_metric": HEADLINE[config.task],
+        "headline_metric": data.headline,
         "parameters": {
             name: count_parameters(models[key]) for name, key in (("teacher", "teacher"), ("student", "after"))
         },
@@ -152,31 +152,26 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     return summary
 
 
-def load_models(config: DistillConfig) -> tuple[CoCa, CoCa]:
-    """The teacher and the student start, checked against each other and the task."""
-    path = config.teacher or ASSETS / "teacher.safetensors"
-    teacher = load_coca(path)
-    refuse_misfit(teacher, f"teacher {path}")
-    if config.task in HEADS and config.task not in teacher.head_specs:
-        raise OptimaError(
-            f"teacher {path} has no head for task {config.task} "
-            f"(it has {', '.join(teacher.head_specs) or 'none'}); "
-            "train it on the task first with `python -m optima.run pretrain`"
-        )
-    return teacher, load_start(config, teacher)
+def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
+    """The student start, after both models have been checked against the data and each other."""
+    name = f"teacher {config.teacher or ASSETS / 'teacher.safetensors'}"
+    refuse_misfit(teacher, name, data)
+    refuse_headless(teacher, name, data)
+    return load_start(config, teacher, data)
 
 
-def load_start(config: DistillConfig, teacher: CoCa) -> CoCa:
+def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
     path = config.student or ASSETS / "student.safetensors"
     start = load_coca(path)
-    refuse_misfit(start, f"student {path}")
+    refuse_misfit(start, f"student {path}", data)
     ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
     if ours != theirs:
         raise OptimaError(
             f"student has a vocabulary of {ours} tokens and the teacher one of {theirs}; they must be equal"
         )
-    missing = {config.task: HEADS[config.task]} if config.task in HEADS and config.task not in start.head_specs else {}
+    head = head_spec(data)
+    missing = {data.task: head} if head is not None and data.task not in start.head_specs else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         student = CoCa(start.config, start.head_specs | missing)
@@ -204,8 +199,7 @@ def _train(
     distiller: Distiller[TaskBatch],
     directory: RunDirectory,
     student: CoCa,
-    validation: Pictograms,
-    tokenizer: Tokenizer,
+    data: TaskData,
 ) -> tuple[list[dict[str, float]], float]:
     """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
     curve: list[dict[str, float]] = []
@@ -224,14 +218,14 @@ def _train(
         if state is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not curve:
-            _add_point(config, curve, 0, student, validation, tokenizer, display)
+            _add_point(config, curve, 0, student, data, display)
         while distiller.round < rounds:
             record = distiller.run_round()
             seconds = spent + time.monotonic() - started
             directory.append_metrics(_row(record, seconds))
             display.round(record)
             if config.evaluate_every and record.round % config.evaluate_every == 0:
-                _add_point(config, curve, record.step, student, validation, tokenizer, display)
+                _add_point(config, curve, record.step, student, data, display)
             if record.round % config.checkpoint_every == 0 or record.round == rounds or stop.made:
                 directory.checkpoints.save(
                     record.step,
@@ -252,16 +246,15 @@ def _add_point(
     curve: list[dict[str, float]],
     step: int,
     student: CoCa,
-    validation: Pictograms,
-    tokenizer: Tokenizer,
+    data: TaskData,
     display: Display,
 ) -> None:
     if not config.evaluate_every or not config.evaluate_items:
         return
-    scores = evaluate(student, config.task, validation, tokenizer, limit=config.evaluate_items).scores
-    headline = HEADLINE[config.task]
+    scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
+    headline = data.headline
     curve.append({"step": step, headline: scores[headline]})
-    display.note(f"step {step}: validation {headline} {scores[headline]:.1f} %")
+    display.note(f"step {step}: validation {headline} {scores[headline]:.1f}{' %' if 'accuracy' in headline else ''}")
 
 
 def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.interruption import StopRequest
 from optima.run_directory import RunDirectory, fingerprint
-from optima.tasks import HEADS, TEXT_LENGTH
+from optima.tasks import HEADS, TASKS, TEXT_LENGTH
 from optima.tasks.fit import refuse_misfit
+from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
 from optima_core.precision import Precision, arithmetic
@@ -44,8 +45,8 @@ class PretrainConfig:
         contrastive: Weight of the contrastive loss beside a captioning loss of weight 1.
         optimiser: AdamW and its schedule over all steps.
         precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
-        compile: Compile the three modules with torch.compile: a minute's wait, then 1.3 times the steps a second (measured
-            on one core of an AMD EPYC with AVX-512 bf16); needs a C++ compiler on a CPU.
+        compile: Compile the three modules with torch.compile: a minute's wait, then 1.3 times the steps a second
+            (measured on one core of an AMD EPYC with AVX-512 bf16); needs a C++ compiler on a CPU.
         stored: Floating-point type of the weights in model.safetensors.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between progress lines.
@@ -101,7 +102,8 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
     torch.manual_seed(config.seed)
     tokenizer = word_tokenizer()
     model = CoCa(config.model, HEADS if config.task_steps else None)
-    refuse_misfit(model, "the model")
+    for task in TASKS:
+        refuse_misfit(model, "the model", PictogramTask(task, config.seed, torch.device("cpu")))
     steps = config.caption_steps + config.task_steps
     optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
     directory = RunDirectory(config.run, resume=config.resume, keep=2)
@@ -195,8 +197,8 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
     texts = [found.shape[1] for found in about.values()]
     by_picture = zip(
         about,
-        output.states.unflatten(0, (pictures, -1)).split(texts, dim=1),
-        output.valid.unflatten(0, (pictures, -1)).split(texts, dim=1),
+        output.states.view(pictures, -1, *output.states.shape[1:]).split(texts, dim=1),
+        output.valid.view(pictures, -1, *output.valid.shape[1:]).split(texts, dim=1),
         strict=True,
     )
     losses = {}

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from optima.coca.checkpoint import load_coca
 from optima.command_line import Command, parse
-from optima.data.pictograms.stream import Pictograms
-from optima.data.tokenizer import word_tokenizer
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.interruption import terminate_as_interrupt
@@ -28,7 +27,8 @@ from optima.report import write_report
 from optima.simulate import SimulateConfig, simulate
 from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
-from optima.tasks.fit import refuse_misfit
+from optima.tasks.fit import refuse_headless, refuse_misfit
+from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 
 
@@ -94,16 +94,13 @@ def run_pretrain(config: PretrainConfig) -> None:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores."""
-    model, tokenizer, console = load_coca(config.model), word_tokenizer(), Console()
-    refuse_misfit(model, f"model {config.model}")
-    data = Pictograms(config.split)
+    model, console = load_coca(config.model), Console()
     for task in config.tasks:
-        if task != "captioning" and task not in model.head_specs:
-            raise OptimaError(
-                f"model {config.model} has no head for {task}; it has {', '.join(model.head_specs) or 'none'}"
-            )
+        data = PictogramTask(task, 0, torch.device("cpu"))
+        refuse_misfit(model, f"model {config.model}", data)
+        refuse_headless(model, f"model {config.model}", data)
         table = Table("score, %", task, header_style="bold")
-        for name, value in evaluate(model, task, data, tokenizer, limit=config.items).scores.items():
+        for name, value in evaluate(model, data, config.split, limit=config.items).scores.items():
             table.add_row(name, f"{value:.1f}")
         console.print(table)
 

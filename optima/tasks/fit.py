@@ -1,25 +1,39 @@
-"""Whether a CoCa fits the pictures and texts of pictograms, asked before a long run rather than in its first step."""
+"""Whether a CoCa fits the pictures and texts of a data set, asked before a long run rather than in its first step."""
 
 from optima.coca import CoCa
-from optima.data.tokenizer import word_tokenizer
-from optima.tasks.spec import HEADS, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.data import TaskData, head_spec
 from optima_core.errors import OptimaError
 
 
-def refuse_misfit(model: CoCa, name: str) -> None:
-    """Raises OptimaError, calling the model `name`, if it cannot be run on pictograms."""
-    tokenizer = word_tokenizer()
+def refuse_misfit(model: CoCa, name: str, data: TaskData) -> None:
+    """Raises OptimaError, calling the model `name`, if it cannot be run on the data or its head is for other classes.
+
+    A model without a head for the task is let through.
+    """
     text, size = model.config.text_decoder, model.config.image_encoder.image_size
-    if size != PICTURE_SIZE:
-        raise OptimaError(f"{name} takes pictures of {size} pixels; those of pictograms have {PICTURE_SIZE}")
-    if text.vocab_size < tokenizer.vocab_size:
+    if size != data.picture_size:
+        raise OptimaError(f"{name} takes pictures of {size} pixels; those of {data.name} have {data.picture_size}")
+    if text.vocab_size < data.tokenizer.vocab_size:
         raise OptimaError(
-            f"{name} has a vocabulary of {text.vocab_size} tokens; the texts of pictograms need {tokenizer.vocab_size}"
+            f"{name} has a vocabulary of {text.vocab_size} tokens; "
+            f"the texts of {data.name} need {data.tokenizer.vocab_size}"
         )
-    if text.context_length < TEXT_LENGTH:
-        raise OptimaError(f"{name} reads texts of {text.context_length} tokens; those of pictograms take {TEXT_LENGTH}")
-    if text.pad_id != tokenizer.pad_id:
-        raise OptimaError(f"{name} pads texts with token {text.pad_id}; pictograms pad with {tokenizer.pad_id}")
-    for task, spec in model.head_specs.items():
-        if spec != HEADS.get(task):
-            raise OptimaError(f"{name} has a head for {task} with {spec}; pictograms take {HEADS.get(task)}")
+    if text.context_length < data.text_length:
+        raise OptimaError(
+            f"{name} reads texts of {text.context_length} tokens; those of {data.name} take {data.text_length}"
+        )
+    if text.pad_id != data.tokenizer.pad_id:
+        raise OptimaError(f"{name} pads texts with token {text.pad_id}; {data.name} pads with {data.tokenizer.pad_id}")
+    found, wanted = model.head_specs.get(data.task), head_spec(data)
+    if found is not None and found != wanted:
+        raise OptimaError(f"{name} has a head for {data.task} with {found}; {data.name} takes {wanted}")
+
+
+def refuse_headless(model: CoCa, name: str, data: TaskData) -> None:
+    """Raises OptimaError if the model has no head for the task of the data and needs one."""
+    if data.classes and data.task not in model.head_specs:
+        heads = ", ".join(model.head_specs) or "none"
+        raise OptimaError(
+            f"{name} has no head for {data.task} (it has {heads}); "
+            "train it on the task first with `python -m optima.run pretrain`"
+        )

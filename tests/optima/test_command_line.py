@@ -127,7 +127,7 @@ def test_a_wrong_model_is_one_line(
             assert words in line
             assert f"{name}.safetensors" in line
     line = complaint_of(capsys, [*brief, *run, "--teacher", str(student_file), "--task", "vqa"])
-    assert "no head for task vqa" in line
+    assert "no head for vqa" in line
     assert str(student_file) in line
     line = complaint_of(capsys, [*brief, *run, "--teacher", str(student_file), "--student", str(teacher_file)])
     assert "2 student layers cannot learn from 1 teacher layers" in line
