@@ -203,6 +203,8 @@ class Objective(nn.Module):
     def _attention(self, student: LayerTap, teacher: LayerTap, gate: Tensor) -> Tensor:
         """Mean over the layer's maps (a decoder layer has a self- and a cross-attention map)."""
         config = self.config
+        # Rows' sums belong to the heads that the forward pass had; regrouped ones have others.
+        keep_lse = config.attention_heads != "relation"
         losses = [
             attention_map_loss(
                 s.q,
@@ -214,8 +216,8 @@ class Objective(nn.Module):
                 relation_heads=config.relation_heads,
                 causal=s.causal,
                 mask=s.mask,
-                lse_s=s.lse,
-                lse_t=t.lse,
+                lse_s=s.lse if keep_lse else None,
+                lse_t=t.lse if keep_lse else None,
                 gate=gate,
             )
             for s, t in zip(student.attention, teacher.attention, strict=True)

@@ -1,4 +1,4 @@
-"""The transformer blocks of CoCa: pre-norm, attention through scaled_dot_product_attention, taps as outputs.
+"""The transformer blocks of CoCa: pre-norm, attention through torch's fused kernels, taps as outputs.
 
 Every attention returns (output, tap); the tap holds views of tensors that exist anyway, so one that nobody keeps costs
 nothing. Shapes: B batch, N query tokens, M key tokens, D width, H heads, d = D / H.
@@ -6,8 +6,8 @@ nothing. Shapes: B batch, N query tokens, M key tokens, D width, H heads, d = D 
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from optima_core.attention import attention_with_lse
 from optima_core.taps import AttentionTap
 
 
@@ -34,8 +34,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_BND: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, AttentionTap]:
         """mask: bool, broadcasts to [B, H, N, N], True attends; instead of `causal`, not beside it."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(merge_heads(attended)), AttentionTap(q, k, causal=causal, mask=mask)
+        attended, lse = attention_with_lse(q, k, v, mask=mask, causal=causal)
+        return self.out(merge_heads(attended)), AttentionTap(q, k, causal, mask, lse)
 
 
 class CrossAttention(nn.Module):
@@ -57,8 +57,8 @@ class CrossAttention(nn.Module):
         """
         q = split_heads(self.q(x_BND).reshape(len(context_BMC), -1, x_BND.shape[-1]), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(context_BMC).chunk(2, dim=-1))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask)
+        attended, lse = attention_with_lse(q, k, v, mask=mask)
+        return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask, lse=lse)
 
 
 class Mlp(nn.Sequential):

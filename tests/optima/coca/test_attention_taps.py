@@ -24,6 +24,17 @@ def explicit_map(tap: AttentionTap) -> Tensor:
     return scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
 
 
+def assert_lse_fits(tap: AttentionTap) -> None:
+    """Rows that count have the log-sum-exp of the scores which the tap's own mask leaves."""
+    assert tap.lse is not None
+    scores = tap.q @ tap.k.transpose(-1, -2) / tap.q.shape[-1] ** 0.5
+    allowed = torch.ones(scores.shape, dtype=torch.bool) if tap.mask is None else tap.mask.expand(scores.shape)
+    rows = allowed.any(-1)
+    assert rows.any()
+    expected = scores.masked_fill(~allowed, -torch.inf).logsumexp(dim=-1)
+    torch.testing.assert_close(tap.lse[rows], expected[rows])
+
+
 def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -66,6 +77,7 @@ def test_image_encoder(model: CoCa, images: Tensor, tokens: Tensor) -> None:
     taps = model(images, tokens, {"image_encoder": (0, 1, 2)}).taps["image_encoder"]
     for i in (1, 2):
         (tap,) = taps[i].attention
+        assert_lse_fits(tap)
         expected = self_block(model.image_encoder.blocks[i], taps[i - 1].hidden, explicit_map(tap))
         torch.testing.assert_close(taps[i].hidden, expected)
     assert taps[0].valid is None
@@ -76,6 +88,7 @@ def test_text_decoder(model: CoCa, images: Tensor, tokens: Tensor, with_class: b
     taps = model(images, tokens, {"text_decoder": (0, 1, 2)}, with_class=with_class).taps["text_decoder"]
     for i in (1, 2):
         (tap,) = taps[i].attention
+        assert_lse_fits(tap)
         valid = taps[i].valid
         assert valid is not None
         assert valid.shape == taps[i].hidden.shape[:2]
@@ -99,6 +112,7 @@ def test_multimodal_decoder(model: CoCa, images: Tensor, tokens: Tensor) -> None
         expected = cross_block(layer.cross_block, between, image_tokens, explicit_map(cross_tap))
         torch.testing.assert_close(taps[i].hidden[valid], expected[valid])
         for tap in (self_tap, cross_tap):
+            assert_lse_fits(tap)
             assert tap.mask is not None
             allowed = tap.mask.expand(IMAGES, 1, TOKENS, tap.k.shape[2])
             assert torch.equal(allowed.any(-1)[:, 0], valid)
