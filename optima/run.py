@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.coca.checkpoint import load_coca
+from optima.coca.generate import GenerationConfig
 from optima.command_line import Command, parse
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
@@ -41,12 +42,14 @@ class EvaluateConfig:
         tasks: Tasks to score; those that the model has no head for are refused.
         split: Which held-out split.
         items: Items of the split that count; 0 takes all 2000.
+        generation: How captions are generated.
     """
 
     model: Path
     tasks: list[Task]
     split: Literal["validation", "test"] = "test"
     items: int = 0
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         if self.items < 0:
@@ -100,7 +103,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
         refuse_misfit(model, f"model {config.model}", data)
         refuse_headless(model, f"model {config.model}", data)
         table = Table("score, %", task, header_style="bold")
-        for name, value in evaluate(model, data, config.split, limit=config.items).scores.items():
+        scores = evaluate(model, data, config.split, limit=config.items, generation=config.generation).scores
+        for name, value in scores.items():
             table.add_row(name, f"{value:.1f}")
         console.print(table)
 

@@ -1,25 +1,227 @@
-"""Greedy caption generation."""
+"""Caption generation: greedy, beam search and sampling, batched, from a cache of keys and values.
+
+Everything stays on the device: which texts have ended is a tensor, and the host asks for it now and then only to stop
+early, which changes no result. A text never holds padding before its end: the padding token is never chosen.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.coca.model import CoCa
+from optima_core.rng import make_keys, uniform
 
 
-@torch.no_grad()
-def generate(model: CoCa, images: Tensor, *, start_id: int, end_id: int, length: int) -> Tensor:
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the next token is chosen.
+
+    Attributes:
+        strategy: "greedy" takes the most probable token, "beam" searches for the most probable text, "sample" draws.
+        beams: Texts that a beam search follows per picture.
+        length_penalty: Exponent a of a beam search's score, log-probability / tokens ** a (tokens: those generated, the
+            end included); 0 compares log-probabilities as they are and favours short texts, 1 compares means per token.
+        temperature: Sampling: logits are divided by this; above 0.
+        top_k: Sampling: only the k most probable tokens; 0 takes all.
+        top_p: Sampling: only the fewest most probable tokens that hold this share of what top_k left, in (0, 1]
+            (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+        seed: Sampling: seed of the draws. A text is a function of the seed, its place in the batch, and the model.
+        check_every: Tokens between questions of the host whether all texts have ended; 0 never asks.
+    """
+
+    strategy: Literal["greedy", "beam", "sample"] = "greedy"
+    beams: int = 4
+    length_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    check_every: int = 8
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise ValueError(f"beams must be at least 1, got {self.beams}")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ValueError(f"length_penalty must be a finite number of at least 0, got {self.length_penalty}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name in ("top_k", "seed", "check_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+class Beams(NamedTuple):
+    """The best texts of a beam search, best first.
+
+    tokens: int64 [B, beams, length]. scores: [B, beams], log-probability / tokens ** length_penalty; -inf where there
+    are fewer texts than beams.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+
+
+def generate(
+    model: CoCa,
+    images: Tensor,
+    *,
+    start_id: int,
+    end_id: int,
+    length: int,
+    config: GenerationConfig | None = None,
+    cached: bool = True,
+) -> Tensor:
     """images [B, 3, S, S] normalised -> int64 [B, length] captions: start, words, end, then padding.
 
     The pictures are encoded once. A caption that does not end within `length` tokens is cut there.
+    cached: False computes every text anew for every token: the same captions, slowly.
+
+    Raises ValueError if the model reads no texts of `length` tokens.
     """
-    feature, image_tokens, _ = model.image_encoder(images)
-    pad_id = model.config.text_decoder.pad_id
-    tokens = torch.full((len(images), length), pad_id, device=images.device)
+    config = config or GenerationConfig()
+    if config.strategy == "beam":
+        return beam_search(
+            model, images, start_id=start_id, end_id=end_id, length=length, config=config, cached=cached
+        ).tokens[:, 0]
+    return _one_by_one(model, images, start_id, end_id, length, config, cached)
+
+
+@torch.no_grad()
+def beam_search(
+    model: CoCa,
+    images: Tensor,
+    *,
+    start_id: int,
+    end_id: int,
+    length: int,
+    config: GenerationConfig,
+    cached: bool = True,
+) -> Beams:
+    """images [B, 3, S, S] normalised -> the best texts found for each.
+
+    In every step each live text may end, which makes it one of the finished, of which the `beams` best by score are
+    kept; and of all its other continuations the `beams` most probable of a picture live on. Those still alive after
+    `length` tokens are cut there and compete with the finished.
+    Raises ValueError if the model reads no texts of `length` tokens.
+    """
+    decoding = _Decoding(model, images, length, config.beams, cached)
+    pictures, beams, device = len(images), config.beams, images.device
+    rows = torch.arange(pictures, device=device)[:, None] * beams
+    live = torch.full((pictures, beams, length), decoding.pad_id, device=device)
+    live[:, :, 0] = start_id
+    finished = live.clone()
+    best = torch.full((pictures, beams), -math.inf, dtype=decoding.dtype, device=device)
+    # All beams start alike, so that all but the first must not count.
+    logp = best.clone()
+    logp[:, 0] = 0
+    for position in range(1, length):
+        log_probability = decoding.next_logits(live[:, :, position - 1].flatten()).log_softmax(dim=-1)
+        extended = logp[:, :, None] + log_probability.view(pictures, beams, -1)
+        ended = live.clone()
+        ended[:, :, position] = end_id
+        finished, best = _best_of(
+            (finished, ended), (best, extended[:, :, end_id] / position**config.length_penalty), beams
+        )
+        extended[:, :, end_id] = -math.inf
+        logp, chosen = extended.flatten(1).topk(beams, dim=1)
+        vocabulary = extended.shape[2]
+        parent = chosen // vocabulary
+        live = live.gather(1, parent[:, :, None].expand(-1, -1, length))
+        live[:, :, position] = chosen % vocabulary
+        decoding.reorder((rows + parent).flatten())
+        # The longest text has the mildest divisor.
+        bound = logp[:, 0] / (length - 1) ** config.length_penalty
+        if _ask(config, position) and bool((bound <= best[:, -1]).all()):
+            return Beams(finished, best)
+    return Beams(*_best_of((finished, live), (best, logp / (length - 1) ** config.length_penalty), beams))
+
+
+def _best_of(texts: tuple[Tensor, Tensor], scores: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` of two sets of texts [B, n, L] with scores [B, n]."""
+    kept, place = torch.cat(scores, dim=1).topk(count, dim=1)
+    return torch.cat(texts, dim=1).gather(1, place[:, :, None].expand(-1, -1, texts[0].shape[2])), kept
+
+
+@torch.no_grad()
+def _one_by_one(
+    model: CoCa, images: Tensor, start_id: int, end_id: int, length: int, config: GenerationConfig, cached: bool
+) -> Tensor:
+    """Greedy captions or samples."""
+    decoding = _Decoding(model, images, length, 1, cached)
+    tokens = torch.full((len(images), length), decoding.pad_id, device=images.device)
     tokens[:, 0] = start_id
     ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    keys = make_keys(config.seed, (len(images),), images.device)
     for position in range(1, length):
-        states = model.decode(feature, image_tokens, tokens[:, :position]).states[:, -1]
-        chosen = model.caption_logits(states).argmax(dim=-1)
-        tokens[:, position] = torch.where(ended, pad_id, chosen)
+        logits = decoding.next_logits(tokens[:, position - 1])
+        if config.strategy == "sample":
+            chosen = draw(logits, uniform(keys, torch.full_like(keys[:, 0], position)), config)
+        else:
+            chosen = logits.argmax(dim=-1)
+        tokens[:, position] = torch.where(ended, decoding.pad_id, chosen)
         ended = ended | (chosen == end_id)
+        if _ask(config, position) and bool(ended.all()):
+            break
     return tokens
+
+
+def draw(logits: Tensor, level: Tensor, config: GenerationConfig) -> Tensor:
+    """Logits [B, V] and uniform numbers [B] -> a token each, int64 [B], by inverting the distribution function.
+
+    temperature, then top_k, then top_p, over tokens in the order of their probability.
+    """
+    scaled, order = (logits.double() / config.temperature).sort(dim=-1, descending=True, stable=True)
+    if config.top_k:
+        scaled, order = scaled[:, : config.top_k], order[:, : config.top_k]
+    probability = scaled.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    kept = before < config.top_p
+    cumulative = torch.where(kept, probability, 0.0).cumsum(dim=-1)
+    place = (cumulative <= level[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    return order.gather(1, torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+
+
+def _ask(config: GenerationConfig, position: int) -> bool:
+    return config.check_every > 0 and position % config.check_every == 0
+
+
+class _Decoding:
+    """A batch of growing texts, `copies` over each picture: tokens in, logits of the tokens that may follow out."""
+
+    def __init__(self, model: CoCa, images: Tensor, length: int, copies: int, cached: bool) -> None:
+        text = model.config.text_decoder
+        if not 2 <= length <= text.context_length:
+            raise ValueError(f"length must be from 2 to the model's context_length {text.context_length}, got {length}")
+        self.model = model
+        self.pad_id = text.pad_id
+        self.feature, self.image_tokens, _ = model.image_encoder(images)
+        self.cache = model.make_cache(self.image_tokens, length) if cached else None
+        self.tokens = torch.empty(len(images) * copies, 0, dtype=torch.int64, device=images.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of log-probabilities: at least fp32, whatever the arithmetic of the model."""
+        return torch.promote_types(self.image_tokens.dtype, torch.float32)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """The next token of every text, int64 [rows] -> logits [rows, V] of the one after it; -inf for padding."""
+        if self.cache is not None:
+            states = self.model.decode_next(tokens[:, None], self.cache)
+        else:
+            self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
+            states = self.model.decode(self.feature, self.image_tokens, self.tokens).states
+        logits = self.model.caption_logits(states[:, -1]).to(self.dtype)
+        logits[:, self.pad_id] = -math.inf
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """Text i goes on from what text rows[i] is, over the same picture."""
+        if self.cache is not None:
+            self.cache.reorder(rows)
+        else:
+            self.tokens = self.tokens[rows]

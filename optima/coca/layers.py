@@ -7,6 +7,7 @@ nothing. Shapes: B batch, N query tokens, M key tokens, D width, H heads, d = D 
 import torch
 from torch import Tensor, nn
 
+from optima.coca.cache import KeysValues, SelfAttentionCache
 from optima_core.attention import attention_with_lse
 from optima_core.taps import AttentionTap
 
@@ -31,9 +32,17 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, AttentionTap]:
-        """mask: bool, broadcasts to [B, H, N, N], True attends; instead of `causal`, not beside it."""
+    def forward(
+        self, x_BND: Tensor, *, causal: bool, mask: Tensor | None, cache: SelfAttentionCache | None = None
+    ) -> tuple[Tensor, AttentionTap]:
+        """mask: bool, broadcasts to [B, H, N, N], True attends; instead of `causal`, not beside it.
+
+        cache: what came before x, to which x is added: any number of tokens at first, then one at a time.
+        """
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            causal = causal and q.shape[2] > 1  # a single new token is the last and sees all
         attended, lse = attention_with_lse(q, k, v, mask=mask, causal=causal)
         return self.out(merge_heads(attended)), AttentionTap(q, k, causal, mask, lse)
 
@@ -48,15 +57,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, context_BMC: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, AttentionTap]:
+    def project(self, context_BMC: Tensor) -> KeysValues:
+        """The keys and values of contexts, to be handed to `forward` instead of the contexts."""
+        return KeysValues(*(split_heads(part, self.heads) for part in self.kv(context_BMC).chunk(2, dim=-1)))
+
+    def forward(
+        self, x_BND: Tensor, context: Tensor | KeysValues, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, AttentionTap]:
         """x [C * n, N, D] and contexts [C, M, ...]: sequences n c to n c + n - 1 attend over context c.
 
         No token of x sees another here, so the n sequences are one of n N queries, and a context's keys and values
         are computed once. The tap has those shapes: q [C, H, n N, d], k [C, H, M, d].
         mask: bool, broadcasts to [C, H, n N, M], True attends.
         """
-        q = split_heads(self.q(x_BND).reshape(len(context_BMC), -1, x_BND.shape[-1]), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.kv(context_BMC).chunk(2, dim=-1))
+        k, v = self.project(context) if isinstance(context, Tensor) else context
+        q = split_heads(self.q(x_BND).reshape(len(k), -1, x_BND.shape[-1]), self.heads)
         attended, lse = attention_with_lse(q, k, v, mask=mask)
         return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask, lse=lse)
 
@@ -80,9 +95,14 @@ class SelfAttentionBlock(nn.Module):
         self.mlp = Mlp(width, mlp_ratio)
 
     def forward(
-        self, x_BND: Tensor, *, causal: bool = False, mask: Tensor | None = None
+        self,
+        x_BND: Tensor,
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
+        cache: SelfAttentionCache | None = None,
     ) -> tuple[Tensor, AttentionTap]:
-        attended, tap = self.attention(self.norm_attention(x_BND), causal=causal, mask=mask)
+        attended, tap = self.attention(self.norm_attention(x_BND), causal=causal, mask=mask, cache=cache)
         x_BND = x_BND + attended
         return x_BND + self.mlp(self.norm_mlp(x_BND)), tap
 
@@ -98,8 +118,13 @@ class CrossAttentionBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, mlp_ratio)
 
-    def forward(self, x_BND: Tensor, context_BMC: Tensor) -> tuple[Tensor, AttentionTap]:
-        attended, tap = self.attention(self.norm_attention(x_BND), self.norm_context(context_BMC))
+    def project(self, context_BMC: Tensor) -> KeysValues:
+        """The keys and values of contexts, to be handed to `forward` instead of the contexts."""
+        return self.attention.project(self.norm_context(context_BMC))
+
+    def forward(self, x_BND: Tensor, context: Tensor | KeysValues) -> tuple[Tensor, AttentionTap]:
+        projected = self.project(context) if isinstance(context, Tensor) else context
+        attended, tap = self.attention(self.norm_attention(x_BND), projected)
         x_BND = x_BND + attended
         return x_BND + self.mlp(self.norm_mlp(x_BND)), tap
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from optima.coca.cache import DecoderCache, SelfAttentionCache
 from optima.coca.config import CoCaConfig
 from optima.coca.heads import ClassificationHead
 from optima.coca.image_encoder import ImageEncoder
@@ -97,6 +98,23 @@ class CoCa(nn.Module):
         taps = {"text_decoder": text_taps, "multimodal_decoder": decoder_taps}
         kept = {name: found for name, found in taps.items() if name in wanted}
         return CoCaOutput(image_feature, text_feature, states, valid, kept)
+
+    def make_cache(self, image_tokens: Tensor, capacity: int) -> DecoderCache:
+        """An empty memory for `decode_next`: texts of up to `capacity` tokens over encoded pictures."""
+        return DecoderCache(
+            [SelfAttentionCache(capacity) for _ in self.text_decoder.blocks],
+            [SelfAttentionCache(capacity) for _ in self.multimodal_decoder.layers],
+            self.multimodal_decoder.project(image_tokens),
+        )
+
+    def decode_next(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        """The states [B * n, N, D] of tokens [B * n, N] that follow what `cache` remembers, and are added to it.
+
+        Every picture serves n consecutive texts, none of them padded. Any number of tokens at first, then one at a
+        time.
+        """
+        text, _, _ = self.text_decoder(tokens, with_class=False, cache=cache)
+        return self.multimodal_decoder.step(text, cache)
 
     def caption_logits(self, states: Tensor) -> Tensor:
         """states [..., D] -> vocabulary logits [..., V]."""

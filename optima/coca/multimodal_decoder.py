@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from optima.coca.cache import DecoderCache, KeysValues, SelfAttentionCache
 from optima.coca.config import MultimodalDecoderConfig
 from optima.coca.layers import CrossAttentionBlock, SelfAttentionBlock, initialise_transformer
 from optima.coca.text_decoder import causal_mask
@@ -18,9 +19,15 @@ class MultimodalLayer(nn.Module):
         self.self_block = SelfAttentionBlock(config.width, config.heads, config.mlp_ratio)
         self.cross_block = CrossAttentionBlock(config.width, config.heads, config.mlp_ratio, image_token_width)
 
-    def forward(self, x_BLD: Tensor, image_tokens: Tensor) -> tuple[Tensor, AttentionTap, AttentionTap]:
+    def project(self, image_tokens: Tensor) -> KeysValues:
+        """The keys and values of image tokens, to be handed to `forward` instead of them."""
+        return self.cross_block.project(image_tokens)
+
+    def forward(
+        self, x_BLD: Tensor, image_tokens: Tensor | KeysValues, cache: SelfAttentionCache | None = None
+    ) -> tuple[Tensor, AttentionTap, AttentionTap]:
         """-> (output, tap of the self-attention, tap of the cross-attention)."""
-        x_BLD, self_tap = self.self_block(x_BLD, causal=True)
+        x_BLD, self_tap = self.self_block(x_BLD, causal=True, cache=cache)
         x_BLD, cross_tap = self.cross_block(x_BLD, image_tokens)
         return x_BLD, self_tap, cross_tap
 
@@ -55,3 +62,15 @@ class MultimodalDecoder(nn.Module):
                 taps.append(LayerTap(x, (self_tap, cross_tap._replace(mask=cross_rows)), valid))
         states: Tensor = self.norm_output(x)
         return states, tuple(taps)
+
+    def project(self, image_tokens: Tensor) -> list[KeysValues]:
+        """The keys and values of image tokens [B, M, C] in every layer's cross-attention."""
+        return [layer.project(image_tokens) for layer in self.layers if isinstance(layer, MultimodalLayer)]
+
+    def step(self, text_states: Tensor, cache: DecoderCache) -> Tensor:
+        """The states [B, N, D] of text that follows what `cache` remembers, and is added to it."""
+        x = text_states
+        for layer, image, past in zip(self.layers, cache.image, cache.multimodal, strict=True):
+            x = layer(x, image, past)[0]
+        states: Tensor = self.norm_output(x)
+        return states

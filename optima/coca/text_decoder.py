@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from optima.coca.cache import DecoderCache
 from optima.coca.config import TextDecoderConfig
 from optima.coca.layers import SelfAttentionBlock, initialise_transformer
 from optima_core.taps import LayerTap
@@ -35,14 +36,21 @@ class TextDecoder(nn.Module):
         initialise_transformer(self.blocks, width, config.layers)
 
     def forward(
-        self, tokens: Tensor, wanted: Sequence[int] = (), *, with_class: bool = True
+        self,
+        tokens: Tensor,
+        wanted: Sequence[int] = (),
+        *,
+        with_class: bool = True,
+        cache: DecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[LayerTap, ...]]:
         """tokens: int64 [B, L] padded on the right -> (states [B, L, D], feature [B, E] or None, taps).
 
         The states of the text do not depend on `with_class`: no token sees the CLS behind it.
+        cache: what came before `tokens`, to which they are added; without taps and CLS.
         """
         valid = tokens != self.config.pad_id
-        x = self.token_embedding(tokens) + self.position[: tokens.shape[1]]
+        start = 0 if cache is None else cache.length
+        x = self.token_embedding(tokens) + self.position[start : start + tokens.shape[1]]
         if with_class:
             # CLS has a position of its own, the last: its feature must not depend on how far a batch is padded.
             class_token = (self.class_token + self.position[-1]).to(x.dtype)
@@ -53,7 +61,7 @@ class TextDecoder(nn.Module):
         mask = causal_mask(length, x.device) & valid[:, None, None, :] if with_class else None
         taps = []
         for i, block in enumerate(self.blocks):
-            x, attention = block(x, causal=mask is None, mask=mask)
+            x, attention = block(x, causal=mask is None, mask=mask, cache=None if cache is None else cache.text[i])
             if i in wanted:
                 pairs = causal_mask(length, x.device) & (valid[:, None, :] & valid[:, :, None])[:, None]
                 taps.append(LayerTap(x, (attention._replace(causal=False, mask=pairs),), valid))

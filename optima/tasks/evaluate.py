@@ -3,13 +3,24 @@
 import torch
 
 from optima.coca import CoCa
-from optima.coca.generate import generate
+from optima.coca.generate import GenerationConfig, generate
 from optima.tasks.data import Evaluation, Held, TaskData
 
 
 @torch.no_grad()
-def evaluate(model: CoCa, data: TaskData, split: Held, *, limit: int = 0, batch_size: int = 250) -> Evaluation:
-    """Scores the model on a held-out split; `limit` > 0 takes only that many items from its beginning."""
+def evaluate(
+    model: CoCa,
+    data: TaskData,
+    split: Held,
+    *,
+    limit: int = 0,
+    batch_size: int = 250,
+    generation: GenerationConfig | None = None,
+) -> Evaluation:
+    """Scores the model on a held-out split; `limit` > 0 takes only that many items from its beginning.
+
+    generation: How captions are generated; greedily by default.
+    """
     was_training = model.training
     model.eval()
     tokenizer = data.tokenizer
@@ -18,8 +29,14 @@ def evaluate(model: CoCa, data: TaskData, split: Held, *, limit: int = 0, batch_
     for start in range(0, total, batch_size):
         batch = data.held_batch(split, start, min(batch_size, total - start))
         if data.task == "captioning":
-            pictures, length = batch.images[:, 0], data.text_length
-            tokens = generate(model, pictures, start_id=tokenizer.start_id, end_id=tokenizer.end_id, length=length)
+            tokens = generate(
+                model,
+                batch.images[:, 0],
+                start_id=tokenizer.start_id,
+                end_id=tokenizer.end_id,
+                length=data.text_length,
+                config=generation,
+            )
             predictions += tokenizer.decode(tokens)
         else:
             output = model(batch.images, batch.tokens)
