@@ -1,0 +1,1 @@
+"""A reader for each data set's official files, as they are downloaded."""

@@ -1,0 +1,106 @@
+"""Data sets by name: `open_records("vqav2", root, "train")` -> `Records`.
+
+| name | task | what it reads |
+|---|---|---|
+| `coco` | captioning | captions_*.json of the site, pictures of 2017 or 2014 |
+| `coco_karpathy` | captioning | dataset_coco.json |
+| `vqav2` | vqa | question and annotation files, pictures of 2014 and 2015 |
+| `nlvr2` | nlvr2 | the repository's JSONL, two pictures a record |
+| `snli_ve` | snli_ve | the repository's JSONL, pictures of Flickr30k |
+| `folder` | captioning | a folder of pictures with captions.tsv or .jsonl |
+
+The readers are in `optima.data.formats`; each says in its first lines where it looks for which file.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from optima.data.formats.coco import KARPATHY, read_coco, read_coco_karpathy
+from optima.data.formats.folder import read_folder
+from optima.data.formats.nlvr2 import SPLITS as NLVR2_SPLITS
+from optima.data.formats.nlvr2 import read_nlvr2
+from optima.data.formats.snli_ve import SPLITS as SNLI_VE_SPLITS
+from optima.data.formats.snli_ve import read_snli_ve
+from optima.data.formats.vqav2 import SPLITS as VQAV2_SPLITS
+from optima.data.formats.vqav2 import read_vqav2
+from optima.data.pictograms.stream import Task
+from optima.data.record import ImageSource, Record, Records, Rejection, write_rejections
+from optima_core.errors import OptimaError
+
+DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder"]
+DATA_NAMES: tuple[DataName, ...] = get_args(DataName)
+
+ANSWERS = 3129
+"""Size of VQAv2's answer vocabulary by default, the field's usual one."""
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """A registered format: its task, its splits, and its reader (root, split, answers, classes) -> records."""
+
+    task: Task
+    splits: tuple[str, ...]
+    read: Callable[[Path, str, int, Sequence[str] | None], Records]
+
+
+FORMATS: dict[DataName, DataFormat] = {
+    "coco": DataFormat("captioning", ("train", "validation", "test"), lambda root, split, *_: read_coco(root, split)),
+    "coco_karpathy": DataFormat("captioning", tuple(KARPATHY), lambda root, split, *_: read_coco_karpathy(root, split)),
+    "vqav2": DataFormat("vqa", tuple(VQAV2_SPLITS), read_vqav2),
+    "nlvr2": DataFormat("nlvr2", tuple(NLVR2_SPLITS), lambda root, split, *_: read_nlvr2(root, split)),
+    "snli_ve": DataFormat("snli_ve", tuple(SNLI_VE_SPLITS), lambda root, split, *_: read_snli_ve(root, split)),
+    "folder": DataFormat(
+        "captioning", ("train", "validation", "test"), lambda root, split, *_: read_folder(root, split)
+    ),
+}
+
+
+def open_records(
+    name: DataName,
+    root: Path,
+    split: str,
+    *,
+    max_rejected: float = 0.01,
+    answers: int = ANSWERS,
+    classes: Sequence[str] | None = None,
+) -> Records:
+    """Reads the records of a split. Pictures are looked for, but not opened: that is `prepare`'s and the loader's work.
+
+    Args:
+        name: the format.
+        root: the data root, laid out as the format's reader says.
+        split: "train", "validation", "test", or a further split of the benchmark.
+        max_rejected: share of the items, 0 to 1, that may be unusable; 1 takes what there is.
+        answers: size of VQAv2's answer vocabulary.
+        classes: VQAv2's answer vocabulary, if it is given by a trained model.
+
+    Raises:
+        OptimaError: if the format, the split or a file does not exist, or too many items are unusable.
+    """
+    if name not in FORMATS:
+        raise OptimaError(f"data {name!r} is unknown; known are {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    if split not in found.splits:
+        raise OptimaError(f"{name} has no split {split!r}; it has {', '.join(found.splits)}")
+    if not root.is_dir():
+        raise OptimaError(f"data root {root} is not a folder")
+    records = found.read(root, split, answers, classes)
+    records.refuse_above(max_rejected)
+    return records
+
+
+__all__ = [
+    "ANSWERS",
+    "DATA_NAMES",
+    "FORMATS",
+    "DataFormat",
+    "DataName",
+    "ImageSource",
+    "Record",
+    "Records",
+    "Rejection",
+    "open_records",
+    "write_rejections",
+]
