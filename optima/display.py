@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from optima_core.engine import RoundRecord
+from optima_core.records import RoundRecord
 
 
 class Display(Protocol):

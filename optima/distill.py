@@ -29,8 +29,9 @@ from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
-from optima_core.engine import Distiller, DistillerConfig, RoundRecord
+from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
+from optima_core.records import RoundRecord
 
 ASSETS = Path(__file__).with_name("assets")
 

@@ -92,12 +92,11 @@ def test_no_policy_reads_a_value(policy: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["probe", "training"])
-def test_the_engines_round_reads_nothing_before_its_record(
+def test_the_engines_round_reads_nothing_before_its_record_is_asked_for(
     source: Literal["probe", "training"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Distiller, "_distilled", lambda self, gates: self.names)  # as on any device but a CPU
-    monkeypatch.setattr(Distiller, "_refuse_non_finite", lambda self, losses, probe: None)  # part of the record
-    monkeypatch.setattr("optima_core.engine.arm_names", lambda names, arms: names)  # read before the first round
+    monkeypatch.setattr("optima_core.engine.arm_names", lambda names, arms: [*names, "all"])  # read beforehand
     monkeypatch.setattr(Objective, "to", lambda self, device: self)  # fake parameters cannot be moved
     with FakeTensorMode():
         student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
@@ -108,11 +107,11 @@ def test_the_engines_round_reads_nothing_before_its_record(
             module_pairs(student, teacher),
             lambda step: random_batch(),
             random_batch(),
-            DistillerConfig(steps_per_round=2, reward=RewardConfig(source)),
+            DistillerConfig(steps_per_round=2, accumulate=2, reward=RewardConfig(source)),
         )
+        pending = [distiller.launch_round() for _ in range(3)]
         with pytest.raises(HOST_READS):
-            distiller.run_round()
-    assert distiller.round == 1, "a value was read before the round was over"
+            pending[0].result()
 
 
 def plant_item(self: Objective, terms: dict[str, Tensor], total: Callable[..., Tensor]) -> Tensor:

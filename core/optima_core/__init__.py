@@ -5,11 +5,12 @@ that loads a batch, and for each model a function that returns a `Forward`.
 """
 
 from optima_core.checkpoint import CheckpointStore
-from optima_core.engine import BanditConfig, Distiller, DistillerConfig, RewardConfig, RoundRecord
+from optima_core.engine import BanditConfig, Distiller, DistillerConfig, RewardConfig
 from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
 from optima_core.optimiser import OptimiserConfig
+from optima_core.records import PendingRecord, RoundRecord
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimaError",
     "OptimiserConfig",
+    "PendingRecord",
     "RewardConfig",
     "RoundRecord",
     "Taps",

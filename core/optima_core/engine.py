@@ -3,23 +3,28 @@
 One round: the policy picks an arm; for some steps the student learns with the layer losses of that arm's modules
 switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's
 reward.
-Everything that decides anything is a tensor on the device; the host reads once a round, for the record.
+Everything that decides anything is a tensor on the device; the host reads once a round, for the record, and need not
+wait for that before it queues the next round.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optima_core.bandit import Policy, arm_gates, arm_names, count_arms, make_policy
 from optima_core.bandit.registry import describe_hyper_parameters
 from optima_core.errors import OptimaError
+from optima_core.learner import Learner
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, Objective, ObjectiveConfig
 from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
-from optima_core.precision import Precision, arithmetic
+from optima_core.precision import Precision, arithmetic, make_scaler
+from optima_core.records import PendingRecord, RoundRecord, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.taps import WantedTaps
 
@@ -77,47 +82,37 @@ class DistillerConfig:
     Attributes:
         rounds: Number of rounds; in each, one arm is distilled.
         steps_per_round: Optimiser steps a round.
+        accumulate: Batches a step, whose gradients are averaged: the memory of one batch, the step of a larger one.
+            Each batch weighs the same, also where their masks leave different numbers of tokens.
         objective: Weights and kinds of the losses.
         optimiser: AdamW and its schedule over all steps.
         bandit: Who chooses the module.
         reward: What a round earns.
-        precision: Arithmetic of both models' forward passes.
+        precision: Arithmetic of both models' forward passes; weights and optimiser stay fp32. "fp16" scales the losses,
+            and skips a step whose gradients overflow.
+        compile: Compile teacher, student and losses into one graph that serves every arm through its gates. All modules
+            are tapped then. The first step takes a minute or so; a CPU needs a C++ compiler.
+        ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
+            0.999 averages over about the last thousand steps.
     """
 
     rounds: int = 60
     steps_per_round: int = 25
+    accumulate: int = 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    precision: Precision = "fp32"
+    precision: Precision | Literal["fp16"] = "fp32"
+    compile: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps_per_round"):
+        for name in ("rounds", "steps_per_round", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in a round, on the host.
-
-    round: from 1. step: optimiser steps taken in all. arm: index, -1 for all modules. modules: those distilled.
-    reward: what the round earned. pulls: rounds by arm name so far, for the arms tried; mean, std: their posterior.
-    losses: mean of each loss term over the round's steps. probe: each loss term on the probe batch after the round.
-    """
-
-    round: int
-    step: int
-    arm: int
-    modules: tuple[str, ...]
-    reward: float
-    pulls: dict[str, int]
-    mean: dict[str, float]
-    std: dict[str, float]
-    losses: dict[str, float]
-    probe: dict[str, float]
-    learning_rate: float
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be a number of at least 0 and below 1, got {self.ema}")
 
 
 class Distiller(Generic[Batch]):
@@ -128,8 +123,8 @@ class Distiller(Generic[Batch]):
         student_forward: Runs the student on a batch and returns its losses' ingredients.
         teacher_forward: The same of the teacher; runs under no_grad. Put the teacher into eval mode beforehand.
         modules: The modules that can be distilled: the arms.
-        load: Optimiser step -> training batch. A pure function of the step makes a resumed run equal an uninterrupted
-            one.
+        load: Number of a batch, from 0 -> training batch; step s takes the batches from s * accumulate on. A pure
+            function of the number makes a resumed run equal an uninterrupted one.
         probe: The held batch that rewards are measured on.
         config: See `DistillerConfig`.
         seed: Seed of the bandit's random numbers.
@@ -157,10 +152,15 @@ class Distiller(Generic[Batch]):
         self.device = next(student.parameters()).device
         self.names = tuple(pair.name for pair in modules)
         self.objective = Objective(modules, config.objective).to(self.device)
+        self.learner = Learner(student, student_forward, self.objective)
+        self.learn: nn.Module = self.learner
         self.trained = [*student.parameters(), *self.objective.parameters()]
         self.optimiser, self.schedule = make_optimiser(
             self.trained, config.optimiser, config.rounds * config.steps_per_round
         )
+        self.scaler = make_scaler(config.precision, self.device)
+        self.ema = _averaged(student, config.ema) if config.ema else None
+        self._terms = torch.compile(self._compute_terms, fullgraph=True) if config.compile else self._compute_terms
         arms = config.bandit.arms
         self.policy = _make_policy(config.bandit, count_arms(len(modules), arms))
         self.gates = arm_gates(len(modules), arms, self.device)
@@ -175,34 +175,48 @@ class Distiller(Generic[Batch]):
             gamma=reward.gamma,
         )
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
-        self.pulls: dict[str, int] = {}
+        self.pulls = torch.zeros(len(self.arm_names), dtype=torch.int64, device=self.device)
         self.round = 0
         self.step = 0
         self._probed_teacher = self._forward_teacher(probe, self.names)
         self.initial_probe = self._probe_terms()
         self.reward = self.meter.init(self.objective.tracked(self.initial_probe)[None])
 
+    @property
+    def result(self) -> nn.Module:
+        """The student to score and to keep: its running average if `ema` asks for one, otherwise itself."""
+        return self.student if self.ema is None else self.ema.module
+
     def run_round(self) -> RoundRecord:
-        """One round.
+        """One round, and what happened in it.
 
         Raises OptimaError, naming the loss term, if a loss became NaN or infinite; the state is then not worth saving.
         """
+        return self.launch_round().result()
+
+    def launch_round(self) -> PendingRecord:
+        """One round, of which the host reads nothing: on a GPU it is queued, and the next one may be queued behind it.
+
+        A loss that is not finite is noticed by the record's `result`, so ask for that before you save the state.
+        """
         arm, self.bandit = self.policy.select(self.bandit)
         gates = self.gates[arm][0]
+        chosen = self._distilled(gates)
+        watch = Stopwatch(self.device)
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.config.steps_per_round):
-            steps.append(self._train_step(self.load(self.step), gates))
+            steps.append(self._train_step(gates, chosen))
             self.step += 1
+        watch.stop()
         probe = self._probe_terms()
-        losses = {name: torch.stack([terms[name] for terms in steps]) for name in steps[0]}
-        self._refuse_non_finite(losses, probe)
         if self.config.reward.source == "probe":
             reward, self.reward = self.meter.measure(self.reward, self.objective.tracked(probe)[None])
         else:
             reward, self.reward = self.meter.finish(self.reward)
         self.bandit = self.policy.update(self.bandit, arm, reward)
+        self.pulls = self.pulls.index_add(0, arm % len(self.arm_names), torch.ones_like(arm))
         self.round += 1
-        return self._record(int(arm), gates, float(reward), losses, probe)
+        return self._send_record(arm, gates, reward, steps, probe, watch, chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
@@ -214,6 +228,8 @@ class Distiller(Generic[Batch]):
             "objective": self.objective.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
             "random": {"cpu": torch.get_rng_state()}
@@ -229,34 +245,55 @@ class Distiller(Generic[Batch]):
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.pulls = dict(state["pulls"])
+        self.pulls = state["pulls"].to(self.device)
         self.round = state["round"]
         self.step = state["step"]
 
-    def _train_step(self, batch: Batch, gates: Tensor) -> dict[str, Tensor]:
-        chosen = self._distilled(gates)
-        wanted, _ = self.objective.wanted(chosen)
-        teacher = self._forward_teacher(batch, chosen)
+    def _train_step(self, gates: Tensor, chosen: Sequence[str]) -> dict[str, Tensor]:
         gate_of = {name: gates[self.names.index(name)] for name in chosen}
-        with arithmetic(self.config.precision, self.device):
-            terms = self.objective(self.student_forward(batch, wanted), teacher, gate_of)
-        self.objective.total(terms).backward()  # type: ignore[no-untyped-call]
+        batches: list[dict[str, Tensor]] = []
+        for i in range(self.config.accumulate):
+            batch = self.load(self.step * self.config.accumulate + i)
+            with arithmetic(self.config.precision, self.device):
+                terms = self._terms(batch, gate_of)
+            total = self.objective.total(terms) / self.config.accumulate
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            batches.append({name: term.detach() for name, term in terms.items()})
+        self.scaler.unscale_(self.optimiser)
         clip_gradients(self.trained, self.config.optimiser.clip)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+        terms = {name: torch.stack([terms[name] for terms in batches]).mean(dim=0) for name in batches[0]}
         if self.config.reward.source == "training":
             self._observe(terms, gates)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
+
+    def _compute_terms(self, batch: Batch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss terms of a batch, for the modules that have a gate: what `compile` makes one graph of."""
+        wanted, wanted_of_teacher = self.objective.wanted(tuple(gates))
+        with torch.no_grad():
+            teacher = self.teacher_forward(batch, wanted_of_teacher)
+        terms: dict[str, Tensor] = self.learn(batch, wanted, teacher, gates)
+        return terms
 
     def _distilled(self, gates: Tensor) -> tuple[str, ...]:
-        """The modules to tap: on a CPU those of the arm; elsewhere all, since reading the arm would stall."""
-        if self.device.type != "cpu":
+        """The modules to tap: on a CPU those of the arm; elsewhere all, since reading the arm would stall.
+
+        One graph for all arms taps all modules, too.
+        """
+        if self.device.type != "cpu" or self.config.compile:
             return self.names
         return tuple(name for name, gate in zip(self.names, gates.tolist(), strict=True) if gate)
 
@@ -272,9 +309,7 @@ class Distiller(Generic[Batch]):
         training = [module for module in self.student.modules() if module.training]
         self.student.eval()
         with torch.no_grad(), arithmetic(self.config.precision, self.device):
-            terms: dict[str, Tensor] = self.objective(
-                self.student_forward(self.probe, wanted), self._probed_teacher, open_gates
-            )
+            terms: dict[str, Tensor] = self.learn(self.probe, wanted, self._probed_teacher, open_gates)
         for module in training:
             module.training = True
         return terms
@@ -291,41 +326,76 @@ class Distiller(Generic[Batch]):
             measured.append((gate > 0) & (found is not None))
         self.reward = self.meter.observe(self.reward, torch.stack(losses)[None], torch.stack(measured)[None])
 
-    def _refuse_non_finite(self, losses: dict[str, Tensor], probe: dict[str, Tensor]) -> None:
-        """Names the terms that were bad first: one step later their gradients have spoilt all the others."""
-        steps = torch.isfinite(torch.stack([steps.float() for steps in losses.values()], dim=1)).tolist()
-        checks = [(f"step {self.step - len(steps) + i}", losses, finite) for i, finite in enumerate(steps, 1)]
-        finite = torch.isfinite(torch.stack([term.float() for term in probe.values()])).tolist()
-        checks.append((f"the probe after step {self.step}", probe, finite))
-        for place, names, row in checks:
-            bad = [name for name, good in zip(names, row, strict=True) if not good]
-            if bad:
-                raise OptimaError(
-                    f"loss {', '.join(bad)} became NaN or infinite in round {self.round + 1}, at {place}; "
-                    "lower optimiser.learning_rate or the loss's weight; the last checkpoint is kept"
-                )
+    def _send_record(
+        self,
+        arm: Tensor,
+        gates: Tensor,
+        reward: Tensor,
+        steps: Sequence[dict[str, Tensor]],
+        probe: dict[str, Tensor],
+        watch: Stopwatch,
+        tapped: Sequence[str],
+    ) -> PendingRecord:
+        """The numbers of the round that has just been queued, on their way to the host."""
+        mean, std = self.policy.posterior(self.bandit)
+        tensors = {
+            "arm": arm[0],
+            "gates": gates,
+            "reward": reward[0],
+            "pulls": self.pulls,
+            "mean": mean[0],
+            "std": std[0],
+            "losses": torch.stack([torch.stack([term.float() for term in terms.values()]) for terms in steps]),
+            "probe": torch.stack([term.float() for term in probe.values()]),
+        }
+        number, step, learning_rate = self.round, self.step, float(self.schedule.get_last_lr()[0])
+        layers = {name: pair.student_layers for name, pair in self.objective.pairs.items()}
+        share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
+        terms, probe_terms = tuple(steps[0]), tuple(probe)
 
-    def _record(
-        self, arm: int, gates: Tensor, reward: float, losses: dict[str, Tensor], probe: dict[str, Tensor]
-    ) -> RoundRecord:
-        name = self.arm_names[arm]
-        self.pulls[name] = self.pulls.get(name, 0) + 1
-        mean, std = (
-            {name: value for name, value in zip(self.arm_names, row[0].tolist(), strict=False) if name in self.pulls}
-            for row in self.policy.posterior(self.bandit)
-        )
-        return RoundRecord(
-            round=self.round,
-            step=self.step,
-            arm=arm,
-            modules=tuple(name for name, gate in zip(self.names, gates.tolist(), strict=True) if gate),
-            reward=reward,
-            pulls=dict(self.pulls),
-            mean=mean,
-            std=std,
-            losses={name: float(steps.mean()) for name, steps in losses.items()},
-            probe={name: float(term) for name, term in probe.items()},
-            learning_rate=float(self.schedule.get_last_lr()[0]),
+        def describe(values: dict[str, Tensor]) -> RoundRecord:
+            for i, row in enumerate(values["losses"], step - len(steps) + 1):
+                _refuse_non_finite(number, f"step {i}", terms, row)
+            _refuse_non_finite(number, f"the probe after step {step}", probe_terms, values["probe"])
+            pulls = {name: int(count) for name, count in _named(self.arm_names, values["pulls"]).items() if count}
+            modules = tuple(name for name, gate in _named(self.names, values["gates"]).items() if gate)
+            losses = _named(terms, values["losses"].mean(dim=0))
+            return RoundRecord(
+                round=number,
+                step=step,
+                arm=int(values["arm"]),
+                modules=modules,
+                reward=float(values["reward"]),
+                pulls=pulls,
+                mean={name: x for name, x in _named(self.arm_names, values["mean"]).items() if name in pulls},
+                std={name: x for name, x in _named(self.arm_names, values["std"]).items() if name in pulls},
+                # Where all modules are tapped, those whose gates are closed have losses of 0, which nobody measured.
+                losses={name: x for name, x in losses.items() if "/" not in name or name.split("/")[1] in modules},
+                probe=_named(probe_terms, values["probe"]),
+                learning_rate=learning_rate,
+                tapped=share,
+                step_seconds=watch.seconds() / len(steps),
+            )
+
+        return PendingRecord(tensors, describe)
+
+
+def _averaged(student: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
+    """With modules as arms there is one name more than arms, that of all modules."""
+    return dict(zip(names, values.tolist(), strict=False))
+
+
+def _refuse_non_finite(round_number: int, place: str, names: Sequence[str], values: Tensor) -> None:
+    """Names the terms that were bad first: one step later their gradients have spoilt all the others."""
+    bad = [name for name, value in _named(names, values).items() if not math.isfinite(value)]
+    if bad:
+        raise OptimaError(
+            f"loss {', '.join(bad)} became NaN or infinite in round {round_number}, at {place}; "
+            "lower optimiser.learning_rate or the loss's weight; the last checkpoint is kept"
         )
 
 

@@ -1,11 +1,14 @@
-"""AdamW with weight decay on matrices alone, and the learning-rate schedule: warm-up, then a cosine down to zero."""
+"""AdamW with weight decay on matrices alone, and the learning-rate schedule: warm-up, then a fall to the end."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
+
+from optima_core.errors import OptimaError
 
 
 @dataclass(frozen=True)
@@ -13,16 +16,20 @@ class OptimiserConfig:
     """AdamW and its schedule.
 
     Attributes:
+        implementation: "adamw" is torch's fused AdamW, "apex" the FusedAdam of NVIDIA's apex, on CUDA only.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
+        schedule: How the learning rate falls after the warm-up: along half a cosine, linearly, or not at all.
         warmup: Share of all steps in which the learning rate rises linearly from zero, 0 to 1.
-        final: Learning rate at the last step, as a share of the peak.
-        weight_decay: Decoupled weight decay of tensors with two or more dimensions.
+        final: Learning rate at the last step, as a share of the peak; of no use with a constant schedule.
+        weight_decay: Decoupled weight decay, per step and learning rate, of tensors with two or more dimensions.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
         clip: Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
     """
 
+    implementation: Literal["adamw", "apex"] = "adamw"
     learning_rate: float = 2e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     final: float = 0.0
     weight_decay: float = 0.05
@@ -55,21 +62,33 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 def make_optimiser(
     parameters: Iterable[nn.Parameter], config: OptimiserConfig, steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimiser and its schedule over `steps` optimiser steps."""
-    optimiser = torch.optim.AdamW(
-        decay_groups(parameters, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimiser and its schedule over `steps` optimiser steps.
+
+    Raises OptimaError if apex is asked for and cannot be imported.
+    """
+    groups = decay_groups(parameters, config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    optimiser: torch.optim.Optimizer
+    if config.implementation == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise OptimaError(
+                f"optimiser.implementation apex needs NVIDIA's apex, built from its sources for this torch ({error}); "
+                "take adamw, torch's own fused AdamW"
+            ) from error
+        optimiser = FusedAdam(groups, lr=config.learning_rate, betas=betas, adam_w_mode=True)
+    else:
+        optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     warmup = max(1, round(config.warmup * steps))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
+        falls = {"cosine": (1 - math.cos(math.pi * progress)) / 2, "linear": progress, "constant": 0.0}
+        return 1 - (1 - config.final) * falls[config.schedule]
 
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
