@@ -197,8 +197,8 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
     texts = [found.shape[1] for found in about.values()]
     by_picture = zip(
         about,
-        output.states.view(pictures, -1, *output.states.shape[1:]).split(texts, dim=1),
-        output.valid.view(pictures, -1, *output.valid.shape[1:]).split(texts, dim=1),
+        torch.split(output.states.view(pictures, -1, *output.states.shape[1:]), texts, dim=1),
+        torch.split(output.valid.view(pictures, -1, *output.valid.shape[1:]), texts, dim=1),
         strict=True,
     )
     losses = {}
