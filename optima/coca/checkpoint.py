@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from optima.coca.config import CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
+from optima.coca.image_encoder import Pixels
 from optima.coca.model import CoCa, HeadSpec
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
@@ -19,9 +22,12 @@ FORMAT = "optima-coca-1"
 
 def config_from_dict(values: dict[str, Any]) -> CoCaConfig:
     """The inverse of dataclasses.asdict for CoCaConfig."""
+    image = dict(values["image_encoder"])
+    for name in ("mean", "std"):  # JSON has no tuples
+        image[name] = tuple(image.get(name, getattr(ImageEncoderConfig, name)))  # absent from older files
     return CoCaConfig(
         embed_dim=values["embed_dim"],
-        image_encoder=ImageEncoderConfig(**values["image_encoder"]),
+        image_encoder=ImageEncoderConfig(**image),
         text_decoder=TextDecoderConfig(**values["text_decoder"]),
         multimodal_decoder=MultimodalDecoderConfig(**values["multimodal_decoder"]),
     )
@@ -59,7 +65,7 @@ def load_coca(path: Path) -> CoCa:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise OptimaError(
             f"checkpoint {path} is no readable safetensors file ({error}); it may be truncated"
@@ -71,16 +77,30 @@ def load_coca(path: Path) -> CoCa:
         )
     try:
         heads = {task: HeadSpec(**spec) for task, spec in json.loads(metadata["heads"]).items()}
-        model = CoCa(config_from_dict(json.loads(metadata["config"])), heads)
+        config = config_from_dict(json.loads(metadata["config"]))
+        expected = shapes(config, heads)
     except (KeyError, TypeError, ValueError) as error:
         raise OptimaError(f"checkpoint {path} holds no configuration that this version can read ({error})") from error
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(found | expected):
         if found.get(name) != expected.get(name):
             raise OptimaError(
                 f"checkpoint {path} does not fit its own configuration: "
                 f"tensor {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
             )
-    model.load_state_dict(tensors)
-    return model.eval()
+    return coca_from_tensors(config, heads, tensors).eval()
+
+
+def shapes(config: CoCaConfig, heads: Mapping[str, HeadSpec] | None = None) -> dict[str, list[int]]:
+    """Name and shape of every weight of such a model, without making one."""
+    with torch.device("meta"):
+        return {name: list(tensor.shape) for name, tensor in CoCa(config, heads).state_dict().items()}
+
+
+def coca_from_tensors(config: CoCaConfig, heads: Mapping[str, HeadSpec] | None, tensors: Mapping[str, Tensor]) -> CoCa:
+    """A model whose weights are these very tensors; nothing is initialised or copied."""
+    with torch.device("meta"):
+        model = CoCa(config, heads)
+    model.load_state_dict(tensors, assign=True)
+    model.image_encoder.pixels = Pixels(config.image_encoder)  # constants, which no file holds
+    return model

@@ -1,6 +1,10 @@
 """Sizes of a CoCa model. The full-size configurations and `pico` are the same code with other numbers."""
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["gelu", "quick_gelu"]
+ClassMask = Literal["exact", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,12 @@ class ImageEncoderConfig:
             multimodal decoder. 0 means no pooler: the class token gives the feature and the patch tokens feed the
             decoder.
         pooler_heads: Attention heads of the pooler; divides the embedding width.
+        activation: Of the MLPs: exact GELU, or CLIP's x * sigmoid(1.702 x).
+        norm_input: Whether a layer norm precedes the first layer.
+        norm_tokens: Without a pooler: whether the last layer norm is applied to the patch tokens that feed the decoder,
+            as to the class token. A pooler's tokens are always normalised.
+        mean: Of red, green and blue, 0 to 1: what pictures are shifted by on their way in.
+        std: Of red, green and blue, 0 to 1: what pictures are then divided by.
     """
 
     image_size: int = 64
@@ -28,6 +38,11 @@ class ImageEncoderConfig:
     mlp_ratio: float = 4.0
     pooler_queries: int = 0
     pooler_heads: int = 8
+    activation: Activation = "gelu"
+    norm_input: bool = True
+    norm_tokens: bool = False
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,10 @@ class TextDecoderConfig:
         heads: Attention heads; divides width.
         mlp_ratio: Width of the MLP over the model width.
         pad_id: Token that fills a text up to the batch's length.
+        activation: Of the MLPs: exact GELU, or CLIP's x * sigmoid(1.702 x).
+        class_mask: What the CLS token sees. "exact": the text and itself. "shifted": the same mask one token later, so
+            that behind a shorter text CLS sees one padding token and not itself. open_clip's released weights were
+            trained with that, and it computes so to this day; texts must then be padded to context_length.
     """
 
     vocab_size: int = 200
@@ -51,6 +70,8 @@ class TextDecoderConfig:
     heads: int = 4
     mlp_ratio: float = 4.0
     pad_id: int = 0
+    activation: Activation = "gelu"
+    class_mask: ClassMask = "exact"
 
 
 @dataclass(frozen=True)
@@ -62,12 +83,14 @@ class MultimodalDecoderConfig:
         layers: Number of layers; each holds one self-attention and one cross-attention block.
         heads: Attention heads; divides width.
         mlp_ratio: Width of each block's MLP over the model width.
+        activation: Of the MLPs: exact GELU, or CLIP's x * sigmoid(1.702 x).
     """
 
     width: int = 128
     layers: int = 3
     heads: int = 4
     mlp_ratio: float = 4.0
+    activation: Activation = "gelu"
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,8 @@ class CoCaConfig:
             raise ValueError(
                 f"image_encoder.image_size {image.image_size} is no multiple of patch_size {image.patch_size}"
             )
+        if not all(value > 0 for value in image.std):
+            raise ValueError(f"image_encoder.std must be above 0, got {list(image.std)}")
         for name, tower in (("image_encoder", image), ("text_decoder", text), ("multimodal_decoder", multimodal)):
             if tower.width % tower.heads:
                 raise ValueError(f"{name}.width {tower.width} is no multiple of heads {tower.heads}")

@@ -30,19 +30,40 @@ def sine_cosine_positions(grid: int, width: int, scale: float = 0.5) -> Tensor:
     return padded
 
 
+class Pixels(nn.Module):
+    """From pixels in -1..1 to the mean and the standard deviation that a model was trained with.
+
+    So a teacher and a student take the same pictures, whatever each was trained with.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.plain = config.mean == config.std == (0.5, 0.5, 0.5)
+        mean_C11, std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
+        self.register_buffer("scale", 0.5 / std_C11, persistent=False)
+        self.register_buffer("shift", (0.5 - mean_C11) / std_C11, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if self.plain else images * self.scale + self.shift
+
+
 class ImageEncoder(nn.Module):
-    """Pictures [B, 3, S, S] (normalised) -> contrastive feature [B, E] and image tokens [B, M, C]."""
+    """Pictures [B, 3, S, S] in -1..1 -> contrastive feature [B, E] and image tokens [B, M, C]."""
 
     def __init__(self, config: ImageEncoderConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
         width, grid = config.width, config.image_size // config.patch_size
+        self.pixels = Pixels(config)
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
         self.position = nn.Parameter(sine_cosine_positions(grid, width))
-        self.norm_input = nn.LayerNorm(width)
+        self.norm_input = nn.LayerNorm(width) if config.norm_input else nn.Identity()
         self.blocks = nn.ModuleList(
-            SelfAttentionBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers)
+            SelfAttentionBlock(width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
         )
         initialise_transformer(self.blocks, width, config.layers)
         out_width = embed_dim if config.pooler_queries else width
@@ -56,7 +77,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor, wanted: Sequence[int] = ()) -> tuple[Tensor, Tensor, tuple[LayerTap, ...]]:
         """images: [B, 3, S, S] -> (feature [B, E], tokens [B, M, C], taps of the wanted layers)."""
-        patches = self.patch(images).flatten(2).transpose(1, 2)
+        patches = self.patch(self.pixels(images)).flatten(2).transpose(1, 2)
         class_token = self.class_token.to(patches.dtype).expand(len(images), 1, -1)
         x = self.norm_input(torch.cat([class_token, patches], dim=1) + self.position)
         taps = []
@@ -66,6 +87,9 @@ class ImageEncoder(nn.Module):
                 taps.append(LayerTap(x, (attention,)))
         if self.pooler is not None:
             x = self.norm_output(self.pooler(x))
+            feature, tokens = x[:, 0], x[:, 1:]
+        elif self.config.norm_tokens:
+            x = self.norm_output(x)
             feature, tokens = x[:, 0], x[:, 1:]
         else:
             feature, tokens = self.norm_output(x[:, 0]), x[:, 1:]

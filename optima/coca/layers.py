@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.coca.cache import KeysValues, SelfAttentionCache
+from optima.coca.config import Activation
 from optima_core.attention import attention_with_lse
 from optima_core.taps import AttentionTap
 
@@ -76,23 +77,33 @@ class CrossAttention(nn.Module):
         return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask, lse=lse)
 
 
-class Mlp(nn.Sequential):
-    """Linear, GELU, linear."""
+class QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with."""
 
-    def __init__(self, width: int, ratio: float) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGelu}
+
+
+class Mlp(nn.Sequential):
+    """Linear, activation, linear."""
+
+    def __init__(self, width: int, ratio: float, activation: Activation = "gelu") -> None:
         hidden = int(width * ratio)
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        super().__init__(nn.Linear(width, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, width))
 
 
 class SelfAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu") -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = Mlp(width, mlp_ratio, activation)
 
     def forward(
         self,
@@ -110,13 +121,15 @@ class SelfAttentionBlock(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """As `SelfAttentionBlock`, but attending over the image tokens, which get a norm of their own."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, context_width: int) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, context_width: int, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
         self.attention = CrossAttention(width, heads, context_width)
         self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = Mlp(width, mlp_ratio, activation)
 
     def project(self, context_BMC: Tensor) -> KeysValues:
         """The keys and values of contexts, to be handed to `forward` instead of the contexts."""

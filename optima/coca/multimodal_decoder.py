@@ -16,8 +16,10 @@ class MultimodalLayer(nn.Module):
 
     def __init__(self, config: MultimodalDecoderConfig, image_token_width: int) -> None:
         super().__init__()
-        self.self_block = SelfAttentionBlock(config.width, config.heads, config.mlp_ratio)
-        self.cross_block = CrossAttentionBlock(config.width, config.heads, config.mlp_ratio, image_token_width)
+        self.self_block = SelfAttentionBlock(config.width, config.heads, config.mlp_ratio, config.activation)
+        self.cross_block = CrossAttentionBlock(
+            config.width, config.heads, config.mlp_ratio, image_token_width, config.activation
+        )
 
     def project(self, image_tokens: Tensor) -> KeysValues:
         """The keys and values of image tokens, to be handed to `forward` instead of them."""

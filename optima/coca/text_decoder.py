@@ -28,7 +28,7 @@ class TextDecoder(nn.Module):
         self.class_token = nn.Parameter(torch.randn(width) * 0.01)
         self.position = nn.Parameter(torch.randn(config.context_length + 1, width) * 0.01)
         self.blocks = nn.ModuleList(
-            SelfAttentionBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers)
+            SelfAttentionBlock(width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
         )
         self.norm_output = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
@@ -51,19 +51,21 @@ class TextDecoder(nn.Module):
         valid = tokens != self.config.pad_id
         start = 0 if cache is None else cache.length
         x = self.token_embedding(tokens) + self.position[start : start + tokens.shape[1]]
+        mask = None
         if with_class:
             # CLS has a position of its own, the last: its feature must not depend on how far a batch is padded.
             class_token = (self.class_token + self.position[-1]).to(x.dtype)
             x = torch.cat([x, class_token.expand(len(x), 1, -1)], dim=1)
+            keys = F.pad(valid, (1, 0) if self.config.class_mask == "shifted" else (0, 1), value=True)
             valid = F.pad(valid, (0, 1), value=True)
-        length = x.shape[1]
-        # Right padding and causality keep padding out of every text state; only CLS, being last, must be kept from it.
-        mask = causal_mask(length, x.device) & valid[:, None, None, :] if with_class else None
+            # Right padding and causality keep padding out of the text states; CLS, being last, needs a mask for that.
+            mask = causal_mask(x.shape[1], x.device) & keys[:, None, None, :]
         taps = []
         for i, block in enumerate(self.blocks):
             x, attention = block(x, causal=mask is None, mask=mask, cache=None if cache is None else cache.text[i])
             if i in wanted:
-                pairs = causal_mask(length, x.device) & (valid[:, None, :] & valid[:, :, None])[:, None]
+                seen = causal_mask(x.shape[1], x.device) if mask is None else mask
+                pairs = seen & valid[:, None, :, None]
                 taps.append(LayerTap(x, (attention._replace(causal=False, mask=pairs),), valid))
         if not with_class:
             return x, None, tuple(taps)

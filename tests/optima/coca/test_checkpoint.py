@@ -1,6 +1,5 @@
 """Weights on disk: a round trip, and every way a file can be wrong."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from optima.coca.checkpoint import FORMAT, load_coca, save_coca
+from optima.coca.checkpoint import FORMAT, config_from_dict, load_coca, save_coca
 from optima_core import OptimaError
 
 
@@ -119,4 +118,4 @@ def test_the_configuration_in_the_file_is_the_models(make_coca, tmp_path: Path) 
     model = make_coca()
     save_coca(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["config"]) == dataclasses.asdict(model.config)
+        assert config_from_dict(json.loads(file.metadata()["config"])) == model.config

@@ -1,5 +1,6 @@
 """What a CoCa's outputs depend on, and what they must not depend on."""
 
+import dataclasses
 import math
 
 import pytest
@@ -149,3 +150,15 @@ def test_heads_are_made_as_specified(make_coca) -> None:
 def test_sizes_that_do_not_fit_are_refused(config, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         config()
+
+
+def test_pictures_are_shifted_to_the_statistics_a_model_was_trained_with(model: CoCa) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    image = dataclasses.replace(model.config.image_encoder, mean=mean, std=std)
+    other = CoCa(dataclasses.replace(model.config, image_encoder=image), model.head_specs).double()
+    other.load_state_dict(model.state_dict())
+    images, tokens = pictures(2), words(2, 6)
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    shifted = ((images + 1) / 2 - mean_C11) / std_C11
+    torch.testing.assert_close(other(images, tokens).states, model(shifted, tokens).states, rtol=1e-5, atol=1e-6)
+    assert "pixels" not in "".join(other.state_dict())
