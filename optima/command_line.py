@@ -1,5 +1,6 @@
 """From words on a command line to a typed configuration: YAML recipes, overrides, and errors that teach."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ RECIPES = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does in a line, its configuration, and the function that runs it."""
+    """A subcommand: what it does in a line, its configuration, and the function that runs it.
+
+    bare: the option, a list, that words without an option's name before them go to, if the command takes such words.
+    """
 
     summary: str
     config: type[Any]
     run: Callable[[Any], None]
+    bare: str = ""
 
 
 def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) -> tuple[Command, Any]:
@@ -44,7 +49,10 @@ def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) 
     for name, command in commands.items():
         subcommands.add_subcommand(name, parsers[name], help=command.summary)
     try:
-        parsed = parser.parse_args(_with_values(_with_recipe_paths(words), parsers.get(words[0])))
+        words = _with_values(_with_recipe_paths(words), parsers.get(words[0]))
+        if words[0] in commands:
+            words = [words[0], *_with_bare_words(words[1:], commands[words[0]].bare)]
+        parsed = parser.parse_args(words)
         command_name = parsed.command
         command = commands[command_name]
         options = parsed[command_name].clone()
@@ -93,6 +101,22 @@ def _with_values(words: list[str], parser: ArgumentParser | None) -> list[str]:
         f"{word}=true" if word in switches and after not in ("true", "false") else word
         for word, after in zip(words, [*words[1:], ""], strict=True)
     ]
+
+
+def _with_bare_words(words: list[str], option: str) -> list[str]:
+    """Gathers words that are neither options nor values of others into the list `option`: `report runs/a runs/b`."""
+    bare: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_value = before.startswith("--") and "=" not in before and before != "--help"
+        if before == f"--{option}" and not word.startswith("["):
+            others.pop()
+            bare.append(word)
+        elif is_value or word.startswith("-") or not option:
+            others.append(word)
+        else:
+            bare.append(word)
+    return [*others, f"--{option}={json.dumps(bare)}"] if bare else others
 
 
 def _option_names(parser: ArgumentParser) -> list[str]:

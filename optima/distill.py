@@ -54,6 +54,7 @@ class DistillConfig:
         evaluate_batch: Items a forward pass of an evaluation.
         test_items: Test items that the final scores are measured on; 0 takes all.
         samples: Sample predictions kept for the report.
+        report: Draw report.html at the end; `report` draws it later from the same files.
         checkpoint_every: Rounds between checkpoints.
         keep: Checkpoints that stay on disk.
         seed: Seed of the data stream, the projections and the bandit.
@@ -75,6 +76,7 @@ class DistillConfig:
     evaluate_batch: int = 250
     test_items: int = 0
     samples: int = 24
+    report: bool = True
     checkpoint_every: int = 5
     keep: int = 2
     seed: int = 0
@@ -149,7 +151,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         "learning_curve": curve,
     }
     directory.write_json("summary.json", summary)
-    write_report(directory.path)
+    if config.report:
+        write_report(directory.path)
     return summary
 
 

@@ -20,11 +20,12 @@ from rich.table import Table
 from optima.coca.checkpoint import load_coca
 from optima.coca.generate import GenerationConfig
 from optima.command_line import Command, parse
+from optima.compare import CompareConfig, compare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.interruption import terminate_as_interrupt
 from optima.pretrain import PretrainConfig, pretrain
-from optima.report import write_report
+from optima.report import write_comparison, write_report
 from optima.simulate import SimulateConfig, simulate
 from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
@@ -58,13 +59,19 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Writes report.html anew.
+    """Writes report.html anew, or one page that sets several runs side by side.
 
     Attributes:
-        run: Run directory of a finished distillation.
+        run: Run directory of a finished distillation, or several: `report runs/a runs/b`.
+        output: The page to write; of one run it is report.html in its directory, of several side_by_side.html here.
     """
 
-    run: Path
+    run: list[Path]
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run must name one run directory or more: `report runs/distill`")
 
 
 def run_distill(config: DistillConfig) -> None:
@@ -110,8 +117,12 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
 
 def run_report(config: ReportConfig) -> None:
-    """Renders a run directory's report."""
-    print(f"wrote {write_report(config.run)}")
+    """Renders the report of one run, or of several."""
+    if len(config.run) > 1:
+        page = write_comparison(config.run, config.output or Path("side_by_side.html"))
+    else:
+        page = write_report(config.run[0], config.output)
+    print(f"wrote {page}")
 
 
 def run_simulate(config: SimulateConfig) -> None:
@@ -123,7 +134,10 @@ COMMANDS = {
     "distill": Command("Distil a teacher into a student on one task.", DistillConfig, run_distill),
     "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
     "evaluate": Command("Score a model on a held-out split.", EvaluateConfig, run_evaluate),
-    "report": Command("Write a finished run's report.html anew.", ReportConfig, run_report),
+    "compare": Command("Compare ways of choosing the module, over tasks and seeds.", CompareConfig, compare),
+    "report": Command(
+        "Write a finished run's report.html anew, or several runs side by side.", ReportConfig, run_report, bare="run"
+    ),
     "simulate": Command("Compare bandit policies in simulated environments.", SimulateConfig, run_simulate),
     "doctor": Command("Say what this machine offers and what will be used of it.", DoctorConfig, doctor),
 }

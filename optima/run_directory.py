@@ -48,7 +48,7 @@ class RunDirectory:
 
     def write_config(self, config: Any) -> None:
         """Writes config.yaml, the dataclass `config` as `--config` takes it; a later reader starts the run anew."""
-        values = _plain(config)
+        values = plain(config)
         values["resume"] = False
         self.write_text("config.yaml", yaml.safe_dump(values, sort_keys=False))
 
@@ -91,19 +91,21 @@ class RunDirectory:
 
 def fingerprint(config: Any) -> str:
     """What a resumed run must share with its earlier part: a JSON object from dotted name to value."""
-    values = _plain(config)
-    for name in ("run", "resume", "quiet", "threads", "checkpoint_every", "keep", "log_every"):
+    values = plain(config)
+    for name in ("run", "resume", "quiet", "report", "threads", "checkpoint_every", "keep", "log_every"):
         values.pop(name, None)
-    return json.dumps(_flat(values), sort_keys=True)
+    return json.dumps(flat(values), sort_keys=True)
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as YAML and JSON take it: dictionaries, lists, texts and numbers."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one from dotted name to value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

@@ -18,13 +18,14 @@ from optima.report.svg import ARM_COLOURS, HEAT_LEVELS, RISE_LEVELS, inline
 SHOWN_AT_ONCE = 6
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run directory, and returns its path.
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Writes a run directory's report to `output`, by default to `report.html` inside it, and returns its path.
 
     Raises:
         ValueError: a required file of the run directory is missing or malformed; one line says which and why.
     """
-    output = Path(run_dir) / "report.html"
+    output = Path(run_dir) / "report.html" if output is None else Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(render_report(read_run(Path(run_dir))), encoding="utf-8")
     return output
 

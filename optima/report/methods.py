@@ -1,4 +1,4 @@
-"""Whether OPTIMA is worth it: every policy over several seeds against OPTIMA, as a table and as a page."""
+"""Whether OPTIMA is worth it: every method over several seeds against OPTIMA, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Outcome:
     """What one run of a comparison came to. `score` is an accuracy on the test split, in per cent."""
 
     task: str
-    policy: str
+    method: str
     seed: int
     score: float
     seconds: float
@@ -30,13 +30,13 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class PolicyRow:
-    """A policy on a task: its mean score and its mean paired difference to the reference, each with a 95% interval.
+class MethodRow:
+    """A method on a task: its mean score and its mean paired difference to the reference, each with a 95% interval.
 
-    `difference` is policy minus reference, None for the reference itself and where no seed is shared.
+    `difference` is method minus reference, None for the reference itself and where no seed is shared.
     """
 
-    policy: str
+    method: str
     scores: Mapping[int, float]
     score: Interval
     difference: Interval | None
@@ -56,54 +56,54 @@ class PolicyRow:
         return "worse" if self.difference.high < 0 else "not told apart"
 
 
-def policy_rows(outcomes: Iterable[Outcome], reference: str = "optima") -> dict[str, list[PolicyRow]]:
-    """Task -> its policies, best mean score first. Outcomes of one policy on one task differ in their seed.
+def method_rows(outcomes: Iterable[Outcome], reference: str = "optima") -> dict[str, list[MethodRow]]:
+    """Task -> its methods, best mean score first. Outcomes of one method on one task differ in their seed.
 
     Raises:
-        ValueError: a task has no outcome of the reference, or a policy has two for one seed.
+        ValueError: a task has no outcome of the reference, or a method has two for one seed.
     """
     by_task: dict[str, dict[str, list[Outcome]]] = {}
     for outcome in outcomes:
-        by_task.setdefault(outcome.task, {}).setdefault(outcome.policy, []).append(outcome)
-    return {task: _rows(task, policies, reference) for task, policies in by_task.items()}
+        by_task.setdefault(outcome.task, {}).setdefault(outcome.method, []).append(outcome)
+    return {task: _rows(task, methods, reference) for task, methods in by_task.items()}
 
 
-def _rows(task: str, policies: Mapping[str, Sequence[Outcome]], reference: str) -> list[PolicyRow]:
-    if reference not in policies:
-        raise ValueError(f"reference: no outcome of {reference!r} on task {task!r}; there are {', '.join(policies)}")
-    scores = {policy: {outcome.seed: outcome.score for outcome in own} for policy, own in policies.items()}
-    for policy, own in policies.items():
-        if len(scores[policy]) < len(own):
+def _rows(task: str, methods: Mapping[str, Sequence[Outcome]], reference: str) -> list[MethodRow]:
+    if reference not in methods:
+        raise ValueError(f"reference: no outcome of {reference!r} on task {task!r}; there are {', '.join(methods)}")
+    scores = {method: {outcome.seed: outcome.score for outcome in own} for method, own in methods.items()}
+    for method, own in methods.items():
+        if len(scores[method]) < len(own):
             raise ValueError(
-                f"outcomes: policy {policy!r} has a seed twice on task {task!r}; one outcome a seed is needed"
+                f"outcomes: method {method!r} has a seed twice on task {task!r}; one outcome a seed is needed"
             )
     rows = [
-        PolicyRow(
-            policy=policy,
-            scores=scores[policy],
-            score=mean_interval(list(scores[policy].values())),
-            difference=None if policy == reference else paired_difference(scores[policy], scores[reference]),
+        MethodRow(
+            method=method,
+            scores=scores[method],
+            score=mean_interval(list(scores[method].values())),
+            difference=None if method == reference else paired_difference(scores[method], scores[reference]),
             seconds=sum(outcome.seconds for outcome in own) / len(own),
             peak_mib=max(outcome.peak_mib for outcome in own),
         )
-        for policy, own in policies.items()
+        for method, own in methods.items()
     ]
     return sorted(rows, key=lambda row: -row.score.mean)
 
 
-def conclusion(rows: Sequence[PolicyRow], reference: str = "optima") -> str:
+def conclusion(rows: Sequence[MethodRow], reference: str = "optima") -> str:
     """What the table says of the reference, in a sentence, whether or not it is flattering."""
-    better = [formatting.words(row.policy) for row in rows if row.verdict == "better"]
-    worse = [formatting.words(row.policy) for row in rows if row.verdict == "worse"]
+    better = [formatting.words(row.method) for row in rows if row.verdict == "better"]
+    worse = [formatting.words(row.method) for row in rows if row.verdict == "worse"]
     if better:
         return f"{formatting.words(reference)} does not win: better are {_listed(better)}."
     if len(worse) == len(rows) - 1 and worse:
-        return f"{formatting.words(reference)} is better than every other policy."
+        return f"{formatting.words(reference)} is better than every other method."
     if worse:
         return (
             f"{formatting.words(reference)} is better than {_listed(worse)}; the others cannot be told apart from it."
         )
-    return f"No policy can be told apart from {formatting.words(reference)}."
+    return f"No method can be told apart from {formatting.words(reference)}."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -111,10 +111,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class PolicyText:
+class MethodText:
     """A row of the table as printed; the same on a terminal, in Markdown and on the page."""
 
-    policy: str
+    method: str
     score: str
     difference: str
     verdict: str
@@ -123,14 +123,14 @@ class PolicyText:
     peak: str
 
 
-HEADINGS = ("policy", "score, %", "against {}", "", "seeds", "time", "memory")
+HEADINGS = ("method", "score, %", "against {}", "", "seeds", "time", "memory")
 
 
-def row_texts(rows: Sequence[PolicyRow]) -> list[PolicyText]:
+def row_texts(rows: Sequence[MethodRow]) -> list[MethodText]:
     """The rows of one task as texts."""
     return [
-        PolicyText(
-            policy=formatting.words(row.policy),
+        MethodText(
+            method=formatting.words(row.method),
             score=_interval(row.score, signed=False),
             difference=formatting.ABSENT if row.difference is None else _interval(row.difference, signed=True),
             verdict=row.verdict,
@@ -152,11 +152,11 @@ def _interval(interval: Interval, signed: bool) -> str:
 def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
     """A Markdown table a task, each with its conclusion."""
     parts = []
-    for task, rows in policy_rows(outcomes, reference).items():
+    for task, rows in method_rows(outcomes, reference).items():
         heads = [heading.format(formatting.words(reference)) for heading in HEADINGS]
         lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         lines += [
-            f"| {t.policy} | {t.score} | {t.difference} | {t.verdict} | {t.seeds} | {t.seconds} | {t.peak} |"
+            f"| {t.method} | {t.score} | {t.difference} | {t.verdict} | {t.seeds} | {t.seconds} | {t.peak} |"
             for t in row_texts(rows)
         ]
         parts.append(f"## {formatting.task_title(task)}\n\n{conclusion(rows, reference)}\n\n" + "\n".join(lines) + "\n")
@@ -170,14 +170,14 @@ class TaskSection:
     title: str
     conclusion: str
     plot: Markup
-    rows: Sequence[PolicyText]
+    rows: Sequence[MethodText]
 
 
-def write_policies(outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "") -> Path:
-    """Writes the comparison of policies as one HTML file, and returns its path.
+def write_methods(outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "") -> Path:
+    """Writes the comparison of methods as one HTML file, and returns its path.
 
     Raises:
-        ValueError: as `policy_rows`.
+        ValueError: as `method_rows`.
     """
     sections = [
         TaskSection(
@@ -186,29 +186,29 @@ def write_policies(outcomes: Sequence[Outcome], output: Path, reference: str = "
             plot=_plot(rows, reference, number),
             rows=row_texts(rows),
         )
-        for number, (task, rows) in enumerate(policy_rows(outcomes, reference).items())
+        for number, (task, rows) in enumerate(method_rows(outcomes, reference).items())
     ]
     headings = [heading.format(formatting.words(reference)) for heading in HEADINGS]
-    page = render("policies.html", title="Policies compared", sections=sections, headings=headings, command=command)
+    page = render("methods.html", title="Methods compared", sections=sections, headings=headings, command=command)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     return output
 
 
-def _plot(rows: Sequence[PolicyRow], reference: str, number: int) -> Markup:
-    label = "Mean score with 95% interval: " + ", ".join(f"{t.policy} {t.score}" for t in row_texts(rows))
-    return inline(lambda layout: _dots(rows, reference, layout), f"policies-{number}", label)
+def _plot(rows: Sequence[MethodRow], reference: str, number: int) -> Markup:
+    label = "Mean score with 95% interval: " + ", ".join(f"{t.method} {t.score}" for t in row_texts(rows))
+    return inline(lambda layout: _dots(rows, reference, layout), f"methods-{number}", label)
 
 
-def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
-    """A line a policy: every seed as a faint dot, the mean as a full one, its interval as a bar."""
+def _dots(rows: Sequence[MethodRow], reference: str, layout: Layout) -> Figure:
+    """A line a method: every seed as a faint dot, the mean as a full one, its interval as a bar."""
     figure = plots.figure_of(layout, (40 if layout.compact else 30) * len(rows) + 46)
     axes = figure.subplots()
     plots.dress(axes, grid=False)
     axes.grid(axis="x", color=colour("grid"), linewidth=0.8)
     for place, row in enumerate(rows):
-        tint = colour("after" if row.policy == reference else "muted")
+        tint = colour("after" if row.method == reference else "muted")
         seeds = list(row.scores.values())
         axes.plot(seeds, [place] * len(seeds), "o", color=tint, alpha=0.35, markersize=5, mew=0)
         if math.isfinite(row.score.half_width):
@@ -217,10 +217,10 @@ def _dots(rows: Sequence[PolicyRow], reference: str, layout: Layout) -> Figure:
         axes.plot([row.score.mean], [place], "o", color=tint, markersize=9, mew=1.5, mec=colour("surface"))
         if layout.compact:
             axes.text(
-                0, place - 0.28, formatting.words(row.policy), color=colour("ink"), transform=axes.get_yaxis_transform()
+                0, place - 0.28, formatting.words(row.method), color=colour("ink"), transform=axes.get_yaxis_transform()
             )
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
-    names = [formatting.words(row.policy) for row in rows]
+    names = [formatting.words(row.method) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
     axes.set_xlabel("score, %")

@@ -1,4 +1,4 @@
-"""Policies against OPTIMA over seeds: the table, its honest conclusion, and the page."""
+"""Methods against OPTIMA over seeds: the table, its honest conclusion, and the page."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 from page_reader import Page
 
-from optima.report.policies import Outcome, conclusion, markdown, policy_rows, write_policies
+from optima.report.methods import Outcome, conclusion, markdown, method_rows, write_methods
 
 NOISE = (0.0, 1.1, -0.8, 0.6, -0.9)
 WOBBLE = (0.4, -0.5, 0.1, 0.3, -0.3)
 
 
 def outcomes(**means: float) -> list[Outcome]:
-    """Five seeds a policy; seeds share their noise, and each policy but optima wobbles around its mean."""
+    """Five seeds a method; seeds share their noise, and each method but optima wobbles around its mean."""
     return [
         Outcome(
-            "captioning", policy, seed, mean + NOISE[seed] + (policy != "optima") * WOBBLE[seed], 100.0 + seed, 1000.0
+            "captioning", method, seed, mean + NOISE[seed] + (method != "optima") * WOBBLE[seed], 100.0 + seed, 1000.0
         )
-        for policy, mean in means.items()
+        for method, mean in means.items()
         for seed in range(5)
     ]
 
 
-def test_policies_are_ranked_and_judged_by_paired_differences() -> None:
-    rows = policy_rows(outcomes(optima=70.0, uniform=65.0, everything=75.0, twin=70.05))["captioning"]
-    assert [row.policy for row in rows] == ["everything", "twin", "optima", "uniform"]
+def test_methods_are_ranked_and_judged_by_paired_differences() -> None:
+    rows = method_rows(outcomes(optima=70.0, uniform=65.0, everything=75.0, twin=70.05))["captioning"]
+    assert [row.method for row in rows] == ["everything", "twin", "optima", "uniform"]
     assert [row.verdict for row in rows] == ["better", "not told apart", "", "worse"]
     assert rows[3].difference is not None
     assert rows[3].difference.mean == pytest.approx(-5.0)
@@ -36,19 +36,19 @@ def test_policies_are_ranked_and_judged_by_paired_differences() -> None:
     ("means", "expected"),
     [
         ({"optima": 70.0, "uniform": 60.0, "everything": 80.0}, "optima does not win: better are everything."),
-        ({"optima": 70.0, "uniform": 60.0, "fixed": 50.0}, "optima is better than every other policy."),
+        ({"optima": 70.0, "uniform": 60.0, "fixed": 50.0}, "optima is better than every other method."),
         (
             {"optima": 70.0, "uniform": 60.0, "twin": 70.0},
             "optima is better than uniform; the others cannot be told apart",
         ),
-        ({"optima": 70.0, "twin": 70.0}, "No policy can be told apart from optima."),
+        ({"optima": 70.0, "twin": 70.0}, "No method can be told apart from optima."),
     ],
 )
 def test_conclusion_says_what_the_intervals_say(means: dict[str, float], expected: str) -> None:
-    assert conclusion(policy_rows(outcomes(**means))["captioning"]).startswith(expected)
+    assert conclusion(method_rows(outcomes(**means))["captioning"]).startswith(expected)
 
 
-def test_markdown_holds_a_line_a_policy() -> None:
+def test_markdown_holds_a_line_a_method() -> None:
     text = markdown(outcomes(optima=70.0, uniform_random=60.0))
     assert "| optima | 70.0 ±\N{NO-BREAK SPACE}1.1 | – |  | 5 | 1 min 42 s | 1000 MiB |" in text
     assert "| uniform random | 60.0 ±" in text
@@ -56,7 +56,7 @@ def test_markdown_holds_a_line_a_policy() -> None:
 
 
 def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
-    path = write_policies(outcomes(optima=70.0, uniform=60.0), tmp_path / "policies.html", command="run <this> & that")
+    path = write_methods(outcomes(optima=70.0, uniform=60.0), tmp_path / "methods.html", command="run <this> & that")
     page = Page(path)
     assert "−10.0 ± 0.5 worse" in page.text
     assert "run <this> & that" in page.text
@@ -65,6 +65,6 @@ def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
 
 def test_missing_reference_and_repeated_seeds_are_named() -> None:
     with pytest.raises(ValueError, match="no outcome of 'optima' on task 'captioning'; there are uniform"):
-        policy_rows(outcomes(uniform=50.0))
-    with pytest.raises(ValueError, match="policy 'optima' has a seed twice"):
-        policy_rows(outcomes(optima=50.0) * 2)
+        method_rows(outcomes(uniform=50.0))
+    with pytest.raises(ValueError, match="method 'optima' has a seed twice"):
+        method_rows(outcomes(optima=50.0) * 2)
