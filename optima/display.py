@@ -1,8 +1,12 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one plain line a round elsewhere, or nothing."""
+"""What a person sees while a run goes on: a live panel on a terminal, a plain line a round elsewhere, or nothing.
+
+Beside that, TensorBoard event files on request.
+"""
 
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -11,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from optima_core.errors import OptimaError
 from optima_core.records import RoundRecord
 
 
@@ -19,6 +24,9 @@ class Display(Protocol):
 
     def note(self, message: str) -> None:
         """A line of its own."""
+
+    def score(self, step: int, metric: str, value: float) -> None:
+        """The student was scored on validation items after an optimiser step."""
 
     def round(self, record: RoundRecord) -> None:
         """A round has ended."""
@@ -34,6 +42,52 @@ def make_display(arms: Sequence[str], rounds: int, done: int, quiet: bool) -> Di
     if Console().is_terminal:
         return _Panel(arms, rounds, done)
     return _Lines(rounds, done)
+
+
+class WithEvents:
+    """A display that also writes TensorBoard event files into a directory.
+
+    Args:
+        shown: What shows the run otherwise.
+        directory: Where the event files go. Those of steps after `step`, which a resumed run repeats, are purged.
+
+    Raises OptimaError if the tensorboard package is missing.
+    """
+
+    def __init__(self, shown: Display, directory: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise OptimaError(
+                "tensorboard is on and the package tensorboard is not installed; `pip install tensorboard`, or leave "
+                "the option out"
+            ) from None
+        self._shown = shown
+        self._events = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def note(self, message: str) -> None:
+        self._shown.note(message)
+
+    def score(self, step: int, metric: str, value: float) -> None:
+        self._add(f"validation/{metric}", value, step)
+        self._shown.score(step, metric, value)
+
+    def round(self, record: RoundRecord) -> None:
+        scalars = {"reward": record.reward, "learning_rate": record.learning_rate, "step_seconds": record.step_seconds}
+        scalars |= {f"train/{name}": value for name, value in record.losses.items()}
+        scalars |= {f"probe/{name}": value for name, value in record.probe.items()}
+        scalars |= {f"rounds/{arm}": pulls for arm, pulls in record.pulls.items()}
+        scalars |= {f"expected_reward/{arm}": mean for arm, mean in record.mean.items()}
+        for name, value in scalars.items():
+            self._add(name, value, record.step)
+        self._shown.round(record)
+
+    def close(self) -> None:
+        self._events.close()  # type: ignore[no-untyped-call]
+        self._shown.close()
+
+    def _add(self, name: str, value: float, step: int) -> None:
+        self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
 
 class _Pace:
@@ -52,8 +106,15 @@ class _Pace:
         return steps / max(1e-9, time.monotonic() - self.started)
 
 
+def _score(step: int, metric: str, value: float) -> str:
+    return f"step {step}: validation {metric} {value:.1f}{' %' if 'accuracy' in metric else ''}"
+
+
 class _Silent:
     def note(self, message: str) -> None:
+        pass
+
+    def score(self, step: int, metric: str, value: float) -> None:
         pass
 
     def round(self, record: RoundRecord) -> None:
@@ -69,6 +130,9 @@ class _Lines:
 
     def note(self, message: str) -> None:
         print(message, flush=True)
+
+    def score(self, step: int, metric: str, value: float) -> None:
+        self.note(_score(step, metric, value))
 
     def round(self, record: RoundRecord) -> None:
         best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.pulls)
@@ -93,6 +157,9 @@ class _Panel:
 
     def note(self, message: str) -> None:
         self.live.console.print(message, highlight=False)
+
+    def score(self, step: int, metric: str, value: float) -> None:
+        self.note(_score(step, metric, value))
 
     def round(self, record: RoundRecord) -> None:
         chosen = "+".join(record.modules)

@@ -17,7 +17,7 @@ import torch
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.pairs import module_pairs
-from optima.display import Display, make_display
+from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
 from optima.report import write_report
 from optima.run_directory import RunDirectory, fingerprint
@@ -61,6 +61,7 @@ class DistillConfig:
         threads: CPU threads; 0 takes what torch chooses.
         resume: Continue the run in the run directory.
         quiet: Show nothing but the final table.
+        tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
     """
 
     task: Task = "captioning"
@@ -83,6 +84,7 @@ class DistillConfig:
     threads: int = 0
     resume: bool = False
     quiet: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep"):
@@ -217,6 +219,8 @@ def _train(
     directory.cut_metrics(distiller.round)
     rounds = config.engine.rounds
     display = make_display(distiller.arm_names[: distiller.policy.arms], rounds, distiller.round, config.quiet)
+    if config.tensorboard:
+        display = WithEvents(display, directory.path / "tensorboard", distiller.step)
     started = time.monotonic()
     with StopRequest() as stop, contextlib.closing(display):
         if state is not None:
@@ -258,7 +262,7 @@ def _add_point(
     scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
     headline = data.headline
     curve.append({"step": step, headline: scores[headline]})
-    display.note(f"step {step}: validation {headline} {scores[headline]:.1f}{' %' if 'accuracy' in headline else ''}")
+    display.score(step, headline, scores[headline])
 
 
 def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:

@@ -293,3 +293,17 @@ def test_asked_to_stop_a_run_saves_its_last_round_and_says_how_to_go_on(brief: l
     state = CheckpointStore(run / "checkpoints").load()
     assert state is not None
     assert state["distiller"]["round"] == len(rows_of(run)) < 400
+
+
+def test_event_files_hold_every_round(brief: list[str], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the tensorboard package"
+    )
+    run = tmp_path / "run"
+    assert main([*brief, "--run", str(run), "--tensorboard"]) == 0
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert rewards == [(row["step"], pytest.approx(row["reward"], rel=1e-6)) for row in rows]
+    assert {"probe/task", "train/task", "validation/scene_accuracy"} <= set(events.Tags()["scalars"])
