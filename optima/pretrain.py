@@ -208,7 +208,7 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
             losses[task] = captioning_loss(model.caption_logits(states[:, 0]), captions, tokenizer.pad_id)
             continue
         if task == "nlvr2":  # the head takes a statement's two pictures one after the other
-            states, valid = (x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(0, 1) for x in (states, valid))
+            states, valid = (x.reshape(-1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 1) for x in (states, valid))
         logits = model.heads[task](states.flatten(0, 1), valid.flatten(0, 1))
         losses[task] = F.cross_entropy(logits.float(), targets[task])
     return losses
