@@ -95,7 +95,6 @@ def test_no_policy_reads_a_value(policy: str) -> None:
 def test_the_engines_round_reads_nothing_before_its_record_is_asked_for(
     source: Literal["probe", "training"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Distiller, "_distilled", lambda self, gates: self.names)  # as on any device but a CPU
     monkeypatch.setattr("optima_core.engine.arm_names", lambda names, arms: [*names, "all"])  # read beforehand
     monkeypatch.setattr(Objective, "to", lambda self, device: self)  # fake parameters cannot be moved
     with FakeTensorMode():
@@ -109,6 +108,7 @@ def test_the_engines_round_reads_nothing_before_its_record_is_asked_for(
             random_batch(),
             DistillerConfig(steps_per_round=2, accumulate=2, reward=RewardConfig(source)),
         )
+        distiller._arm_is_known = False  # as on any device but a CPU
         pending = [distiller.launch_round() for _ in range(3)]
         with pytest.raises(HOST_READS):
             pending[0].result()

@@ -22,7 +22,7 @@ from optima_core.errors import OptimaError
 from optima_core.learner import Learner
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, Objective, ObjectiveConfig
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
+from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser, still_behind_gates
 from optima_core.precision import Precision, arithmetic, make_scaler
 from optima_core.records import PendingRecord, RoundRecord, Stopwatch
 from optima_core.reward import RewardMeter
@@ -151,6 +151,7 @@ class Distiller(Generic[Batch]):
         self.probe = probe
         self.device = next(student.parameters()).device
         self.names = tuple(pair.name for pair in modules)
+        self._arm_is_known = self.device.type == "cpu" and not config.compile
         self.objective = Objective(modules, config.objective).to(self.device)
         self.learner = Learner(student, student_forward, self.objective)
         self.learn: nn.Module = self.learner
@@ -269,7 +270,10 @@ class Distiller(Generic[Batch]):
             batches.append({name: term.detach() for name, term in terms.items()})
         self.scaler.unscale_(self.optimiser)
         clip_gradients(self.trained, self.config.optimiser.clip)
-        self.scaler.step(self.optimiser)
+        # The modules of an arm that the host knows are all distilled.
+        gated = [(gate, tuple(self.objective.projections[name].parameters())) for name, gate in gate_of.items()]
+        with still_behind_gates(self.optimiser, [] if self._arm_is_known else gated):
+            self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -293,7 +297,7 @@ class Distiller(Generic[Batch]):
 
         One graph for all arms taps all modules, too.
         """
-        if self.device.type != "cpu" or self.config.compile:
+        if not self._arm_is_known:
             return self.names
         return tuple(name for name, gate in zip(self.names, gates.tolist(), strict=True) if gate)
 

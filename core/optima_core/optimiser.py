@@ -1,12 +1,13 @@
 """AdamW with weight decay on matrices alone, and the learning-rate schedule: warm-up, then a fall to the end."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optima_core.errors import OptimaError
 
@@ -91,6 +92,32 @@ def make_optimiser(
         return 1 - (1 - config.final) * falls[config.schedule]
 
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+@contextlib.contextmanager
+def still_behind_gates(
+    optimiser: torch.optim.Optimizer, gated: Sequence[tuple[Tensor, Sequence[nn.Parameter]]]
+) -> Iterator[None]:
+    """Around an optimiser's step: parameters whose gate (0-d, 1 or 0) is 0 stay as they are, and so does their state.
+
+    A closed gate makes gradients of zero, on which AdamW would still go on along its momentum, decay weights and
+    moments, and count a step; a module that is not tapped has no gradient, and nothing of it moves. This makes both
+    the same, with nothing read on the host: the step is taken, and undone where the gate is 0.
+    """
+    before = [_tensors_of_step(optimiser, parameters) for _, parameters in gated]
+    kept = [torch._foreach_mul(tensors, 1 - gate) for tensors, (gate, _) in zip(before, gated, strict=True)]
+    yield
+    for (gate, parameters), existed, old in zip(gated, before, kept, strict=True):
+        torch._foreach_mul_(_tensors_of_step(optimiser, parameters), gate)
+        torch._foreach_add_(existed, list(old))
+
+
+def _tensors_of_step(optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What a step changes, without autograd: the parameters, and the tensors of their state."""
+    found = [p.detach() for p in parameters]
+    for parameter in parameters:
+        found += [x for x in optimiser.state.get(parameter, {}).values() if isinstance(x, Tensor)]
+    return [x.to_local() if hasattr(x, "to_local") else x for x in found]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:

@@ -2,13 +2,16 @@
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from plain_models import QUICK, Batch, TwoModules, load, make_distiller
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from optima_core import (
@@ -100,9 +103,16 @@ def test_the_same_seed_gives_the_same_records_and_weights(seed: int) -> None:
     assert same(weights(first), weights(second))
 
 
-@pytest.mark.parametrize("source", ["probe", "training"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(source: str, seed: int) -> None:
-    config = replace(CONFIG, reward=RewardConfig(source=source, normaliser="quantile"))  # type: ignore[arg-type]
+RESUMED = {
+    "probe": replace(CONFIG, reward=RewardConfig(source="probe", normaliser="quantile")),
+    "training": replace(CONFIG, reward=RewardConfig(source="training", normaliser="quantile")),
+    "accumulated_average": replace(CONFIG, accumulate=2, ema=0.8, optimiser=replace(QUICK, schedule="linear")),
+    "fp16": replace(CONFIG, precision="fp16"),
+}
+
+
+@pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config: DistillerConfig, seed: int) -> None:
     whole = make_distiller(config, seed, dropout=0.2)
     expected = [whole.run_round() for _ in range(8)]
 
@@ -117,6 +127,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(source: str, seed
     assert records == expected
     assert same(weights(whole), weights(resumed))
     assert same(whole.objective.state_dict(), resumed.objective.state_dict())
+    assert same(whole.result.state_dict(), resumed.result.state_dict())
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
 
 
 def decrement(before: dict[str, float], after: dict[str, float], initial: dict[str, float]) -> float:
@@ -191,6 +203,117 @@ def test_batches_are_asked_for_by_step() -> None:
     assert asked == [0, 1, 2, 3, 4, 5]
 
 
+def first_gradients(distiller: Distiller[Batch]) -> dict[str, Tensor]:
+    """The gradients that the optimiser is given in the first step."""
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        grads = {name: p.grad for name, p in distiller.learner.named_parameters() if p.grad is not None}
+        found.update({name: grad.clone() for name, grad in grads.items() if name not in found})
+
+    distiller.optimiser.register_step_pre_hook(keep)
+    distiller.run_round()
+    return found
+
+
+ONE_STEP = replace(CONFIG, steps_per_round=1, optimiser=replace(QUICK, clip=0.0), bandit=BanditConfig("all_modules"))
+
+
+def in_one(load: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """Batches 2 s and 2 s + 1 as one."""
+    return lambda step: tuple(torch.cat(part) for part in zip(load(2 * step), load(2 * step + 1), strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_accumulated_batches_give_the_step_of_the_larger_batch(clip: float, seed: int) -> None:
+    config = replace(ONE_STEP, optimiser=replace(QUICK, clip=clip))
+    halves, whole = make_distiller(replace(config, accumulate=2), seed), make_distiller(config, seed, load=in_one(load))
+    ours, theirs = first_gradients(halves), first_gradients(whole)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == len(list(halves.learner.parameters()))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+    assert (torch.cat([grad.flatten() for grad in ours.values()]).norm() <= 0.1 * 1.001) == (clip > 0)
+
+
+def test_accumulated_batches_weigh_the_same_whatever_their_masks_leave(seed: int) -> None:
+    def masked(distiller: Distiller[Batch]) -> Distiller[Batch]:
+        student = distiller.student_forward
+
+        def forward(batch: Batch, wanted: WantedTaps) -> Forward:
+            output = student(batch, wanted)
+            valid = batch[0][..., 0] > batch[0][0, 0, 0]  # another number in every batch
+            taps = {name: tuple(tap._replace(valid=valid) for tap in found) for name, found in output.taps.items()}
+            return output._replace(taps=taps)
+
+        distiller.learner._student_forward = (forward,)
+        return distiller
+
+    config = replace(ONE_STEP, objective=ObjectiveConfig(task=0, logits=0, attention=0))
+    both = first_gradients(masked(make_distiller(replace(config, accumulate=2), seed)))
+    each = [first_gradients(masked(make_distiller(config, seed, load=lambda _, i=i: load(i)))) for i in range(2)]  # type: ignore[misc]
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_of_the_student_follows_its_definition(seed: int) -> None:
+    distiller = make_distiller(replace(CONFIG, steps_per_round=1, ema=0.7), seed, dropout=0.1)
+    expected = None
+    for _ in range(5):
+        distiller.run_round()
+        now = weights(distiller)
+        expected = now if expected is None else {name: 0.7 * expected[name] + 0.3 * now[name] for name in now}
+    assert expected is not None
+    for name, tensor in distiller.result.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert not same(weights(distiller), distiller.result.state_dict())
+
+
+def test_without_an_average_the_result_is_the_student() -> None:
+    distiller = make_distiller(CONFIG)
+    assert distiller.result is distiller.student
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_its_scale() -> None:
+    distiller = make_distiller(replace(CONFIG, precision="fp16", steps_per_round=1))
+    distiller.scaler.load_state_dict(distiller.scaler.state_dict() | {"scale": 1e38})
+    before, scale = weights(distiller), distiller.scaler.get_scale()
+    record = distiller.run_round()
+    assert same(before, weights(distiller))
+    assert distiller.scaler.get_scale() < scale
+    assert math.isfinite(record.losses["task"])
+    distiller.scaler.load_state_dict(distiller.scaler.state_dict() | {"scale": 1024.0})
+    distiller.run_round()
+    assert not same(before, weights(distiller))
+
+
+def test_one_compiled_graph_serves_every_arm_with_the_losses_of_eager_steps(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    config = replace(CONFIG, rounds=8, bandit=BanditConfig("round_robin", arms="subsets"))
+    compiled, eager = make_distiller(replace(config, compile=True), seed), make_distiller(config, seed)
+    for _ in range(8):
+        ours, theirs = compiled.run_round(), eager.run_round()
+        assert ours.modules == theirs.modules
+        assert ours.losses.keys() == theirs.losses.keys()
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4, abs=1e-6)
+        assert ours.probe == pytest.approx(theirs.probe, rel=1e-4, abs=1e-6)
+        assert (ours.tapped, theirs.tapped) == (1.0, {("front",): 2 / 3, ("back",): 1 / 3}.get(ours.modules, 1.0))
+    assert counter.frame_count == 1, "the step was compiled again for another arm"
+
+
+def test_rounds_may_be_launched_before_the_records_of_those_before_are_read(seed: int) -> None:
+    ahead, waiting = make_distiller(CONFIG, seed), make_distiller(CONFIG, seed)
+    pending = [ahead.launch_round() for _ in range(5)]
+    expected = [waiting.run_round() for _ in range(5)]
+    assert all(record.ready() for record in pending)
+    assert [record.result() for record in reversed(pending)] == expected[::-1]
+    assert all(record.step_seconds > 0 for record in expected)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_itself_alone() -> None:
     teacher = TwoModules(16, 4, 2).eval()
     calls = 0
@@ -223,8 +346,14 @@ def test_bf16_stays_close_to_fp32() -> None:
     assert all(math.isfinite(value) for value in fast.run_round().losses.values())
 
 
-@pytest.mark.parametrize("name", ["rounds", "steps_per_round"])
-def test_no_rounds_and_no_steps_are_refused(name: str) -> None:
+@pytest.mark.parametrize("ema", [-0.1, 1.0, math.nan])
+def test_a_decay_that_is_none_is_refused(ema: float) -> None:
+    with pytest.raises(ValueError, match="ema must be"):
+        DistillerConfig(ema=ema)
+
+
+@pytest.mark.parametrize("name", ["rounds", "steps_per_round", "accumulate"])
+def test_no_rounds_steps_and_batches_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         DistillerConfig(**{name: 0})  # type: ignore[arg-type]
 
