@@ -1,0 +1,136 @@
+"""`attention_map_losses` beside eager torch, compiled eager torch and TextBrewer.
+
+Every contender gets q and k, makes its own products and softmax, forward and backward, and must give our gradients of
+q and k. TextBrewer's cross entropy differs from KL by a constant, so the losses themselves are not compared. What it is
+handed is scores for "kl" and maps for "mse", as its users do.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.contest import Bar, Contest, Run, Sweep, Work
+from bench.peers import compiled, textbrewer
+from optima_kernels import attention_map_losses
+
+KINDS = ("kl", "mse")
+Maps = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def contests(device: torch.device) -> list[Contest]:
+    if device.type == "cpu":
+        cases = [
+            (1, 4, 12, 1024, 64, {"time": 0.35, "extra": 1 / 15}),
+            (1, 8, 12, 257, 64, {"time": 0.85}),
+        ]
+        made = [contest(device, kind, *case) for case in cases for kind in KINDS]
+        return [*made, *(contest(device, kind, 1, 4, 12, 2048, 64, {"extra": 1 / 30}, peers=False) for kind in KINDS)]
+    shapes = [(6, 8, 12, 577, 64), *((1, 8, 12, n, 64) for n in (197, 1024, 2048, 4096)), (6, 8, 8, 577, 128)]
+    return [contest(device, kind, *shape) for shape in shapes for kind in KINDS]
+
+
+def sweeps(device: torch.device) -> list[Sweep]:
+    large = device.type != "cpu"
+    tokens = (512, 1024, 2048, 4096, 8192) if large else (256, 512, 1024, 2048, 4096)
+    make = partial(contest, device, "kl", peers=False)
+    return [
+        Sweep(
+            "attention",
+            "kl, B 1, H 12, d 64",
+            "N",
+            tokens,
+            lambda n: make(1, 1, 12, n, 64),
+            most={"eager": 2048 if not large else 8192},
+        ),
+        Sweep("attention", "kl, H 12, N 577, d 64", "batch", (1, 2, 4, 8), lambda b: make(1, b, 12, 577, 64)),
+        Sweep("attention", "kl, B 1, H 12, N 577, d 64", "layers", (1, 2, 4, 8), lambda n: make(n, 1, 12, 577, 64)),
+    ]
+
+
+def contest(
+    device: torch.device,
+    kind: str,
+    layers: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    width: int,
+    bars: dict[str, float] | None = None,
+    peers: bool = True,
+) -> Contest:
+    """Maps of `layers` layers, students and teachers of equal shape; float32 on a CPU, else bfloat16."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    @cache
+    def tensors() -> list[list[Tensor]]:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, heads, tokens, width)
+        made = [
+            [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(layers)] for _ in range(4)
+        ]
+        return [[x.requires_grad_(i < 2) for x in side] for i, side in enumerate(made)]
+
+    def of_maps(make: Callable[[], Maps]) -> Callable[[], Run]:
+        def prepare() -> Run:
+            loss = make()
+            return lambda: gradients(sum((loss(*each) for each in zip(*tensors(), strict=True)), torch.zeros(())))
+
+        return prepare
+
+    def gradients(total: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(total, [*tensors()[0], *tensors()[1]])
+
+    def ours(backend: str | None = None, gate: float | None = None) -> Run:
+        gates = None if gate is None else torch.full((layers,), gate, device=device)
+        return lambda: gradients(attention_map_losses(*tensors(), kind=kind, backend=backend, gate=gates).sum())
+
+    contenders = {"eager": of_maps(lambda: eager(kind)), "optima": ours}
+    if peers:
+        contenders["torch.compile(eager)"] = of_maps(lambda: compiled(eager(kind)))
+        contenders["TextBrewer"] = of_maps(lambda: with_textbrewer(kind))
+    if device.type != "cpu":
+        contenders["optima, blocked"] = lambda: ours("blocked")
+        contenders["optima, gate closed"] = lambda: ours(gate=0.0)
+    elements = layers * batch * heads * tokens**2
+    moved = 6 * layers * batch * heads * tokens * width * dtype.itemsize
+    return Contest(
+        suite="attention",
+        name=f"{kind}, L {layers}, B {batch}, H {heads}, N {tokens}, d {width}",
+        contenders=contenders,
+        unequal=("optima, gate closed",),
+        tolerance=1e-4 if device.type == "cpu" else 5e-2,
+        bars=tuple(Bar("optima", "eager", quantity, most) for quantity, most in (bars or {}).items()),
+        # Two products of scores and two of gradients; each element of both maps once.
+        work=Work(8.0 * elements * width, 2.0 * elements, moved),
+    )
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def eager(kind: str) -> Maps:
+    def loss(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        scores_s, scores_t = scores(q_s, k_s), scores(q_t, k_t)
+        if kind == "mse":
+            return F.mse_loss(scores_s.softmax(-1), scores_t.softmax(-1))
+        rows = q_s.shape[0] * q_s.shape[1] * q_s.shape[2]
+        return F.kl_div(scores_s.log_softmax(-1), scores_t.log_softmax(-1), reduction="sum", log_target=True) / rows
+
+    return loss
+
+
+def with_textbrewer(kind: str) -> Maps:
+    losses = textbrewer()
+
+    def loss(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        scores_s, scores_t = scores(q_s, k_s), scores(q_t, k_t)
+        if kind == "mse":
+            return losses.att_mse_loss(scores_s.softmax(-1), scores_t.softmax(-1))
+        # Without a mask it drops the weight of every negative score, which is meant for masks added to scores.
+        return losses.att_ce_loss(scores_s, scores_t, mask=torch.ones(q_s.shape[0], q_s.shape[2], device=q_s.device))
+
+    return loss

@@ -1,0 +1,107 @@
+"""The benchmarks at tiny sizes: contenders are equal, a wrong one is caught, and figures come out right."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import attention, bandit, hidden, logits, report, run_on_gpu, whole_step
+from bench.contest import Bar, Contest, Sweep, Unavailable
+from bench.growth import exponent, grow
+from bench.measure import measure, own_memory, prepare
+
+CPU = torch.device("cpu")
+SIZES = whole_step.Sizes(
+    teacher=(4, 32, 4), student=(2, 24, 3), image=32, patch=16, batch=2, classes=8, relation_heads=2
+)
+CONTESTS = [
+    *(attention.contest(CPU, kind, 2, 1, 2, 20, 16) for kind in attention.KINDS),
+    *(hidden.contest(CPU, normalize, 2, 30, 16, 24) for normalize in (None, "layernorm")),
+    *(logits.linear(CPU, divergence, 20, 100, 16, 24) for divergence in ("forward", "jsd")),
+    logits.predictions(CPU, 5, 30),
+    *whole_step.contests(CPU, SIZES),
+    *bandit.contests(CPU, batch=3),
+]
+
+
+def uncompiled(contest: Contest) -> Contest:
+    """Without the contenders whose compilation takes longer than all else here."""
+    return replace(contest, contenders={k: v for k, v in contest.contenders.items() if "compile" not in k})
+
+
+@pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: f"{contest.suite}: {contest.name}")
+def test_every_contender_that_is_installed_equals_the_first(contest: Contest) -> None:
+    runs, notes = prepare(uncompiled(contest))
+    assert {"optima"} < set(runs) or contest.suite == "bandit"
+    assert all(note.startswith(("not installed", "cannot be imported")) for note in notes.values()), notes
+    assert all(len(run()) > 0 for run in runs.values())  # again, in the state that the first run left
+
+
+def contest(**contenders: float) -> Contest:
+    return Contest("made up", "constants", {k: lambda v=v: lambda: [torch.tensor(v)] for k, v in contenders.items()})
+
+
+def test_another_result_is_not_timed_but_named() -> None:
+    found = measure(contest(eager=1.0, optima=1.0, wrong=1.1, nan=math.nan), CPU, rounds=1, memory=False)
+    assert {name for name, row in found["rows"].items() if "seconds" in row} == {"eager", "optima"}
+    assert "another result" in found["rows"]["wrong"]["note"]
+    assert "another result" in found["rows"]["nan"]["note"]
+
+
+def test_a_missing_package_is_named_and_the_others_are_measured() -> None:
+    def missing() -> None:
+        raise Unavailable("not installed: pip install nothing")
+
+    given = contest(eager=1.0, optima=1.0)
+    given = replace(
+        given, contenders={**given.contenders, "absent": missing}, bars=(Bar("absent", "eager", "time", 1),)
+    )
+    found = measure(given, CPU, rounds=1, memory=False)
+    assert found["rows"]["absent"]["note"] == "not installed: pip install nothing"
+    assert list(report.bars_of(found)) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_extra_memory_is_what_the_work_needs_beside_its_inputs() -> None:
+    inputs = torch.ones(2**23)  # 32 MiB
+    extra = own_memory(lambda: [inputs * 2 * 2])["extra"]  # two of its size at once
+    assert 60 < extra < 72
+
+
+def test_exponents_are_those_of_power_laws() -> None:
+    assert exponent([1, 2, 4, 8], [3 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    assert exponent([1, 2], [1, 2]) is None
+    assert exponent([1, 2, 4], [0, 0, 0]) is None
+
+
+def test_growth_measures_each_contender_up_to_its_largest_size() -> None:
+    def square(n: int) -> Contest:
+        return replace(contest(eager=1.0, optima=1.0), memory=False)
+
+    found = grow(Sweep("made up", "squares", "N", (1, 2, 4), square, most={"eager": 2}), CPU, rounds=1)
+    assert [point["size"] for point in found["points"]["optima"]] == [1, 2, 4]
+    assert [point["size"] for point in found["points"]["eager"]] == [1, 2]
+    assert found["exponents"]["eager"]["time"] is None
+
+
+def test_results_are_written_per_machine_and_rendered(tmp_path: Path) -> None:
+    given = replace(contest(eager=1.0, optima=1.0), bars=(Bar("optima", "eager", "time", 1e9),))
+    found = measure(given, CPU, rounds=1, memory=False)
+    path = report.write("made up", report.describe(CPU), [found], [], tmp_path)
+    stored = json.loads(path.read_text())
+    assert {"date", "device", "versions", "threads"} <= set(stored["about"])
+    text = report.markdown(tmp_path)
+    assert "| constants | optima |" in text
+    assert "met: constants: optima" in text
+    assert stored["about"]["date"][:10] in text
+
+
+def test_what_a_rented_gpu_runs_can_be_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run_on_gpu.py", "--rehearse"])
+    assert run_on_gpu.main() == 0
+    assert "head means, 5 tokens, batch 2 | optima |" in capsys.readouterr().out
