@@ -23,6 +23,7 @@ from optima.command_line import Command, parse
 from optima.compare import CompareConfig, compare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
+from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
 from optima.interruption import terminate_as_interrupt
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
@@ -134,6 +135,8 @@ COMMANDS = {
     "distill": Command("Distil a teacher into a student on one task.", DistillConfig, run_distill),
     "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
     "evaluate": Command("Score a model on a held-out split.", EvaluateConfig, run_evaluate),
+    "import": Command("Read an open_clip CoCa checkpoint.", ImportConfig, run_import),
+    "export": Command("Write a model as open_clip loads it.", ExportConfig, run_export),
     "compare": Command("Compare ways of choosing the module, over tasks and seeds.", CompareConfig, compare),
     "report": Command(
         "Write a finished run's report.html anew, or several runs side by side.", ReportConfig, run_report, bare="run"
