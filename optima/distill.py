@@ -118,7 +118,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map),
         load,
-        data.held_batch("validation", 0, min(config.probe_size, data.items("validation"))),
+        data.probe_batch(config.probe_size),
         config.engine,
         config.seed,
     )

@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
     tokenizer = word_tokenizer()
     model = CoCa(config.model, HEADS if config.task_steps else None)
     for task in TASKS:
-        refuse_misfit(model, "the model", PictogramTask(task, config.seed, torch.device("cpu")))
+        refuse_misfit(model, "the model", PictogramTask(task))
     steps = config.caption_steps + config.task_steps
     optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
     directory = RunDirectory(config.run, resume=config.resume, keep=2)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -107,7 +106,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores."""
     model, console = load_coca(config.model), Console()
     for task in config.tasks:
-        data = PictogramTask(task, 0, torch.device("cpu"))
+        data = PictogramTask(task)
         refuse_misfit(model, f"model {config.model}", data)
         refuse_headless(model, f"model {config.model}", data)
         table = Table("score, %", task, header_style="bold")

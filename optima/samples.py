@@ -20,7 +20,8 @@ def write_samples(directory: RunDirectory, data: TaskData, evaluations: dict[str
     others = [i for i in range(len(after)) if not (after[i] and not before[i])][: count - len(changed)]
     samples: list[dict[str, Any]] = []
     (directory.path / "samples").mkdir(exist_ok=True)
-    for index in changed + others:
+    for place in changed + others:
+        index = evaluations["after"].indices[place]
         shown = data.shown("test", index)
         images = []
         for side, picture in enumerate(shown.pictures):
@@ -32,8 +33,8 @@ def write_samples(directory: RunDirectory, data: TaskData, evaluations: dict[str
                 "images": images,
                 "prompt": shown.prompt,
                 "reference": shown.reference,
-                **{name: evaluation.predictions[index] for name, evaluation in evaluations.items()},
-                "correct": {name: evaluation.correct[index] for name, evaluation in evaluations.items()},
+                **{name: evaluation.predictions[place] for name, evaluation in evaluations.items()},
+                "correct": {name: evaluation.correct[place] for name, evaluation in evaluations.items()},
             }
         )
     directory.write_json("samples.json", samples)
@@ -50,11 +51,12 @@ def write_cross_attention(directory: RunDirectory, model: CoCa, data: TaskData, 
     right = [i for i, good in enumerate(evaluation.correct) if good]
     if not right or model.config.image_encoder.pooler_queries:
         return
-    index = max(right, key=lambda i: len(evaluation.predictions[i].split()))
+    longest = max(right, key=lambda i: len(evaluation.predictions[i].split()))
+    index = evaluation.indices[longest]
     tokenizer = data.tokenizer
     device = next(model.parameters()).device
-    images = data.held_batch("test", index, 1).images
-    tokens = tokenizer.encode([evaluation.predictions[index]], data.text_length).to(device)
+    images = data.held_batch("test", [index]).images
+    tokens = tokenizer.encode([evaluation.predictions[longest]], data.text_length).to(device)
     written = [token for token in tokens[0, 1:].tolist() if token not in (tokenizer.end_id, tokenizer.pad_id)]
     words = tokenizer.decode([[token] for token in written])
     last = model.config.multimodal_decoder.layers - 1

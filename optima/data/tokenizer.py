@@ -63,7 +63,9 @@ class Tokenizer:
         """Id put after a text."""
         return self._ids["end"]
 
-    def encode(self, texts: Sequence[str], length: int, start: bool = True, end: bool = True) -> Tensor:
+    def encode(
+        self, texts: Sequence[str], length: int, start: bool = True, end: bool = True, truncate: bool = False
+    ) -> Tensor:
         """Token ids, int64 [texts, length]: start, the text, end, then padding.
 
         Args:
@@ -71,15 +73,17 @@ class Tokenizer:
             length: tokens in a row, special ones included.
             start: whether a row begins with the start token.
             end: whether the text is followed by the end token.
+            truncate: whether a longer text loses its last words; the end token stays.
 
         Raises:
-            ValueError: if a text does not fit into `length` tokens.
+            ValueError: if a text does not fit into `length` tokens and is not to be cut.
         """
         before = [self.start_id] if start else []
         after = [self.end_id] if end else []
         rows = []
         for text, encoding in zip(texts, self._backend.encode_batch(list(texts)), strict=True):
-            row = before + encoding.ids + after
+            kept = encoding.ids[: length - len(before) - len(after)] if truncate else encoding.ids
+            row = before + kept + after
             if len(row) > length:
                 raise ValueError(f"length: {text!r} takes {len(row)} tokens, got {length}")
             rows.append(row + [self.pad_id] * (length - len(row)))

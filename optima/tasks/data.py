@@ -1,8 +1,8 @@
 """What distillation, fine-tuning, evaluation and the report ask of a data set, whichever it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,23 @@ Held = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, and each item's prediction in words with whether it is right.
+    """Scores by name, and for each item its place in the split, the prediction in words, and whether that is right.
 
-    Scores are in percent; CIDEr-D, which has no upper bound of 100, is multiplied by 100 as papers print it.
+    Scores are in percent; CIDEr-D, which has no upper bound of 100, is multiplied by 100 as papers print it. There are
+    none for a split without published truth.
     """
 
     scores: dict[str, float]
+    indices: list[int]
     predictions: list[str]
     correct: list[bool]
+
+
+class HeldBatch(NamedTuple):
+    """Items of a held-out split: their places in it, and the batch. Items whose pictures are unusable are not there."""
+
+    indices: list[int]
+    batch: TaskBatch
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,23 @@ class TaskData(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
 
-    def training_batch(self, step: int, size: int) -> TaskBatch:
-        """The batch of an optimiser step, a pure function of the step, the size and the seed."""
+    def training_batch(self, number: int, size: int) -> TaskBatch:
+        """Training batch number `number` of this rank, a pure function of number, size, seed and rank."""
 
-    def held_batch(self, split: Held, start: int, size: int) -> TaskBatch:
-        """Items start, ..., start + size - 1 of a held-out split, as evaluation shows them: nothing is drawn."""
+    def probe_batch(self, size: int) -> TaskBatch:
+        """The first `size` validation items with known truth, as evaluation shows them; fewer if there are fewer."""
 
-    def items(self, split: Held) -> int:
-        """Number of items of a held-out split."""
+    def held_batch(self, split: Held, indices: Sequence[int]) -> TaskBatch:
+        """Certain items of a held-out split, as evaluation shows them: nothing is drawn."""
 
-    def score(self, split: Held, predictions: Sequence[str]) -> Evaluation:
-        """Scores predictions for the first items of a split, one each, by the task's own definitions."""
+    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
+        """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning."""
+
+    def score(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> Evaluation:
+        """Scores one prediction for each of some items of a split, by the task's own definitions."""
+
+    def submission(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> tuple[str, str]:
+        """Name and content of a file of predictions, in the benchmark's submission format where it has one."""
 
     def shown(self, split: Held, index: int) -> Shown:
         """One item for a person's eyes."""

@@ -25,9 +25,9 @@ def evaluate(
     model.eval()
     tokenizer = data.tokenizer
     predictions: list[str] = []
-    total = min(data.items(split), limit) if limit else data.items(split)
-    for start in range(0, total, batch_size):
-        batch = data.held_batch(split, start, min(batch_size, total - start))
+    indices: list[int] = []
+    for found, batch in data.held_batches(split, batch_size, limit):
+        indices += found
         if data.task == "captioning":
             tokens = generate(
                 model,
@@ -43,4 +43,4 @@ def evaluate(
             chosen = model.class_logits(data.task, output).argmax(dim=-1)
             predictions += [data.classes[index] for index in chosen.tolist()]
     model.train(was_training)
-    return data.score(split, predictions)
+    return data.score(split, indices, predictions)

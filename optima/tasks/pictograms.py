@@ -1,16 +1,18 @@
 """The embedded pictograms in the role of one task: drawn on the fly, with ground truth known exactly."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from optima.data.pictograms.captions import describe, parse_caption, references
 from optima.data.pictograms.render import render
-from optima.data.pictograms.stream import CLASSES, Example, Pictograms, Task
+from optima.data.pictograms.stream import CLASSES, Example, Pictograms, Task, collate
+from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
-from optima.tasks.batches import TaskBatch, load_batch
-from optima.tasks.data import Evaluation, Held, Shown, percent
+from optima.tasks.batches import TaskBatch
+from optima.tasks.data import Evaluation, Held, HeldBatch, Shown, percent
 from optima.tasks.spec import HEADLINE, PICTURE_SIZE, TEXT_LENGTH
 
 
@@ -26,34 +28,50 @@ class PictogramTask:
     picture_size = PICTURE_SIZE
     text_length = TEXT_LENGTH
 
-    def __init__(self, task: Task, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, seed: int = 0, device: torch.device | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.task: Task = task
         self.tokenizer: Tokenizer = word_tokenizer()
         self.headline = HEADLINE[task]
         self.classes = CLASSES[task]
-        self._device = device
+        self._device = device or torch.device("cpu")
+        self._rank, self._world_size = rank, world_size
         self._train = Pictograms("train", seed)
         self._held = {"validation": Pictograms("validation"), "test": Pictograms("test")}
 
-    def training_batch(self, step: int, size: int) -> TaskBatch:
-        return self._batch(self._train, step * size, size)
+    def training_batch(self, number: int, size: int) -> TaskBatch:
+        start = (number * self._world_size + self._rank) * size
+        return self._batch(self._train, range(start, start + size))
 
-    def held_batch(self, split: Held, start: int, size: int) -> TaskBatch:
-        return self._batch(self._held[split], start, size)
+    def probe_batch(self, size: int) -> TaskBatch:
+        return self.held_batch("validation", range(min(size, len(self._held["validation"]))))
 
-    def items(self, split: Held) -> int:
-        return len(self._held[split])
+    def held_batch(self, split: Held, indices: Sequence[int]) -> TaskBatch:
+        return self._batch(self._held[split], indices)
 
-    def score(self, split: Held, predictions: Sequence[str]) -> Evaluation:
-        examples = [self._held[split].example(self.task, index) for index in range(len(predictions))]
+    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
+        total = len(self._held[split])
+        total = min(total, limit) if limit else total
+        for start in range(0, total, size):
+            indices = range(start, min(start + size, total))
+            yield HeldBatch(list(indices), self.held_batch(split, indices))
+
+    def score(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> Evaluation:
+        examples = [self._held[split].example(self.task, index) for index in indices]
         if self.task == "captioning":
-            return _score_captions(predictions, examples)
+            scores, correct = _score_captions(predictions, examples)
+            return Evaluation(scores, list(indices), list(predictions), correct)
         correct = [said == example.answer for said, example in zip(predictions, examples, strict=True)]
         scores = {"accuracy": percent(correct)}
         for kind in sorted({example.kind for example in examples}):
             right = [good for good, example in zip(correct, examples, strict=True) if example.kind == kind]
             scores[f"accuracy/{kind}"] = percent(right)
-        return Evaluation(scores, list(predictions), correct)
+        return Evaluation(scores, list(indices), list(predictions), correct)
+
+    def submission(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> tuple[str, str]:
+        rows = [json.dumps({"index": i, "prediction": said}) for i, said in zip(indices, predictions, strict=True)]
+        return f"pictograms_{self.task}_{split}_predictions.jsonl", "".join(f"{row}\n" for row in rows)
 
     def shown(self, split: Held, index: int) -> Shown:
         example = self._held[split].example(self.task, index)
@@ -62,11 +80,14 @@ class PictogramTask:
             return Shown(pictures, None, references(example.scenes[0])[0])
         return Shown(pictures, example.text, example.answer)
 
-    def _batch(self, data: Pictograms, start: int, size: int) -> TaskBatch:
-        return load_batch(data, self.task, start, size, self.tokenizer, self._device)
+    def _batch(self, data: Pictograms, indices: Sequence[int]) -> TaskBatch:
+        found = collate([data.example(self.task, index) for index in indices])
+        tokens = self.tokenizer.encode(found.texts, TEXT_LENGTH)
+        images, targets = found.images.to(self._device), found.targets.to(self._device)
+        return TaskBatch(normalise(images), tokens.to(self._device), targets)
 
 
-def _score_captions(captions: Sequence[str], examples: Sequence[Example]) -> Evaluation:
+def _score_captions(captions: Sequence[str], examples: Sequence[Example]) -> tuple[dict[str, float], list[bool]]:
     said = [parse_caption(caption) for caption in captions]
     true = [describe(example.scenes[0].content) for example in examples]
     pairs = [
@@ -81,4 +102,4 @@ def _score_captions(captions: Sequence[str], examples: Sequence[Example]) -> Eva
         "kind_accuracy": percent(kinds),
         "count_accuracy": percent(counts),
     }
-    return Evaluation(scores, list(captions), correct)
+    return scores, correct

@@ -13,8 +13,8 @@ from optima.data.tokenizer import word_tokenizer
 from optima.pretrain import PretrainConfig, caption_losses, pretrain, task_losses
 from optima.run import main
 from optima.tasks import HEADS, TASKS
-from optima.tasks.batches import load_batch
 from optima.tasks.forward import TaskForward
+from optima.tasks.pictograms import PictogramTask
 from optima_core import CheckpointStore, OptimaError, OptimiserConfig
 
 MODEL = CoCaConfig(
@@ -115,7 +115,7 @@ def test_the_joint_task_losses_are_those_of_the_tasks_alone(make_coca, seed: int
         torch.testing.assert_close(losses[task], cross_entropy(model.class_logits(task, output), targets))
     output = model(images.view(2, 2, 3, 64, 64).repeat_interleave(2, 0), encode(batch.statements))
     torch.testing.assert_close(losses["nlvr2"], cross_entropy(model.class_logits("nlvr2", output), batch.truths))
-    batch_alone = load_batch(Pictograms("train", 3), "captioning", 0, 4, tokenizer, torch.device("cpu"))
+    batch_alone = PictogramTask("captioning", 3).training_batch(0, 4)
     batch_alone = batch_alone._replace(images=images[:, None], tokens=encode(batch.captions))
     torch.testing.assert_close(losses["captioning"], TaskForward(model, "captioning")(batch_alone, {}).task_loss)
     first_phase = caption_losses(model, batch, tokenizer, 0.0)

@@ -54,6 +54,12 @@ def test_a_text_that_does_not_fit_is_named() -> None:
         word_tokenizer().encode(["a dog", "two dogs above a cat"], 6)
 
 
+def test_a_text_that_is_to_be_cut_loses_its_last_words_and_keeps_its_end() -> None:
+    tokenizer = word_tokenizer()
+    cut = tokenizer.encode(["a dog", "two dogs above a cat"], 6, truncate=True)
+    assert torch.equal(cut, tokenizer.encode(["a dog", "two dogs above a"], 6))
+
+
 def test_a_vocabulary_without_special_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="pad: a token of the vocabulary, got '<pad>'"):
         Tokenizer(Backend(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")))

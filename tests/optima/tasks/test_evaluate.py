@@ -10,10 +10,6 @@ from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
 
 
-def task_data(task: Task) -> PictogramTask:
-    return PictogramTask(task, 0, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("task", [task for task in TASKS if CLASSES[task]])
 def test_a_model_that_always_says_one_class_scores_that_class_share(make_coca, task: Task) -> None:
     model, data = make_coca(), Pictograms("test")
@@ -24,7 +20,7 @@ def test_a_model_that_always_says_one_class_scores_that_class_share(make_coca, t
         last.weight.zero_()
         last.bias.zero_()
         last.bias[always] = 1.0
-    found = evaluate(model, task_data(task), "test", limit=30, batch_size=7)
+    found = evaluate(model, PictogramTask(task), "test", limit=30, batch_size=7)
     examples = [data.example(task, index) for index in range(30)]
     right = [example.target == always for example in examples]
     assert found.correct == right
@@ -49,7 +45,7 @@ def captions_said(model, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> No
 def test_the_reference_captions_score_everything(make_coca, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Pictograms("test")
     captions_said(make_coca(), monkeypatch, [data.example("captioning", i).text for i in range(20)])
-    found = evaluate(make_coca(), task_data("captioning"), "test", limit=20, batch_size=6)
+    found = evaluate(make_coca(), PictogramTask("captioning"), "test", limit=20, batch_size=6)
     assert found.scores == {"scene_accuracy": 100.0, "kind_accuracy": 100.0, "count_accuracy": 100.0}
     assert found.correct == [True] * 20
 
@@ -58,20 +54,20 @@ def test_captions_of_other_pictures_and_nonsense_score_little(make_coca, monkeyp
     data = Pictograms("test")
     said = ["a a a" if i % 2 else data.example("captioning", 500 + i).text for i in range(20)]
     captions_said(make_coca(), monkeypatch, said)
-    found = evaluate(make_coca(), task_data("captioning"), "test", limit=20)
+    found = evaluate(make_coca(), PictogramTask("captioning"), "test", limit=20)
     assert found.scores["scene_accuracy"] <= found.scores["count_accuracy"] <= found.scores["kind_accuracy"] <= 20
     assert found.predictions == said
 
 
 def test_evaluation_leaves_the_mode_as_it_was(make_coca) -> None:
     model = make_coca().train()
-    evaluate(model, task_data("vqa"), "validation", limit=4)
+    evaluate(model, PictogramTask("vqa"), "validation", limit=4)
     assert model.training
-    evaluate(model.eval(), task_data("vqa"), "validation", limit=4)
+    evaluate(model.eval(), PictogramTask("vqa"), "validation", limit=4)
     assert not model.training
 
 
 def test_the_batch_size_changes_no_prediction(make_coca, seed: int) -> None:
-    model, data = make_coca(), task_data("captioning")
+    model, data = make_coca(), PictogramTask("captioning")
     small, large = (evaluate(model, data, "validation", limit=9, batch_size=b) for b in (2, 9))
     assert small.predictions == large.predictions

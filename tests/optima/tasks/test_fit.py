@@ -1,14 +1,13 @@
 """Models that cannot be run on a data set are refused before they are."""
 
 import pytest
-import torch
 
 from optima.coca import HeadSpec
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.pictograms import PictogramTask
 from optima_core import OptimaError
 
-VQA = PictogramTask("vqa", 0, torch.device("cpu"))
+VQA = PictogramTask("vqa")
 
 
 def test_a_model_that_fits_is_let_through(make_coca) -> None:
@@ -35,4 +34,4 @@ def test_a_model_without_the_head_is_named_and_captioning_needs_none(make_coca) 
     model = make_coca(heads={"nlvr2": HeadSpec(2, 2)})
     with pytest.raises(OptimaError, match=r"teacher x has no head for vqa \(it has nlvr2\)"):
         refuse_headless(model, "teacher x", VQA)
-    refuse_headless(model, "teacher x", PictogramTask("captioning", 0, torch.device("cpu")))
+    refuse_headless(model, "teacher x", PictogramTask("captioning"))

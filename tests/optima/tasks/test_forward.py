@@ -5,31 +5,29 @@ import torch
 from torch.nn import functional as F
 
 from optima.coca.pairs import module_pairs
-from optima.data.pictograms.stream import CLASSES, TASKS, Pictograms, Task
+from optima.data.pictograms.stream import CLASSES, TASKS, Task
 from optima.data.tokenizer import word_tokenizer
-from optima.tasks.batches import load_batch
 from optima.tasks.forward import TaskForward
+from optima.tasks.pictograms import PictogramTask
 from optima_core import LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_holds_pictures_in_range_and_fixed_length_texts(task: Task) -> None:
     tokenizer = word_tokenizer()
-    batch = load_batch(Pictograms("validation"), task, 3, 5, tokenizer, CPU)
+    batch = PictogramTask(task).held_batch("validation", range(3, 8))
     assert batch.images.shape == (5, 2 if task == "nlvr2" else 1, 3, 64, 64)
     assert -1 <= batch.images.min() < 0 < batch.images.max() <= 1
     assert batch.tokens.shape == (5, 14)
     assert (batch.tokens[:, 0] == tokenizer.start_id).all()
-    again = load_batch(Pictograms("validation"), task, 4, 1, tokenizer, CPU)
+    again = PictogramTask(task).held_batch("validation", [4])
     assert torch.equal(again.images[0], batch.images[1])
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if CLASSES[task]])
 def test_classification_shows_the_cross_entropy_and_all_class_logits(make_coca, task: Task, seed: int) -> None:
     model = make_coca()
-    batch = load_batch(Pictograms("validation"), task, 0, 6, word_tokenizer(), CPU)
+    batch = PictogramTask(task).held_batch("validation", range(6))
     shown = TaskForward(model, task)(batch, {"text_decoder": (0,)})
     assert isinstance(shown.prediction, LogitPrediction)
     logits = shown.prediction.logits
@@ -40,7 +38,7 @@ def test_classification_shows_the_cross_entropy_and_all_class_logits(make_coca, 
 
 def test_captioning_shows_the_captioning_loss_and_counts_no_padding(make_coca, seed: int) -> None:
     model = make_coca()
-    batch = load_batch(Pictograms("validation"), "captioning", 0, 6, word_tokenizer(), CPU)
+    batch = PictogramTask("captioning").held_batch("validation", range(6))
     shown = TaskForward(model, "captioning")(batch, {})
     prediction = shown.prediction
     assert isinstance(prediction, LinearPrediction)
@@ -59,7 +57,7 @@ def test_every_module_can_be_distilled_on_every_task(make_coca, task: Task, seed
     names = list(objective.pairs)
     assert names == ["image_encoder", "text_decoder", "multimodal_decoder"]
     wanted_student, wanted_teacher = objective.wanted(names)
-    batch = load_batch(Pictograms("validation"), task, 0, 4, word_tokenizer(), CPU)
+    batch = PictogramTask(task).held_batch("validation", range(4))
     with torch.no_grad():
         taught = TaskForward(teacher, task)(batch, wanted_teacher)
     terms = objective(TaskForward(student, task)(batch, wanted_student), taught, dict.fromkeys(names, torch.ones(())))
