@@ -9,6 +9,7 @@ lose too much.
 import json
 import os
 import re
+import stat
 import unicodedata
 import zlib
 from collections import Counter
@@ -23,6 +24,9 @@ from optima_core.errors import OptimaError
 MAX_CHARACTERS = 2000
 """Characters of the longest text that is taken for a caption, a question or a statement."""
 
+MAX_BYTES = 256 * 2**20
+"""Bytes of the largest file that is taken for a picture."""
+
 
 class ImageSource(NamedTuple):
     """Where the bytes of a picture are: `size` bytes of the file from `offset` on; size -1 takes the whole file."""
@@ -32,13 +36,22 @@ class ImageSource(NamedTuple):
     size: int = -1
 
     def read(self) -> bytes:
-        """The encoded picture. Raises OSError if the file cannot be read or ends too early."""
-        with open(self.path, "rb", buffering=0) as file:
-            if self.size < 0:
-                return file.read()
-            data = os.pread(file.fileno(), self.size, self.offset)
-        if len(data) != self.size:
-            raise OSError(f"{self.path} ends within the picture at byte {self.offset}")
+        """The encoded picture. Raises Unusable if there is none, it ends early, or it is too large to be one."""
+        try:
+            status = os.stat(self.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise Unusable("image-unreadable", f"{self.path} is no file")
+            size = self.size if self.size >= 0 else status.st_size
+            if size > MAX_BYTES:
+                raise Unusable("image-bomb", f"{self.path} has {size} bytes; {MAX_BYTES} are the most")
+            with open(self.path, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, self.offset)
+        except FileNotFoundError as error:
+            raise Unusable("image-missing", f"there is no {self.path}") from error
+        except OSError as error:
+            raise Unusable("image-unreadable", f"{self.path} cannot be read: {error.strerror or error}") from error
+        if len(data) != size:
+            raise Unusable("image-truncated", f"{self.path} ends within the picture at byte {self.offset}")
         return data
 
     def __str__(self) -> str:
