@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from optima.data.loader import Engine, Fault, Job, LoaderConfig, PictureBatch, Pictures, Ready, assemble
 from optima.data.record import Unusable
@@ -139,7 +140,7 @@ class DaliEngine(Engine):
         """Takes a batch from DALI."""
         config = self._pictures.config
         shape = (len(batch.job.places), self._pictures.sides, 3, config.image_size, config.image_size)
-        output = self._pipeline.share_outputs()[0] if batch.ready else []
+        output: Any = self._pipeline.share_outputs()[0] if batch.ready else None
         if self._gpu:
             images = self._from_gpu(output, batch, shape)
         else:
@@ -159,12 +160,12 @@ class DaliEngine(Engine):
 
     def _from_gpu(self, output: Any, batch: _Batch, shape: tuple[int, ...]) -> Tensor:
         # On a stream of its own, so that waiting for the copy does not wait for the training step before it.
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             images = torch.empty(shape, dtype=torch.uint8, device=self._device)
             if batch.ready:
                 rows = torch.tensor([ready.row * self._pictures.sides + ready.side for ready in batch.ready])
-                squares = torch.from_dlpack(output.as_tensor())
+                squares = from_dlpack(output.as_tensor())
                 images.view(-1, *shape[2:]).index_copy_(0, rows.to(self._device), squares)
         stream.synchronize()
         images.record_stream(torch.cuda.current_stream(self._device))
