@@ -23,9 +23,11 @@ from optima_core.learner import Learner
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, Objective, ObjectiveConfig
 from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser, still_behind_gates
+from optima_core.parallel import Ranks
 from optima_core.precision import Precision, arithmetic, make_scaler
 from optima_core.records import PendingRecord, RoundRecord, Stopwatch
 from optima_core.reward import RewardMeter
+from optima_core.state import TRAINED, load_random, load_trained, random_state, trained_state
 from optima_core.taps import WantedTaps
 
 Batch = TypeVar("Batch")
@@ -128,6 +130,9 @@ class Distiller(Generic[Batch]):
         probe: The held batch that rewards are measured on.
         config: See `DistillerConfig`.
         seed: Seed of the bandit's random numbers.
+        ranks: The processes of the run (`optima_core.parallel.join_ranks`). Each gives `load` and `probe` that return
+            its slice (`Ranks.share`) of the batch. With FSDP the student is sharded here, a teacher beforehand by
+            `Ranks.shard`.
 
     Raises ValueError if the configuration names a policy or option that does not exist.
     """
@@ -142,8 +147,10 @@ class Distiller(Generic[Batch]):
         probe: Batch,
         config: DistillerConfig,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.student = student
         self.student_forward = student_forward
         self.teacher_forward = teacher_forward
@@ -152,9 +159,11 @@ class Distiller(Generic[Batch]):
         self.device = next(student.parameters()).device
         self.names = tuple(pair.name for pair in modules)
         self._arm_is_known = self.device.type == "cpu" and not config.compile
-        self.objective = Objective(modules, config.objective).to(self.device)
+        self._refuse_unshared()
+        weigh = self.ranks.weigh if self.ranks.count > 1 else None
+        self.objective = Objective(modules, config.objective, weigh).to(self.device)
         self.learner = Learner(student, student_forward, self.objective)
-        self.learn: nn.Module = self.learner
+        self.learn = self.ranks.wrap(self.learner)
         self.trained = [*student.parameters(), *self.objective.parameters()]
         self.optimiser, self.schedule = make_optimiser(
             self.trained, config.optimiser, config.rounds * config.steps_per_round
@@ -182,6 +191,27 @@ class Distiller(Generic[Batch]):
         self._probed_teacher = self._forward_teacher(probe, self.names)
         self.initial_probe = self._probe_terms()
         self.reward = self.meter.init(self.objective.tracked(self.initial_probe)[None])
+        if not self.ranks.first:
+            # Dropout differs between slices of a batch; the first rank draws what a single process does.
+            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+
+    def _refuse_unshared(self) -> None:
+        """Raises OptimaError for what several ranks cannot do."""
+        config, sharded = self.config, self.ranks.sharded
+        for given, name, instead in (
+            (self.ranks.count > 1 and config.compile, "engine.compile", "leave it out"),
+            (sharded and config.ema > 0, "engine.ema", "take --parallel ddp"),
+            (sharded and config.precision == "fp16", "engine.precision fp16", "take bf16"),
+            (
+                sharded and config.optimiser.implementation == "apex",
+                "engine.optimiser.implementation apex",
+                "take adamw",
+            ),
+        ):
+            if given:
+                raise OptimaError(
+                    f"{name} does not work on {self.ranks.count} ranks with {self.ranks.strategy}; {instead}"
+                )
 
     @property
     def result(self) -> nn.Module:
@@ -222,38 +252,36 @@ class Distiller(Generic[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
 
-        Holds references to live tensors: write it out, or copy it, before the next round.
+        Holds references to live tensors: write it out, or copy it, before the next round. With several ranks all must
+        call this; the first one's result is whole, however the parameters are sharded.
         """
         return {
-            "student": self.student.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            **trained_state(self.learner, self.optimiser),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": {} if self.ema is None else self.ema.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
-            "random": {"cpu": torch.get_rng_state()}
-            | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
+            "random": random_state(self.ranks),
             "pulls": self.pulls,
             "round": self.round,
             "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, for a distiller of the same configuration."""
-        self.student.load_state_dict(state["student"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        """The inverse of `state_dict`, for a distiller of the same configuration on any number of ranks.
+
+        All ranks must call this; what the others hand in is not looked at, the first one's state is sent to them.
+        """
+        load_trained(self.learner, self.optimiser, state, self.ranks)
+        state = self.ranks.broadcast({name: part for name, part in state.items() if name not in TRAINED})
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        load_random(state["random"], self.ranks)
         self.pulls = state["pulls"].to(self.device)
         self.round = state["round"]
         self.step = state["step"]
@@ -263,10 +291,11 @@ class Distiller(Generic[Batch]):
         batches: list[dict[str, Tensor]] = []
         for i in range(self.config.accumulate):
             batch = self.load(self.step * self.config.accumulate + i)
-            with arithmetic(self.config.precision, self.device):
-                terms = self._terms(batch, gate_of)
-            total = self.objective.total(terms) / self.config.accumulate
-            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            with self.ranks.gradients_kept(self.learn, until_last=i + 1 < self.config.accumulate):
+                with arithmetic(self.config.precision, self.device):
+                    terms = self._terms(batch, gate_of)
+                total = self.objective.total(terms) / self.config.accumulate
+                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             batches.append({name: term.detach() for name, term in terms.items()})
         self.scaler.unscale_(self.optimiser)
         clip_gradients(self.trained, self.config.optimiser.clip)
@@ -279,7 +308,8 @@ class Distiller(Generic[Batch]):
         self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.student)
-        terms = {name: torch.stack([terms[name] for terms in batches]).mean(dim=0) for name in batches[0]}
+        own = {name: torch.stack([terms[name] for terms in batches]).mean(dim=0) for name in batches[0]}
+        terms = self.ranks.mean(own)
         if self.config.reward.source == "training":
             self._observe(terms, gates)
         return terms
@@ -313,7 +343,7 @@ class Distiller(Generic[Batch]):
         training = [module for module in self.student.modules() if module.training]
         self.student.eval()
         with torch.no_grad(), arithmetic(self.config.precision, self.device):
-            terms: dict[str, Tensor] = self.learn(self.probe, wanted, self._probed_teacher, open_gates)
+            terms = self.ranks.mean(self.learn(self.probe, wanted, self._probed_teacher, open_gates))
         for module in training:
             module.training = True
         return terms

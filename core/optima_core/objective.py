@@ -8,16 +8,18 @@ module's terms carry a gate on the device: 1 where the module is distilled this 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from optima_core.modules import ModulePair
-from optima_core.taps import LayerTap, Taps, WantedTaps
+from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
 from optima_kernels import attention_map_loss, hidden_mse, linear_kl, prediction_kl
+from optima_kernels.reference import attended_elements
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,39 @@ class Forward(NamedTuple):
     task_loss: scalar; the teacher's is not used.
     prediction: None where predictions are not to be distilled.
     taps: module name -> taps of the wanted layers.
+    task_count: 0-d, the number of tokens or items that task_loss is a mean over; None where it is the same on all
+        ranks.
     """
 
     task_loss: Tensor
     prediction: LogitPrediction | LinearPrediction | None
     taps: Taps
+    task_count: Tensor | None = None
+
+
+class _Mean(NamedTuple):
+    """A loss that is a mean, and over how many elements (up to a factor that is the same on all ranks)."""
+
+    value: Tensor
+    elements: Callable[[], Tensor | int]
 
 
 class Objective(nn.Module):
-    """Holds the learned projections from student to teacher width, one a layer, and computes the loss terms."""
+    """Holds the learned projections from student to teacher width, one a layer, and computes the loss terms.
 
-    def __init__(self, modules: Sequence[ModulePair], config: ObjectiveConfig) -> None:
+    weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
+        one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[ModulePair],
+        config: ObjectiveConfig,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.weigh = weigh
         self.pairs = {pair.name: pair for pair in modules}
         if len(self.pairs) != len(modules):
             raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
@@ -123,19 +145,30 @@ class Objective(nn.Module):
         gates: module name -> 0-d tensor; the modules named here must have been tapped.
         """
         config = self.config
-        terms = {"task": student.task_loss}
+        task_count = student.task_count
+        means = {"task": [_Mean(student.task_loss, lambda: 1 if task_count is None else task_count)]}
         if config.logits and student.prediction is not None and teacher.prediction is not None:
-            terms["logits"] = self._prediction(student.prediction, teacher.prediction)
+            means["logits"] = [self._prediction(student.prediction, teacher.prediction)]
         for name, gate in gates.items():
             layers = self.pairs[name].teacher_layer_of()
             tapped = dict(zip(sorted(set(layers)), teacher.taps[name], strict=True))
             for i, tap in enumerate(student.taps[name]):
                 target = tapped[layers[i]]
                 if config.hidden:
-                    terms[f"hidden/{name}/{i}"] = self._hidden(name, i, tap, target, gate)
+                    means[f"hidden/{name}/{i}"] = [self._hidden(name, i, tap, target, gate)]
                 if config.attention and tap.attention:
-                    terms[f"attention/{name}/{i}"] = self._attention(tap, target, gate)
-        return terms
+                    means[f"attention/{name}/{i}"] = self._attention(tap, target, gate)
+        values = self._weighed([mean for found in means.values() for mean in found])
+        terms = {name: [next(values) for _ in found] for name, found in means.items()}
+        return {name: found[0] if len(found) == 1 else torch.stack(found).mean() for name, found in terms.items()}
+
+    def _weighed(self, means: Sequence[_Mean]) -> Iterator[Tensor]:
+        values = [mean.value for mean in means]
+        if self.weigh is None:
+            return iter(values)
+        device = values[0].device
+        counts = torch.stack([torch.as_tensor(mean.elements(), dtype=torch.float64, device=device) for mean in means])
+        return (value * factor for value, factor in zip(values, self.weigh(counts).unbind(), strict=True))
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms; a module's layers are averaged."""
@@ -159,7 +192,7 @@ class Objective(nn.Module):
 
     def _prediction(
         self, student: LogitPrediction | LinearPrediction, teacher: LogitPrediction | LinearPrediction
-    ) -> Tensor:
+    ) -> _Mean:
         config = self.config
         if isinstance(student, LinearPrediction) and isinstance(teacher, LinearPrediction):
             divergence = linear_kl(
@@ -174,23 +207,26 @@ class Objective(nn.Module):
                 mask=student.mask,
             )
             assert isinstance(divergence, Tensor)
-            return divergence
+            mask = student.mask
+            return _Mean(divergence, lambda: len(student.hidden) if mask is None else mask.sum())
         if isinstance(student, LogitPrediction) and isinstance(teacher, LogitPrediction):
-            return prediction_kl(
+            divergence = prediction_kl(
                 student.logits,
                 teacher.logits,
                 temperature=config.temperature,
                 divergence=config.divergence,
                 sample_weight=student.weight,
             )
+            weight = student.weight
+            return _Mean(divergence, lambda: len(student.logits) if weight is None else weight.sum())
         raise TypeError("student and teacher must both give logits, or both states and a head")
 
-    def _hidden(self, module: str, layer: int, student: LayerTap, teacher: LayerTap, gate: Tensor) -> Tensor:
+    def _hidden(self, module: str, layer: int, student: LayerTap, teacher: LayerTap, gate: Tensor) -> _Mean:
         projections = self.projections[module]
         assert isinstance(projections, nn.ModuleList)
         projection = projections[layer]
         assert isinstance(projection, nn.Linear)
-        return hidden_mse(
+        error = hidden_mse(
             student.hidden,
             teacher.hidden,
             projection.weight,
@@ -199,27 +235,41 @@ class Objective(nn.Module):
             mask=student.valid,
             gate=gate,
         )
+        valid, tokens = student.valid, student.hidden.shape[:-1].numel()
+        return _Mean(error, lambda: tokens if valid is None else valid.sum())
 
-    def _attention(self, student: LayerTap, teacher: LayerTap, gate: Tensor) -> Tensor:
-        """Mean over the layer's maps (a decoder layer has a self- and a cross-attention map)."""
+    def _attention(self, student: LayerTap, teacher: LayerTap, gate: Tensor) -> list[_Mean]:
+        """One loss for each of the layer's maps (a decoder layer has a self- and a cross-attention map)."""
         config = self.config
         # Rows' sums belong to the heads that the forward pass had; regrouped ones have others.
         keep_lse = config.attention_heads != "relation"
-        losses = [
-            attention_map_loss(
-                s.q,
-                s.k,
-                t.q,
-                t.k,
-                kind=config.attention_kind,
-                heads=config.attention_heads,
-                relation_heads=config.relation_heads,
-                causal=s.causal,
-                mask=s.mask,
-                lse_s=s.lse if keep_lse else None,
-                lse_t=t.lse if keep_lse else None,
-                gate=gate,
+        return [
+            _Mean(
+                attention_map_loss(
+                    s.q,
+                    s.k,
+                    t.q,
+                    t.k,
+                    kind=config.attention_kind,
+                    heads=config.attention_heads,
+                    relation_heads=config.relation_heads,
+                    causal=s.causal,
+                    mask=s.mask,
+                    lse_s=s.lse if keep_lse else None,
+                    lse_t=t.lse if keep_lse else None,
+                    gate=gate,
+                ),
+                partial(_count_attended, s, config.attention_kind),
             )
             for s, t in zip(student.attention, teacher.attention, strict=True)
         ]
-        return torch.stack(losses).mean()
+
+
+def _count_attended(tap: AttentionTap, kind: Literal["kl", "mse"]) -> Tensor | int:
+    """The rows (kl) or elements (mse) of the map that its loss is a mean over, of one head."""
+    batch, heads, queries, keys = (*tap.q.shape[:3], tap.k.shape[2])
+    if tap.mask is None and (kind == "kl" or not tap.causal):
+        return batch * queries * (1 if kind == "kl" else keys)
+    attends = attended_elements(queries, keys, tap.causal, tap.mask, None, tap.q.device)
+    found = attends.any(dim=-1) if kind == "kl" else attends
+    return found.expand(batch, heads, queries, *found.shape[3:]).sum() / heads
