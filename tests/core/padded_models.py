@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
-from optima_core.parallel import Ranks, join_ranks
+from optima_core.parallel import Ranks, join_ranks, leave
 
 SIZE, ROUNDS = 7, 6
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -86,3 +86,4 @@ def main(directory: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
