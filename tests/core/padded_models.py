@@ -71,9 +71,9 @@ def distil(ranks: Ranks, rounds: int, kind: str, state: dict[str, Any] | None = 
 def main(directory: Path) -> None:
     """For each strategy: a whole run, half a run, and a run resumed from half.pt of one process."""
     with join_ranks() as joined:
-        half = torch.load(directory / "half.pt", weights_only=False) if joined.first else {"state": {}}
         for strategy in ("ddp", "fsdp"):
             ranks = replace(joined, strategy=strategy)  # type: ignore[arg-type]
+            half = torch.load(directory / "half.pt", weights_only=False) if ranks.first else {"state": {}}
             results = {
                 "whole": distil(ranks, ROUNDS, "kl"),
                 "whole_mse": distil(ranks, ROUNDS, "mse"),
