@@ -16,6 +16,7 @@ import torch
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
@@ -35,6 +36,10 @@ from optima_core.records import RoundRecord
 
 ASSETS = Path(__file__).with_name("assets")
 
+Initialisation = Literal["checkpoint", "scratch", "teacher_truncate", "teacher_pca"]
+INITIALISING_ITEMS = 256
+"""Training items whose activations show a teacher's principal components."""
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -45,6 +50,9 @@ class DistillConfig:
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
         student: Weights the student starts from (.safetensors); null takes the shipped, pre-trained one.
+        init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
+            features, or the teacher's principal components on a training batch. But for the first, `student` gives the
+            sizes alone.
         batch_size: Items a step.
         probe_size: Items of the held batch that rewards are measured on.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
@@ -68,6 +76,7 @@ class DistillConfig:
     run: Path = Path("runs/distill")
     teacher: Path | None = None
     student: Path | None = None
+    init: Initialisation = "checkpoint"
     batch_size: int = 32
     probe_size: int = 128
     layer_map: Literal["uniform", "last"] = "uniform"
@@ -181,7 +190,14 @@ def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         student = CoCa(start.config, start.head_specs | missing)
-    student.load_state_dict(student.state_dict() | start.state_dict())
+    if config.init == "checkpoint":
+        student.load_state_dict(student.state_dict() | start.state_dict())
+    elif config.init == "teacher_truncate":
+        truncate_teacher(student, teacher, config.layer_map)
+    elif config.init == "teacher_pca":
+        batch = data.training_batch(0, INITIALISING_ITEMS)
+        device = next(teacher.parameters()).device
+        project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
     return student.eval()
 
 

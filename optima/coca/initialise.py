@@ -309,8 +309,7 @@ class _Projection:
             if isinstance(theirs.norm_input, nn.LayerNorm):
                 # The gain moves in front of the norm, which then sees other lengths: right on average.
                 gain = theirs.norm_input.weight.double()
-                centre = _centred(torch.diag(gain).T).T
-                into = centre @ stream.forth
+                into = _centred(torch.diag(gain)).T @ stream.forth
                 ours.norm_input.weight.fill_(float(self._left(theirs.norm_input, into)))
                 ours.norm_input.bias.copy_(theirs.norm_input.bias.double() @ stream.forth)
             else:
