@@ -306,7 +306,7 @@ class _Projection:
         stream = self._stream(theirs.blocks, ours.config.width)
         if not stream.same:
             gain = torch.ones(theirs.config.width, dtype=torch.float64, device=stream.forth.device)
-            if isinstance(theirs.norm_input, nn.LayerNorm):
+            if isinstance(ours.norm_input, nn.LayerNorm) and isinstance(theirs.norm_input, nn.LayerNorm):
                 # The gain moves in front of the norm, which then sees other lengths: right on average.
                 gain = theirs.norm_input.weight.double()
                 into = _centred(torch.diag(gain)).T @ stream.forth
