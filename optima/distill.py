@@ -30,6 +30,7 @@ from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
+from optima.words import write_words
 from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
 from optima_core.records import RoundRecord
@@ -135,6 +136,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     curve, spent = _train(config, distiller, directory, student, data)
 
     save_coca(student, directory.path / "student.safetensors")
+    write_words(directory, data)
     models = {"teacher": teacher, "before": before, "after": student}
     evaluations: dict[str, Evaluation] = {}
     seconds: dict[str, float] = {}

@@ -1,16 +1,25 @@
-"""Weights in and out: `import` reads an open_clip CoCa, `export` writes a model for open_clip."""
+"""Models in and out: `import` reads an open_clip CoCa, `export` writes a model for other programs."""
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
+from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.config import ClassMask, CoCaConfig
 from optima.coca.open_clip import from_open_clip, read_state_dict, to_open_clip
 from optima.coca.open_clip_config import open_clip_config, read_open_clip_config
 from optima.coca.presets import preset
+from optima.serving import Served, onnx_program, torch_program
+from optima.tasks import Task
+from optima.words import NAME as WORDS
+from optima.words import read_words
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -52,15 +61,21 @@ class ImportConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes a model as open_clip loads it: `open_clip.create_model("local-dir:OUTPUT")`.
+    """Writes a model for other programs, after checking that what was written does what the model does.
 
     Attributes:
-        model: The model, a .safetensors file of ours.
-        output: Directory that open_clip_model.safetensors and open_clip_config.json are written to.
+        model: The model, a .safetensors file of ours; a run's words.json beside it is used and copied.
+        output: Directory to write to.
+        format: "safetensors" writes weights and a config.json; "open_clip" what
+            open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
+            pictures and tokens to logits, for batches of any size.
+        task: The program's task; by default that of words.json.
     """
 
     model: Path
     output: Path
+    format: Literal["safetensors", "open_clip", "torch_export", "onnx"] = "safetensors"
+    task: Task | None = None
 
 
 def run_import(config: ImportConfig) -> None:
@@ -77,13 +92,36 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Exports a model and says what open_clip will not do as we do."""
+    """Exports a model and prints what was written."""
     model = load_coca(config.model)
-    tensors, description = to_open_clip(model), open_clip_config(model.config)
+    if config.output.exists() and not config.output.is_dir():
+        raise OptimaError(f"output {config.output} is a file; give a directory")
     config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / WEIGHTS_NAME, save(tensors, {"format": "pt"}))
-    write_atomically(config.output / CONFIG_NAME, (json.dumps(description, indent=2) + "\n").encode())
-    print(f"wrote {config.output / WEIGHTS_NAME}, {len(tensors)} tensors, and {config.output / CONFIG_NAME}")
+    written = _EXPORTS[config.format](model, config)
+    beside = config.model.with_name(WORDS)
+    if beside.is_file() and config.format != "open_clip":
+        write_atomically(config.output / WORDS, beside.read_bytes())
+        written = [*written, WORDS]
+    print(f"wrote {', '.join(str(config.output / name) for name in written)}")
+
+
+def _export_safetensors(model: CoCa, config: ExportConfig) -> list[str]:
+    path = config.output / "model.safetensors"
+    save_coca(model, path)
+    _refuse_other_weights(path, load_coca(path).state_dict(), model)
+    description = {"config": asdict(model.config), "heads": {t: asdict(s) for t, s in model.head_specs.items()}}
+    write_atomically(config.output / "config.json", (json.dumps(description, indent=2) + "\n").encode())
+    return [path.name, "config.json"]
+
+
+def _export_open_clip(model: CoCa, config: ExportConfig) -> list[str]:
+    """Also prints what open_clip will not do as we do."""
+    path = config.output / WEIGHTS_NAME
+    write_atomically(path, save(to_open_clip(model), {"format": "pt"}))
+    again, _ = from_open_clip(read_state_dict(path), model.config, f"checkpoint {path}")
+    _refuse_other_weights(path, again.state_dict(), model)
+    description = json.dumps(open_clip_config(model.config), indent=2) + "\n"
+    write_atomically(config.output / CONFIG_NAME, description.encode())
     if model.head_specs:
         print(f"left out, since open_clip has no task heads: {', '.join(model.head_specs)}")
     if model.config.text_decoder.class_mask == "exact":
@@ -91,6 +129,50 @@ def run_export(config: ExportConfig) -> None:
             "open_clip's text features will differ on padded texts unless you set model.text.correct_cls_mask = True, "
             "which its configuration cannot say"
         )
+    return [path.name, CONFIG_NAME]
+
+
+def _export_torch(model: CoCa, config: ExportConfig) -> list[str]:
+    write_atomically(config.output / "model.pt2", torch_program(*_served(model, config)))
+    return ["model.pt2"]
+
+
+def _export_onnx(model: CoCa, config: ExportConfig) -> list[str]:
+    write_atomically(config.output / "model.onnx", onnx_program(*_served(model, config)))
+    return ["model.onnx"]
+
+
+_EXPORTS: dict[str, Callable[[CoCa, ExportConfig], list[str]]] = {
+    "safetensors": _export_safetensors,
+    "open_clip": _export_open_clip,
+    "torch_export": _export_torch,
+    "onnx": _export_onnx,
+}
+
+
+def _served(model: CoCa, config: ExportConfig) -> tuple[Served, int]:
+    """The model doing its task, and the length of its texts."""
+    length = model.config.text_decoder.context_length
+    task = config.task
+    if config.model.with_name(WORDS).is_file():
+        words = read_words(config.model.parent)
+        length, task = words.text_length, task or words.task
+    if task is None:
+        raise OptimaError(f"no {WORDS} beside {config.model} tells the program's task; give --task")
+    if task != "captioning" and task not in model.head_specs:
+        raise OptimaError(
+            f"model {config.model} has no head for {task}; it has {', '.join(model.head_specs) or 'none'}"
+        )
+    return Served(model, task), length
+
+
+def _refuse_other_weights(path: Path, written: Mapping[str, Tensor], model: CoCa) -> None:
+    """The heads, which open_clip lacks, are not looked at."""
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("heads.") and not torch.equal(written[name], tensor):
+            raise OptimaError(
+                f"{path} was read back and its tensor {name} differs from the model's; the disk is faulty"
+            )
 
 
 def _shape(config: ImportConfig) -> CoCaConfig:

@@ -31,6 +31,7 @@ from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.pictograms import PictogramTask
+from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
 
 
@@ -135,8 +136,10 @@ COMMANDS = {
     "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
     "evaluate": Command("Score a model on a held-out split.", EvaluateConfig, run_evaluate),
     "import": Command("Read an open_clip CoCa checkpoint.", ImportConfig, run_import),
-    "export": Command("Write a model as open_clip loads it.", ExportConfig, run_export),
+    "export": Command("Write a model for other programs: open_clip, ONNX, torch.export.", ExportConfig, run_export),
     "compare": Command("Compare ways of choosing the module, over tasks and seeds.", CompareConfig, compare),
+    "caption": Command("Caption pictures with a run's student.", CaptionConfig, run_caption, bare="picture"),
+    "answer": Command("Answer a text about a picture with a run's student.", AnswerConfig, run_answer, bare="picture"),
     "report": Command(
         "Write a finished run's report.html anew, or several runs side by side.", ReportConfig, run_report, bare="run"
     ),

@@ -3,7 +3,7 @@
 config.yaml        the resolved configuration
 metrics.jsonl      a row a round
 checkpoints/       what `--resume` continues from
-student.safetensors, summary.json, samples.json, samples/, report.html    written at the end
+student.safetensors, words.json, summary.json, samples.json, samples/, report.html    written at the end
 """
 
 import dataclasses

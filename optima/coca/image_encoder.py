@@ -78,7 +78,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor, wanted: Sequence[int] = ()) -> tuple[Tensor, Tensor, tuple[LayerTap, ...]]:
         """images: [B, 3, S, S] -> (feature [B, E], tokens [B, M, C], taps of the wanted layers)."""
         patches = self.patch(self.pixels(images)).flatten(2).transpose(1, 2)
-        class_token = self.class_token.to(patches.dtype).expand(len(images), 1, -1)
+        class_token = self.class_token.to(patches.dtype).expand(images.shape[0], 1, -1)
         x = self.norm_input(torch.cat([class_token, patches], dim=1) + self.position)
         taps = []
         for i, block in enumerate(self.blocks):

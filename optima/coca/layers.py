@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
         mask: bool, broadcasts to [C, H, n N, M], True attends.
         """
         k, v = self.project(context) if isinstance(context, Tensor) else context
-        q = split_heads(self.q(x_BND).reshape(len(k), -1, x_BND.shape[-1]), self.heads)
+        q = split_heads(self.q(x_BND).reshape(k.shape[0], -1, x_BND.shape[-1]), self.heads)
         attended, lse = attention_with_lse(q, k, v, mask=mask)
         return self.out(merge_heads(attended)).reshape(x_BND.shape), AttentionTap(q, k, mask=mask, lse=lse)
 
@@ -154,7 +154,7 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, context_BMC: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """mask: bool, broadcasts to [B, 1, 1, M], True attends."""
-        query = self.norm_query(self.query).expand(len(context_BMC), -1, -1)
+        query = self.norm_query(self.query).expand(context_BMC.shape[0], -1, -1)
         pooled: Tensor = self.attention(query, self.norm_context(context_BMC), mask=mask)[0]
         return pooled
 

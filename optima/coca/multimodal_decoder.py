@@ -60,7 +60,7 @@ class MultimodalDecoder(nn.Module):
             if i in wanted:
                 rows = valid[:, None, :, None]
                 self_tap = self_tap._replace(causal=False, mask=causal_mask(x.shape[1], x.device) & rows)
-                cross_rows = valid.reshape(len(image_tokens), -1)[:, None, :, None]
+                cross_rows = valid.reshape(image_tokens.shape[0], -1)[:, None, :, None]
                 taps.append(LayerTap(x, (self_tap, cross_tap._replace(mask=cross_rows)), valid))
         states: Tensor = self.norm_output(x)
         return states, tuple(taps)

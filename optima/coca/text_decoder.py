@@ -55,7 +55,7 @@ class TextDecoder(nn.Module):
         if with_class:
             # CLS has a position of its own, the last: its feature must not depend on how far a batch is padded.
             class_token = (self.class_token + self.position[-1]).to(x.dtype)
-            x = torch.cat([x, class_token.expand(len(x), 1, -1)], dim=1)
+            x = torch.cat([x, class_token.expand(x.shape[0], 1, -1)], dim=1)
             keys = F.pad(valid, (1, 0) if self.config.class_mask == "shifted" else (0, 1), value=True)
             valid = F.pad(valid, (0, 1), value=True)
             # Right padding and causality keep padding out of the text states; CLS, being last, needs a mask for that.

@@ -9,10 +9,14 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Regex
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase, Replace
+from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
@@ -42,6 +46,7 @@ class Tokenizer:
                 raise ValueError(f"{role}: a token of the vocabulary, got {token!r}")
             self._ids[role] = number
         self._special = frozenset(self._ids.values())
+        self._tokens = {"pad": pad, "start": start, "end": end}
 
     @property
     def vocab_size(self) -> int:
@@ -62,6 +67,15 @@ class Tokenizer:
     def end_id(self) -> int:
         """Id put after a text."""
         return self._ids["end"]
+
+    def to_json(self) -> dict[str, Any]:
+        """All there is to it, for `tokenizer_from_json`."""
+        return {"backend": json.loads(self._backend.to_str()), **self._tokens}
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of the text, between spaces, that hold the unknown token, each once."""
+        unknown = self._backend.token_to_id(UNKNOWN)
+        return [word for word in dict.fromkeys(text.split()) if unknown in self._backend.encode(word).ids]
 
     def encode(
         self, texts: Sequence[str], length: int, start: bool = True, end: bool = True, truncate: bool = False
@@ -99,10 +113,23 @@ class Tokenizer:
         return texts
 
 
+def tokenizer_from_json(values: dict[str, Any]) -> Tokenizer:
+    """The inverse of `Tokenizer.to_json`. Raises KeyError or ValueError if the values are not one's."""
+    try:
+        backend = Backend.from_str(json.dumps(values["backend"]))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"no tokenizer: {error}") from error
+    return Tokenizer(backend, values["pad"], values["start"], values["end"])
+
+
 @cache
 def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
-    """The word-level tokenizer of a vocabulary file: a JSON object from word to id, `<unk>` among them."""
+    """The word-level tokenizer of a vocabulary file: a JSON object from word to id, `<unk>` among them.
+
+    Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
+    """
     words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
     backend = Backend(WordLevel(words, unk_token=UNKNOWN))
+    backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
     backend.pre_tokenizer = WhitespaceSplit()
     return Tokenizer(backend)

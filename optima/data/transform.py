@@ -106,7 +106,7 @@ def training_window(width: int, height: int, config: TransformConfig, draws: Dra
 
 def resample(pixels_HW3: NDArray[np.uint8], size: int, interpolation: Interpolation, mirrored: bool) -> Tensor:
     """A window's pixels, uint8 [height, width, 3], resampled to uint8 [3, size, size]."""
-    image = torch.from_numpy(pixels_HW3).permute(2, 0, 1)[None]
+    image = torch.tensor(pixels_HW3).permute(2, 0, 1)[None]
     square = F.interpolate(image, (size, size), mode=interpolation, antialias=True)[0]
     return square.flip(-1) if mirrored else square
 

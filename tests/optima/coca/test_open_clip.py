@@ -250,7 +250,20 @@ def test_the_commands_import_and_export(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{len(state)} tensors read, none missing, none unexpected, none misshapen" in said
     model = load_coca(tmp_path / "m.safetensors")
     assert model.config.text_decoder.class_mask == "exact"
-    assert main(["export", "--model", str(tmp_path / "m.safetensors"), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--model",
+                str(tmp_path / "m.safetensors"),
+                "--output",
+                str(tmp_path / "out"),
+                "--format",
+                "open_clip",
+            ]
+        )
+        == 0
+    )
     assert "correct_cls_mask" in capsys.readouterr().out
     back = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     assert set(back) == set(state)
@@ -299,7 +312,20 @@ def test_open_clip_loads_what_we_export(tmp_path: Path, seed: int) -> None:
     open_clip = load_open_clip()
     student = CoCa(CONFIG).eval()
     save_coca(student, tmp_path / "student.safetensors")
-    assert main(["export", "--model", str(tmp_path / "student.safetensors"), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--model",
+                str(tmp_path / "student.safetensors"),
+                "--output",
+                str(tmp_path / "out"),
+                "--format",
+                "open_clip",
+            ]
+        )
+        == 0
+    )
     oracle = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     pixels, tokens = inputs(CASES["pooler"])
     assert_equal_outputs(ours(student, pixels, tokens), outputs(oracle, pixels, tokens, CLIP_MEAN, CLIP_STD))
