@@ -11,6 +11,7 @@ from optima.coca.cache import KeysValues, SelfAttentionCache
 from optima.coca.config import Activation
 from optima_core.attention import attention_with_lse
 from optima_core.taps import AttentionTap
+from optima_kernels.cpu_products import linear
 
 
 def split_heads(x_BND: Tensor, heads: int) -> Tensor:
@@ -24,14 +25,21 @@ def merge_heads(x_BHNd: Tensor) -> Tensor:
     return x_BHNd.transpose(1, 2).flatten(2)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` whose float32 products on a CPU are oneDNN's where that is faster: twice as fast on AMD's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for q, k and v."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(
         self, x_BND: Tensor, *, causal: bool, mask: Tensor | None, cache: SelfAttentionCache | None = None
@@ -54,9 +62,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, context_width: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(context_width, 2 * width)
+        self.out = Linear(width, width)
 
     def project(self, context_BMC: Tensor) -> KeysValues:
         """The keys and values of contexts, to be handed to `forward` instead of the contexts."""
@@ -92,7 +100,7 @@ class Mlp(nn.Sequential):
 
     def __init__(self, width: int, ratio: float, activation: Activation = "gelu") -> None:
         hidden = int(width * ratio)
-        super().__init__(nn.Linear(width, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, width))
+        super().__init__(Linear(width, hidden), ACTIVATIONS[activation](), Linear(hidden, width))
 
 
 class SelfAttentionBlock(nn.Module):

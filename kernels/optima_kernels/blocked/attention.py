@@ -8,8 +8,8 @@ kept for backward is the gradients themselves, of the size of q and k, and not o
 Everything element-wise is in place, in base-2 logarithms: log2(e) rides for free in the matrix product's scale, and
 torch's exp2 was measured three times as fast as its exp on AVX-512.
 
-Known log-sum-exp rows are not used here. They would save one row maximum and one row sum of the eleven passes over a
-tile, about 4 % of the time.
+Where the log-sum-exp of the rows is known, a map is one exp2 away from its scores: a row maximum, a row sum and a
+division less.
 """
 
 import math
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from optima_kernels.attention_problem import MapLayer, MapOptions, MapSums, empty_gradients
+from optima_kernels.cpu_products import add_product, is_faster, product
 from optima_kernels.dispatch import compute_dtype
 
 LOG2E = math.log2(math.e)
@@ -66,23 +67,32 @@ def _layer_sums(layer: MapLayer, options: MapOptions, with_grad: bool) -> MapSum
     compare_means = _compare_mean_kl if options.kind == "kl" else _compare_mean_mse
     for tile in _tiles(layer, options):
         b, h_s, h_t = tile.samples, tile.heads, slice(None) if options.mean_heads else tile.heads
+        attends, bias = _attends(layer, options, tile), _bias(layer, tile, dtype)
+        lse_s, lse_t = _known_rows(layer, tile, h_t, attends is not None, dtype)
         q, k = q_s[b, h_s, tile.queries].to(dtype), k_s[b, h_s, : tile.keys].to(dtype)
-        scores_s = _scores(q, k, layer.scale_s * LOG2E, scratch.tile("student", (*q.shape[:3], tile.keys)))
+        rows_s = _Rows(scratch.tile("student", (*q.shape[:3], tile.keys)), lse_s is not None)
+        _fill_scores(rows_s.scores, q, k, layer.scale_s * LOG2E, attends, bias, lse_s)
         q, k = q_t[b, h_t, tile.queries].to(dtype), k_t[b, h_t, : tile.keys].to(dtype)
-        scores_t = _scores(q, k, layer.scale_t * LOG2E, scratch.tile("teacher", (*q.shape[:3], tile.keys)))
-        attends = _attends(layer, options, tile)
-        _mask_scores(scores_s, scores_t, attends, _bias(layer, tile, dtype))
+        rows_t = _Rows(scratch.tile("teacher", (*q.shape[:3], tile.keys)), lse_t is not None)
+        _fill_scores(rows_t.scores, q, k, layer.scale_t * LOG2E, attends, bias, lse_t)
         if options.mean_heads:
-            rows = None if attends is None else attends.any(-1, keepdim=True)
-            sums, grad_scores = compare_means(scores_s, scores_t, rows, scratch)
+            counted = None if attends is None else attends.any(-1, keepdim=True)
+            sums, grad_scores = compare_means(rows_s, rows_t, counted, scratch)
         else:
-            sums, grad_scores = compare(scores_s, scores_t, scratch)
+            sums, grad_scores = compare(rows_s, rows_t, scratch)
         total[b] += sums
-        maps = 1 if options.mean_heads else scores_s.shape[1]
-        count[b] += _count(attends, options.kind, (scores_s.shape[0], maps, *scores_s.shape[2:]))
+        maps = 1 if options.mean_heads else rows_s.scores.shape[1]
+        count[b] += _count(attends, options.kind, (rows_s.scores.shape[0], maps, *rows_s.scores.shape[2:]))
         if grad_q is not None and grad_k is not None:
             _add_gradients(grad_scores, layer, tile, grad_q, grad_k)
     return MapSums(total, count, grad_q, grad_k)
+
+
+class _Rows(NamedTuple):
+    """Scores in base 2, less their row's maximum, or less its log-sum-exp: then they are the logarithms of a map."""
+
+    scores: Tensor
+    normalised: bool
 
 
 class Scratch:
@@ -123,10 +133,45 @@ def _even_step(length: int, most: int) -> int:
     return -(-length // parts)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, out: Tensor) -> Tensor:
+def _fill_scores(
+    out: Tensor, q: Tensor, k: Tensor, scale: float, attends: Tensor | None, bias: Tensor | None, lse: Tensor | None
+) -> None:
+    """See `_Rows`; `lse` is in base 2, [b, h, n, 1]."""
     q, k, flat = q.flatten(0, 1), k.flatten(0, 1), out.flatten(0, 1)
-    torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=scale, out=flat)
-    return out
+    if not is_faster(q[0].numel() * k.shape[1], q, k):
+        torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=scale, out=flat)
+    elif attends is None:
+        known = None if lse is None else lse.flatten(0, 1)
+        for i, (q_map, k_map, of_map) in enumerate(zip(q * scale, k, flat, strict=True)):
+            scores = product(q_map, k_map.t())
+            torch.sub(scores, scores.amax(-1, keepdim=True) if known is None else known[i], out=of_map)
+        return
+    else:
+        for q_map, k_map, scores in zip(q * scale, k, flat, strict=True):
+            scores.copy_(product(q_map, k_map.t()))
+    if attends is not None:
+        if bias is not None:
+            out.add_(bias)
+        out.masked_fill_(~attends, FORBIDDEN)
+    out.sub_(out.amax(-1, keepdim=True) if lse is None else lse)
+
+
+def _known_rows(
+    layer: MapLayer, tile: Tile, heads_t: slice, masked: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tile's log-sum-exp of student and teacher where it is known, in base 2, [b, h, n, 1].
+
+    A row without keys has to be the same on both sides, so with masks the rows of both must be known, or none is used.
+    """
+    if masked and (layer.lse_s is None or layer.lse_t is None):
+        return None, None
+    known = []
+    for lse, heads in ((layer.lse_s, tile.heads), (layer.lse_t, heads_t)):
+        if lse is not None:
+            lse = lse[tile.samples, heads, tile.queries, None].to(dtype) * LOG2E
+            lse = torch.where(lse.isfinite(), lse, FORBIDDEN) if masked else lse
+        known.append(lse)
+    return known[0], known[1]
 
 
 def _attends(layer: MapLayer, options: MapOptions, tile: Tile) -> Tensor | None:
@@ -162,16 +207,6 @@ def _mask_tile(mask: Tensor, tile: Tile) -> Tensor:
     return mask
 
 
-def _mask_scores(scores_s: Tensor, scores_t: Tensor, attends: Tensor | None, bias: Tensor | None) -> None:
-    if attends is None:
-        return
-    forbidden = ~attends
-    for scores in (scores_s, scores_t):
-        if bias is not None:
-            scores.add_(bias)
-        scores.masked_fill_(forbidden, FORBIDDEN)
-
-
 def _count(attends: Tensor | None, kind: str, shape: Sequence[int]) -> Tensor | int:
     """How many terms the tile has per sample: rows that attend to anything (kl) or attended elements (mse)."""
     if attends is None:
@@ -180,28 +215,29 @@ def _count(attends: Tensor | None, kind: str, shape: Sequence[int]) -> Tensor | 
     return per_row.expand(shape[:3]).sum((1, 2))
 
 
-def _softmax2_(scores: Tensor) -> Tensor:
-    """Turn base-2 scores into probabilities in place."""
-    scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
-    return scores.div_(scores.sum(-1, keepdim=True))
+def _maps_(rows: _Rows) -> Tensor:
+    """Probabilities, in the memory of the scores."""
+    maps = rows.scores.exp2_()
+    return maps if rows.normalised else maps.div_(maps.sum(-1, keepdim=True))
 
 
-def _compare_kl(scores_s: Tensor, scores_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def _compare_kl(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """KL = sum_j P_t (S_t - S_s) + lse_s - lse_t per row; its gradient to S_s is P_s - P_t."""
-    shifted_s = scores_s.sub_(scores_s.amax(-1, keepdim=True))
-    shifted_t = scores_t.sub_(scores_t.amax(-1, keepdim=True))
-    difference = torch.sub(shifted_t, shifted_s, out=scratch.tile("difference", scores_s.shape))
-    p_s, p_t = shifted_s.exp2_(), shifted_t.exp2_()
-    norm_s, norm_t = p_s.sum(-1, keepdim=True), p_t.sum(-1, keepdim=True)
-    p_s.div_(norm_s)
-    p_t.div_(norm_t)
-    sums = difference.mul_(p_t).sum((1, 2, 3)) + (norm_s.log2() - norm_t.log2()).sum((1, 2, 3))
+    difference = torch.sub(teacher.scores, student.scores, out=scratch.tile("difference", student.scores.shape))
+    p_s, p_t = student.scores.exp2_(), teacher.scores.exp2_()
+    lse_difference: Tensor | float = 0.0
+    for p, rows, sign in ((p_s, student, 1.0), (p_t, teacher, -1.0)):
+        if not rows.normalised:
+            norm = p.sum(-1, keepdim=True)
+            p.div_(norm)
+            lse_difference = lse_difference + sign * norm.log2().sum((1, 2, 3))
+    sums = difference.mul_(p_t).sum((1, 2, 3)) + lse_difference
     return sums * LN2, p_s.sub_(p_t)
 
 
-def _compare_mse(scores_s: Tensor, scores_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def _compare_mse(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """sum (P_s - P_t)^2; its gradient to S_s is P_s (G - sum_j G P_s) with G = 2 (P_s - P_t)."""
-    p_s, p_t = _softmax2_(scores_s), _softmax2_(scores_t)
+    p_s, p_t = _maps_(student), _maps_(teacher)
     half_g = torch.sub(p_s, p_t, out=p_t)
     product = torch.mul(half_g, half_g, out=scratch.tile("product", p_s.shape))
     sums = product.sum((1, 2, 3))
@@ -209,44 +245,44 @@ def _compare_mse(scores_s: Tensor, scores_t: Tensor, scratch: Scratch) -> tuple[
     return sums, half_g.sub_(row_term).mul_(p_s).mul_(2)
 
 
-def _compare_mean_kl(
-    scores_s: Tensor, scores_t: Tensor, rows: Tensor | None, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
+def _compare_mean_kl(student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """KL between head means. With w_h = P_h / sum_h P_h, dKL/dS_h = P_h sum_j (w_h mean_t) - w_h mean_t.
 
     The means are taken of logarithms, so that a mean that underflows keeps its finite logarithm.
     """
-    heads_s = scores_s.shape[1]
-    log_mean_t, _ = _mean_of_logs_(scores_t)
-    log_mean_s, share_s = _mean_of_logs_(scores_s)
+    heads_s = student.scores.shape[1]
+    log_mean_t, _, _ = _mean_of_logs_(teacher, scratch)
+    log_mean_s, share_s, total_s = _mean_of_logs_(student, scratch)
+    share_s.div_(total_s)
     mean_t = log_mean_t.exp2()
-    if rows is not None:
-        mean_t.mul_(rows)
+    if counted is not None:
+        mean_t.mul_(counted)
     sums = log_mean_t.sub_(log_mean_s).mul_(mean_t).sum((1, 2, 3)) * LN2
-    pull = torch.mul(share_s, mean_t, out=scratch.tile("pull", share_s.shape))
+    pull = torch.mul(share_s, mean_t, out=scratch.tile("work", share_s.shape))
     pulled = pull.sum(-1, keepdim=True)
     return sums, share_s.mul_(log_mean_s.exp2_().mul_(heads_s)).mul_(pulled).sub_(pull)
 
 
-def _mean_of_logs_(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """log2 of the mean over heads of the maps, [b, 1, n, m], and each head's share of it (in place of the scores)."""
-    log_p = scores.sub_(scores.amax(-1, keepdim=True))
-    log_p.sub_(log_p.exp2().sum(-1, keepdim=True).log2_())
+def _mean_of_logs_(rows: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """log2 of the mean over heads of the maps, [b, 1, n, m]; each head's part, in place of the scores; their sum."""
+    log_p = rows.scores
+    if not rows.normalised:
+        maps = torch.exp2(log_p, out=scratch.tile("work", log_p.shape))
+        log_p.sub_(maps.sum(-1, keepdim=True).log2_())
     highest = log_p.amax(1, keepdim=True)
-    share = log_p.sub_(highest).exp2_()
-    total = share.sum(1, keepdim=True)
-    share.div_(total)
-    return total.div_(scores.shape[1]).log2_().add_(highest), share
+    part = log_p.sub_(highest).exp2_()
+    total = part.sum(1, keepdim=True)
+    return (total / log_p.shape[1]).log2_().add_(highest), part, total
 
 
 def _compare_mean_mse(
-    scores_s: Tensor, scores_t: Tensor, rows: Tensor | None, scratch: Scratch
+    student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """sum (mean_h P_s - mean_h P_t)^2, whose gradient reaches every head as 1 / H of that to the mean."""
-    p_s = _softmax2_(scores_s)
-    difference = p_s.mean(1, keepdim=True).sub_(_softmax2_(scores_t).mean(1, keepdim=True))
-    if rows is not None:
-        difference.mul_(rows)
+    p_s = _maps_(student)
+    difference = p_s.mean(1, keepdim=True).sub_(_maps_(teacher).mean(1, keepdim=True))
+    if counted is not None:
+        difference.mul_(counted)
     sums = difference.square().sum((1, 2, 3))
     product = torch.mul(p_s, difference, out=scratch.tile("product", p_s.shape))
     row_term = product.sum(-1, keepdim=True)
@@ -264,6 +300,12 @@ def _add_gradients(grad_scores: Tensor, layer: MapLayer, tile: Tile, grad_q: Ten
     first = tile.samples.start * grad_q.shape[1] + tile.heads.start
     group = slice(first, first + grad_scores.shape[0])
     out_q = grad_q.flatten(0, 1)[group, tile.queries]
-    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=layer.scale_s, out=out_q)
     out_k = grad_k.transpose(2, 3).flatten(0, 1)[group, :, : tile.keys]
+    if is_faster(q[0].numel() * k.shape[1], q, k, grad_scores):
+        q, k = q * layer.scale_s, k * layer.scale_s
+        for map_q, map_k, q_map, k_map, scores in zip(out_q, out_k, q, k, grad_scores, strict=True):
+            map_q.copy_(product(scores, k_map))
+            add_product(map_k, q_map.t(), scores)
+        return
+    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=layer.scale_s, out=out_q)
     torch.baddbmm(out_k, q.transpose(1, 2), grad_scores, alpha=layer.scale_s, out=out_k)
