@@ -1,27 +1,48 @@
 """Text to token ids and back.
 
 A thin layer over HuggingFace `tokenizers`: fixed-length int64 rows with start, end and padding, which is all a CoCa
-wants to know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set; any other
-`tokenizers` model (CLIP's byte pairs, say) fits behind the same class.
+wants to know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set;
+`optima.data.clip` and `optima.data.sentencepiece` put CLIP's byte pairs and SentencePiece behind the same class, and
+any other `tokenizers` model fits there too. `named_tokenizer` is all of them by name.
 """
 
+import base64
 import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Regex
-from tokenizers import Tokenizer as Backend
+from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase, Replace
 from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from optima_core.errors import OptimaError
+
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
+
+
+class Encoded(Protocol):
+    """The ids of one text."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+class Backend(Protocol):
+    """What cuts texts into tokens; a `tokenizers.Tokenizer` is one."""
+
+    def token_to_id(self, token: str, /) -> int | None: ...
+    def get_vocab_size(self) -> int: ...
+    def encode_batch(self, texts: list[str], /) -> Sequence[Encoded]: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool, /) -> str: ...
+    def to_str(self) -> str: ...
 
 
 class Tokenizer:
@@ -32,21 +53,26 @@ class Tokenizer:
         pad: token that fills a row up.
         start: token put before a text.
         end: token put after a text.
+        pad_is_word: whether the padding token stands in texts, too, as CLIP's does; then only those at the end of a row
+            are padding.
 
     Raises:
         ValueError: if one of the three tokens is not in the backend's vocabulary.
     """
 
-    def __init__(self, backend: Backend, pad: str = PAD, start: str = START, end: str = END) -> None:
+    def __init__(
+        self, backend: Backend, pad: str = PAD, start: str = START, end: str = END, pad_is_word: bool = False
+    ) -> None:
         self._backend = backend
+        self._pad_is_word = pad_is_word
         self._ids: dict[str, int] = {}
         for role, token in (("pad", pad), ("start", start), ("end", end)):
             number = backend.token_to_id(token)
             if number is None:
                 raise ValueError(f"{role}: a token of the vocabulary, got {token!r}")
             self._ids[role] = number
-        self._special = frozenset(self._ids.values())
-        self._tokens = {"pad": pad, "start": start, "end": end}
+        self._special = frozenset(self._ids.values()) - ({self.pad_id} if pad_is_word else set())
+        self._tokens = {"pad": pad, "start": start, "end": end, "pad_is_word": pad_is_word}
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +101,7 @@ class Tokenizer:
     def unknown_words(self, text: str) -> list[str]:
         """Words of the text, between spaces, that hold the unknown token, each once."""
         unknown = self._backend.token_to_id(UNKNOWN)
-        return [word for word in dict.fromkeys(text.split()) if unknown in self._backend.encode(word).ids]
+        return [word for word in dict.fromkeys(text.split()) if unknown in self._backend.encode_batch([word])[0].ids]
 
     def encode(
         self, texts: Sequence[str], length: int, start: bool = True, end: bool = True, truncate: bool = False
@@ -109,17 +135,32 @@ class Tokenizer:
         texts = []
         for row in rows:
             kept = row[: row.index(self.end_id)] if self.end_id in row else row
+            if self._pad_is_word and self.end_id not in row:
+                while kept and kept[-1] == self.pad_id:
+                    kept = kept[:-1]
             texts.append(str(self._backend.decode([i for i in kept if i not in self._special], False)))
         return texts
 
 
 def tokenizer_from_json(values: dict[str, Any]) -> Tokenizer:
     """The inverse of `Tokenizer.to_json`. Raises KeyError or ValueError if the values are not one's."""
+    from optima.data.clip import CleanedTexts
+    from optima.data.sentencepiece import SentencePieceModel
+
+    stored = values["backend"]
+    backend: Backend
     try:
-        backend = Backend.from_str(json.dumps(values["backend"]))
+        if "clip" in stored:
+            backend = CleanedTexts(HuggingFaceTokenizer.from_str(json.dumps(stored["clip"])))
+        elif "sentencepiece" in stored:
+            backend = SentencePieceModel(base64.b64decode(stored["sentencepiece"]))
+        else:
+            backend = HuggingFaceTokenizer.from_str(json.dumps(stored))
+    except OptimaError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"no tokenizer: {error}") from error
-    return Tokenizer(backend, values["pad"], values["start"], values["end"])
+    return Tokenizer(backend, values["pad"], values["start"], values["end"], values.get("pad_is_word", False))
 
 
 @cache
@@ -129,7 +170,34 @@ def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
     Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
     """
     words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
-    backend = Backend(WordLevel(words, unk_token=UNKNOWN))
+    backend = HuggingFaceTokenizer(WordLevel(words, unk_token=UNKNOWN))
     backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
     backend.pre_tokenizer = WhitespaceSplit()
     return Tokenizer(backend)
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a recipe names: `words`, `clip`, or a file.
+
+    A file is a SentencePiece `.model`, CLIP's byte pairs (`.txt.gz`), or a word-level vocabulary (`.json`).
+
+    Raises OptimaError if there is no such file, or it is none of these.
+    """
+    from optima.data.clip import clip_tokenizer
+    from optima.data.sentencepiece import sentencepiece_tokenizer
+
+    if name == "words":
+        return word_tokenizer()
+    if name == "clip":
+        return clip_tokenizer()
+    path = Path(name)
+    if not path.is_file():
+        raise OptimaError(f"tokenizer {name} is neither words nor clip nor a file")
+    if path.suffix == ".model":
+        return sentencepiece_tokenizer(path)
+    if path.suffix == ".gz":
+        return clip_tokenizer(path)
+    try:
+        return word_tokenizer(path)
+    except (ValueError, TypeError) as error:
+        raise OptimaError(f"tokenizer {name} is no vocabulary: a JSON object from word to id ({error})") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from open_clip_oracle import CASES, GOLDEN, build, inputs, load_open_clip, outputs, weights
+from open_clip_oracle import CASES, MODELS, build, inputs, load_open_clip, outputs, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +25,7 @@ from optima_core import OptimaError
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Configuration, open_clip's state dict and open_clip's outputs of a case."""
-    path = GOLDEN / f"{name}.safetensors"
+    path = MODELS / f"{name}.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     return json.loads(metadata["config"]), weights(json.loads(metadata["shapes"])), load_file(path)

@@ -1,4 +1,4 @@
-"""open_clip's own CoCa as the oracle: small configurations, weights that any machine can make again, outputs."""
+"""open_clip itself as the oracle: small models, weights that any machine can make again, outputs, and its tokens."""
 
 import contextlib
 import importlib
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GOLDEN = Path(__file__).with_name("golden")
+MODELS = Path(__file__).parent / "coca" / "golden"
+TOKENS = Path(__file__).parent / "data" / "golden" / "clip_tokens.json"
+
+TEXTS = (
+    "a photo of a cat", "", "  \t\n ", "Hello, World!!", "hi!) !! wow!?", "👨‍👩‍👧‍👦 family 🎉🎉 🏳️‍🌈",
+    "שלום עולם, مرحبا بالعالم", "&amp;lt;b&amp;gt; &eacute; &#128512; &notanentity;", "it's I'M we'Ll don't 'S 'ſ",
+    "naïve café ÇA", "123 4567 ٣٤ ⅷ ½", "“curly” ‘quotes’ …", "ï¿½ schÃ¶n", "日本語のテキスト", "ΣΊΣΥΦΟΣ İstanbul ǅ ß",
+    "a_b__c--d", "\u200b zero\u00a0width\ufeff", "x" * 150, "e\u0301 combining", "\x00\x01 control", "<|endoftext|>",
+    "ﬁ ligature", "https://example.org/?q=1&lt=2", "Ｆｕｌｌ ｗｉｄｔｈ", "\ud7ff\ue000 \U0010ffff",
+)  # fmt: skip
+"""Texts on which tokenizers differ."""
 
 _VISION = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 2, "output_tokens": True}
 _POOLED = {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}
@@ -81,6 +91,12 @@ def build(config: dict[str, Any]) -> nn.Module:
     """open_clip's model of a configuration, in eval mode."""
     values = {name: value for name, value in config.items() if name != "custom_text"}
     return sys.modules["open_clip"].CoCa(**values).eval()
+
+
+def token_ids(texts: Iterable[str]) -> list[list[int]]:
+    """What open_clip's tokenizer makes of texts, without start and end."""
+    tokenizer = sys.modules["open_clip"].tokenizer.SimpleTokenizer()
+    return [tokenizer.encode(text) for text in texts]
 
 
 @torch.no_grad()
