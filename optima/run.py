@@ -20,6 +20,7 @@ from optima.coca.checkpoint import load_coca
 from optima.coca.generate import GenerationConfig
 from optima.command_line import Command, parse
 from optima.compare import CompareConfig, compare
+from optima.data.prepare import PrepareConfig, prepare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
@@ -131,6 +132,11 @@ def run_simulate(config: SimulateConfig) -> None:
     simulate(config)
 
 
+def run_prepare(config: PrepareConfig) -> None:
+    """Checks and packs a data set."""
+    prepare(config)
+
+
 COMMANDS = {
     "distill": Command("Distil a teacher into a student on one task.", DistillConfig, run_distill),
     "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
@@ -144,6 +150,7 @@ COMMANDS = {
         "Write a finished run's report.html anew, or several runs side by side.", ReportConfig, run_report, bare="run"
     ),
     "simulate": Command("Compare bandit policies in simulated environments.", SimulateConfig, run_simulate),
+    "prepare": Command("Check a data set's files and pack them into tar shards.", PrepareConfig, run_prepare),
     "doctor": Command("Say what this machine offers and what will be used of it.", DoctorConfig, doctor),
 }
 DEFAULT = "distill"

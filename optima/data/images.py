@@ -53,6 +53,7 @@ class Header:
     """What `inspect` found.
 
     Attributes:
+        format: Pillow's name of the format, such as "JPEG".
         width: Pixels, upright.
         height: Pixels, upright.
         orientation: EXIF's, 1 (upright) to 8.
@@ -60,6 +61,7 @@ class Header:
         traits: What is unusual about it, such as "grayscale", "cmyk", "16-bit", "exif-rotated", "transparent".
     """
 
+    format: str
     width: int
     height: int
     orientation: int
@@ -115,7 +117,7 @@ def _inspect_jpeg(data: bytes) -> Header | None:
     if data.find(b"Exif\0\0", 0, 65536) >= 0:
         with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             orientation = _orientation(image)
-    return _header(width, height, orientation, True, ["grayscale"] if colours == "Gray" else [])
+    return _header("JPEG", width, height, orientation, True, ["grayscale"] if colours == "Gray" else [])
 
 
 def _inspect_any(data: bytes) -> Header:
@@ -138,15 +140,15 @@ def _inspect_any(data: bytes) -> Header:
         orientation = 1
         with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
             orientation = _orientation(image)
-        return _header(image.width, image.height, orientation, False, traits)
+        return _header(str(image.format), image.width, image.height, orientation, False, traits)
 
 
-def _header(width: int, height: int, orientation: int, turbo: bool, traits: list[str]) -> Header:
+def _header(name: str, width: int, height: int, orientation: int, turbo: bool, traits: list[str]) -> Header:
     if orientation != 1:
         traits = [*traits, "exif-rotated"]
     if orientation in _TURNED:
         width, height = height, width
-    return Header(width, height, orientation, turbo, tuple(traits))
+    return Header(name, width, height, orientation, turbo, tuple(traits))
 
 
 def _sixteen_bits(data: bytes) -> bool:

@@ -8,15 +8,18 @@
 | `nlvr2` | nlvr2 | the repository's JSONL, two pictures a record |
 | `snli_ve` | snli_ve | the repository's JSONL, pictures of Flickr30k |
 | `folder` | captioning | a folder of pictures with captions.tsv or .jsonl |
+| `webdataset` | captioning | tars of pictures with .txt or .json captions |
 
-The readers are in `optima.data.formats`; each says in its first lines where it looks for which file.
+The readers are in `optima.data.formats`; each says in its first lines where it looks for which file. Instead of the
+official files, the root may hold the shards that `python -m optima.run prepare` packed from them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from optima.data.answers import agreed_answer
 from optima.data.formats.coco import KARPATHY, read_coco, read_coco_karpathy
 from optima.data.formats.folder import read_folder
 from optima.data.formats.nlvr2 import SPLITS as NLVR2_SPLITS
@@ -27,9 +30,10 @@ from optima.data.formats.vqav2 import SPLITS as VQAV2_SPLITS
 from optima.data.formats.vqav2 import read_vqav2
 from optima.data.pictograms.stream import Task
 from optima.data.record import ImageSource, Record, Records, Rejection, write_rejections
+from optima.data.shards import is_packed, read_packed, read_webdataset
 from optima_core.errors import OptimaError
 
-DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder"]
+DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder", "webdataset"]
 DATA_NAMES: tuple[DataName, ...] = get_args(DataName)
 
 ANSWERS = 3129
@@ -51,6 +55,9 @@ FORMATS: dict[DataName, DataFormat] = {
     "vqav2": DataFormat("vqa", tuple(VQAV2_SPLITS), read_vqav2),
     "nlvr2": DataFormat("nlvr2", tuple(NLVR2_SPLITS), lambda root, split, *_: read_nlvr2(root, split)),
     "snli_ve": DataFormat("snli_ve", tuple(SNLI_VE_SPLITS), lambda root, split, *_: read_snli_ve(root, split)),
+    "webdataset": DataFormat(
+        "captioning", ("train", "validation", "test"), lambda root, split, *_: read_webdataset(root, split)
+    ),
     "folder": DataFormat(
         "captioning", ("train", "validation", "test"), lambda root, split, *_: read_folder(root, split)
     ),
@@ -86,9 +93,23 @@ def open_records(
         raise OptimaError(f"{name} has no split {split!r}; it has {', '.join(found.splits)}")
     if not root.is_dir():
         raise OptimaError(f"data root {root} is not a folder")
-    records = found.read(root, split, answers, classes)
+    if is_packed(root, split):
+        records = read_packed(root, name, split)
+        if classes is not None and records.task == "vqa" and tuple(classes) != records.classes:
+            records = _with_classes(records, tuple(classes))
+    else:
+        records = found.read(root, split, answers, classes)
     records.refuse_above(max_rejected)
     return records
+
+
+def _with_classes(records: Records, classes: tuple[str, ...]) -> Records:
+    """Packed VQAv2 records in the terms of another answer vocabulary."""
+    vocabulary = {answer: target for target, answer in enumerate(classes)}
+    items = [replace(record, target=agreed_answer(record.answers, vocabulary)) for record in records.items]
+    if records.split == "train":
+        items = [record for record in items if record.target >= 0]
+    return replace(records, items=items, classes=classes)
 
 
 __all__ = [

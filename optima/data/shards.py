@@ -1,0 +1,325 @@
+"""Tar shards in WebDataset's layout: written by `prepare`, read in place, never unpacked.
+
+    OUT/train.json              what was packed: name, task, classes, shards, tokenizer
+    OUT/train-000000.tar        000000000.jpg (or .left.jpg and .right.jpg), .json and .tokens of each sample
+    OUT/train-000000.idx        where each component lies, for DALI's `fn.readers.webdataset`
+
+A sample is a picture, or a pair of them, once, with all its records: `.json` lists them, `.tokens` holds one row of
+int32 token ids (little-endian, text_length of them) for each of their texts in turn. A folder with such a `.json` opens
+under the name of the data set that it was packed from.
+
+Tars of other origin open as `webdataset`: samples of one picture with a caption in `.txt` or `.json`. No tar is
+trusted: members that are not plain files, or whose names would leave a folder, are rejected.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optima.data.formats.files import read_json, rows_of
+from optima.data.images import FORMATS, inspect
+from optima.data.record import (
+    MAX_BYTES,
+    Collector,
+    ImageSource,
+    Record,
+    Records,
+    Unusable,
+    clean_text,
+    entry,
+    identifier,
+    safe_name,
+)
+from optima.data.tokenizer import Tokenizer
+from optima_core.checkpoint import write_atomically
+from optima_core.errors import OptimaError
+
+VERSION = 1
+SIDES = ("left", "right")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"} | {
+    name: name.lower() for name in FORMATS if name not in ("JPEG", "TIFF", "JPEG2000")
+}
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Tokens(NamedTuple):
+    """How texts are turned into the rows of `.tokens`; longer texts are cut."""
+
+    name: str
+    tokenizer: Tokenizer
+    length: int
+
+
+@dataclass
+class _Sample:
+    """The members of a tar that share a key."""
+
+    key: str
+    where: str
+    parts: dict[str, ImageSource]
+
+
+def pack(records: Records, out: Path, shard_bytes: int, tokens: Tokens | None) -> list[Path]:
+    """Writes the shards of a split, and last its `.json`, so that a packing that was stopped is not taken for whole.
+
+    Args:
+        records: what to pack; its pictures have been found usable.
+        out: folder to write into.
+        shard_bytes: a shard is closed when it has reached this size.
+        tokens: how to make `.tokens`; None writes none.
+
+    Returns:
+        The shards.
+    """
+    groups: dict[tuple[ImageSource, ...], list[int]] = {}
+    for place, record in enumerate(records.items):
+        groups.setdefault(record.images, []).append(place)
+    out.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = []
+    writer: _ShardWriter | None = None
+    for number, (sources, places) in enumerate(groups.items()):
+        if writer is None:
+            writer = _ShardWriter(out / f"{records.split}-{len(shards):06d}.tar")
+        writer.add(f"{number:09d}", _components(records, sources, places, tokens))
+        if writer.bytes >= shard_bytes:
+            shards.append(writer.close())
+            writer = None
+    if writer is not None:
+        shards.append(writer.close())
+    content = {
+        "optima_shards": VERSION,
+        "name": records.name,
+        "split": records.split,
+        "task": records.task,
+        "classes": records.classes,
+        "records": len(records),
+        "left_out": records.left_out,
+        "tokenizer": tokens.name if tokens else None,
+        "text_length": tokens.length if tokens else None,
+        "shards": shards,
+    }
+    write_atomically(out / f"{records.split}.json", (json.dumps(content, indent=1) + "\n").encode())
+    return [out / shard["file"] for shard in shards]
+
+
+def is_packed(root: Path, split: str) -> bool:
+    """Whether the folder holds packed shards of the split."""
+    path = root / f"{split}.json"
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b'"optima_shards"' in file.read(_BLOCK)
+
+
+def read_packed(root: Path, name: str, split: str) -> Records:
+    """The records of packed shards, in the order in which they were packed from.
+
+    Raises OptimaError if the shards are of another data set or version, or a shard is missing.
+    """
+    path = root / f"{split}.json"
+    content = read_json(path)
+    if content.get("optima_shards") != VERSION:
+        raise OptimaError(f"{path} is of version {content.get('optima_shards')}, {VERSION} is wanted; pack it again")
+    if content.get("name") != name:
+        raise OptimaError(f"{path} holds {content.get('name')}, not {name}")
+    collector = Collector()
+    placed: dict[str, int] = {}
+
+    def make(row: Any, images: tuple[ImageSource, ...]) -> Record:
+        name = identifier(entry(row, "id"), "an id")
+        texts = tuple(clean_text(text, "a text") for text in _list(row, "texts"))
+        answers = tuple(clean_text(answer, "an answer") for answer in _list(row, "answers"))
+        record = Record(name, images, texts, _whole(row, "target"), answers)
+        placed[name] = _whole(row, "place")
+        return record
+
+    for shard in rows_of(content, "shards", path):
+        tar = root / safe_name(shard["file"])
+        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+            raise OptimaError(f"shard {tar} is missing or not whole; {shard['bytes']} bytes are wanted: copy it again")
+        for sample in _samples(tar, collector):
+            try:
+                rows = _json(sample)
+                images = _pictures(sample)
+            except Unusable as fault:
+                collector.reject(sample.where, fault, sample.key)
+                continue
+            for row in rows if isinstance(rows, list) else [rows]:
+                collector.take(sample.where, sample.key, make, row, images)
+    collector.items.sort(key=lambda record: placed[record.id])
+    collector.left_out.update(content["left_out"])
+    return collector.records(name, split, content["task"], tuple(content["classes"]))
+
+
+def read_webdataset(root: Path, split: str) -> Records:
+    """Captioned pictures from tars of any origin: ROOT/<split>-*.tar, or, for training, all tars of the folder."""
+    tars = sorted(root.glob(f"{split}*.tar"))
+    if not tars and split == "train":
+        tars = sorted(root.glob("*.tar"))
+    if not tars:
+        raise OptimaError(f"{root} lacks the {split} shards: {split}-*.tar")
+    collector = Collector()
+    for tar in tars:
+        for sample in _samples(tar, collector):
+            collector.take(sample.where, sample.key, _captioned, tar.stem, sample)
+    return collector.records("webdataset", split, "captioning")
+
+
+def _captioned(shard: str, sample: _Sample) -> Record:
+    images = _pictures(sample)
+    if len(images) != 1:
+        raise Unusable("image-several", f"a sample has one picture, got {', '.join(sorted(sample.parts))}")
+    if "txt" in sample.parts:
+        caption: Any = sample.parts["txt"].read().decode("utf-8", "surrogateescape")
+    else:
+        row = _json(sample)
+        caption = next((row[field] for field in ("caption", "text") if isinstance(row, dict) and field in row), None)
+    return Record(f"{shard}/{sample.key}", images, (clean_text(caption, "a caption"),))
+
+
+def _components(
+    records: Records, sources: Sequence[ImageSource], places: Sequence[int], tokens: Tokens | None
+) -> dict[str, bytes]:
+    parts: dict[str, bytes] = {}
+    for side, source in zip(SIDES, sources, strict=False):
+        data = source.read()
+        ending = ENDINGS[inspect(data).format]
+        parts[ending if len(sources) == 1 else f"{side}.{ending}"] = data
+    found = [records[place] for place in places]
+    rows = [
+        {"id": r.id, "place": place, "texts": r.texts, "target": r.target, "answers": r.answers}
+        for place, r in zip(places, found, strict=True)
+    ]
+    parts["json"] = json.dumps(rows, ensure_ascii=False).encode()
+    texts = [text for record in found for text in record.texts]
+    if tokens is not None:
+        ids = tokens.tokenizer.encode(texts, tokens.length, truncate=True)
+        parts["tokens"] = ids.numpy().astype("<i4").tobytes()
+    return parts
+
+
+class _ShardWriter:
+    """Writes a tar and its index under provisional names, and gives them their own when they are whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._partial = path.with_suffix(".tar.partial")
+        self._file = open(self._partial, "wb")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._index: list[str] = []
+
+    def add(self, key: str, parts: dict[str, bytes]) -> None:
+        """Adds a sample: ending -> bytes."""
+        places = []
+        for ending, data in parts.items():
+            info = tarfile.TarInfo(f"{key}.{ending}")
+            info.size = len(data)
+            places.append(f"{ending} {self._file.tell() + _BLOCK} {len(data)} {info.name}")
+            self._tar.addfile(info, io.BytesIO(data))
+        self._index.append(" ".join(places))
+        self.bytes = self._file.tell()
+
+    def close(self) -> dict[str, Any]:
+        """Ends the shard -> its entry in the split's `.json`."""
+        self._tar.close()
+        self._file.close()
+        os.replace(self._partial, self.path)
+        lines = [f"v1.2 {len(self._index)}", *self._index]
+        write_atomically(self.path.with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
+        return {"file": self.path.name, "samples": len(self._index), "bytes": self.path.stat().st_size}
+
+
+def _samples(path: Path, collector: Collector) -> Iterator[_Sample]:
+    """The samples of a tar; members that cannot be trusted, and an end that is missing, are rejected."""
+    sample: _Sample | None = None
+    for name, source in _members(path, collector):
+        folder, _, leaf = name.rpartition("/")
+        stem, _, ending = leaf.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key, f"{path.name}/{key}", {})
+        if ending.lower() in sample.parts:
+            collector.reject(f"{path.name}/{name}", Unusable("duplicate-member", f"a second {name}"), key)
+        else:
+            sample.parts[ending.lower()] = source
+    if sample is not None:
+        yield sample
+
+
+def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSource]]:
+    end, size = 0, path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                where = f"{path.name}/{member.name}"
+                end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
+                try:
+                    name = safe_name(member.name)
+                    if member.isdir():
+                        continue
+                    if not member.isreg():
+                        raise Unusable("member-type", f"{member.name} is no plain file")
+                    if member.size > MAX_BYTES:
+                        raise Unusable("image-bomb", f"{member.name} has {member.size} bytes; {MAX_BYTES} are the most")
+                    if member.offset_data + member.size > size:
+                        raise Unusable("shard-truncated", f"the tar ends within {member.name}")
+                except Unusable as fault:
+                    collector.reject(where, fault)
+                else:
+                    yield name, ImageSource(str(path), member.offset_data, member.size)
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(_BLOCK) != bytes(_BLOCK):
+                raise Unusable("shard-truncated", f"the tar has no end after byte {end}")
+    except Unusable as fault:
+        collector.reject(path.name, fault)
+    except Exception as error:  # tarfile fed with broken bytes raises whatever its first mishap is
+        collector.reject(path.name, Unusable("shard-broken", f"no tar that can be read: {error}"))
+
+
+def _pictures(sample: _Sample) -> tuple[ImageSource, ...]:
+    """One picture, or the left and the right one. Raises Unusable."""
+    found: dict[str, ImageSource] = {}
+    for ending, source in sample.parts.items():
+        side, _, kind = ending.rpartition(".")
+        if kind in PICTURES:
+            if side in found:
+                raise Unusable("image-several", f"several pictures: {', '.join(sorted(sample.parts))}")
+            found[side] = source
+    if set(found) == set(SIDES):
+        return tuple(found[side] for side in SIDES)
+    if len(found) != 1:
+        raise Unusable("image-missing", f"no picture among {', '.join(sorted(sample.parts)) or 'nothing'}")
+    return tuple(found.values())
+
+
+def _list(row: Any, name: str) -> list[Any]:
+    found = entry(row, name)
+    if not isinstance(found, list):
+        raise Unusable("row-type", f"{name} must be a list, got {found!r:.80}")
+    return found
+
+
+def _whole(row: Any, name: str) -> int:
+    found = entry(row, name)
+    if not isinstance(found, int):
+        raise Unusable("row-type", f"{name} must be a whole number, got {found!r:.80}")
+    return found
+
+
+def _json(sample: _Sample) -> Any:
+    if "json" not in sample.parts:
+        raise Unusable("text-missing", f"no .json or .txt among {', '.join(sorted(sample.parts)) or 'nothing'}")
+    try:
+        return json.loads(sample.parts["json"].read())
+    except (ValueError, RecursionError) as error:
+        raise Unusable("row-broken", f"the .json is none: {error}") from error
