@@ -5,8 +5,11 @@ import math
 import platform
 import resource
 import shlex
+import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +36,8 @@ from optima.tasks.pictograms import PictogramTask
 from optima.words import write_words
 from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
-from optima_core.records import RoundRecord
+from optima_core.recompute import recompute_activations
+from optima_core.records import PendingRecord, RoundRecord
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -54,9 +58,13 @@ class DistillConfig:
         init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
             features, or the teacher's principal components on a training batch. But for the first, `student` gives the
             sizes alone.
-        batch_size: Items a step.
+        batch_size: Items a batch; a step takes engine.accumulate of them.
         probe_size: Items of the held batch that rewards are measured on.
-        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
+        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
+            by module the teacher layer (from 0) of each student layer, as in "{text_decoder: [0, 3]}", the modules
+            left out being "uniform".
+        recompute: Keep no activations inside the student's layers, but compute them again in the backward pass: less
+            memory, about a third more time.
         engine: Rounds, losses, optimiser, bandit and reward.
         evaluate_every: Rounds between points of the learning curve; 0 draws none.
         evaluate_items: Validation items a point of the learning curve.
@@ -80,7 +88,8 @@ class DistillConfig:
     init: Initialisation = "checkpoint"
     batch_size: int = 32
     probe_size: int = 128
-    layer_map: Literal["uniform", "last"] = "uniform"
+    layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
+    recompute: bool = False
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     evaluate_every: int = 10
     evaluate_items: int = 250
@@ -118,6 +127,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
     teacher.to(device).requires_grad_(False)
     student.to(device).train()
+    if config.recompute:
+        recompute_activations(student.transformer_layers())
 
     def load(step: int) -> TaskBatch:
         return data.training_batch(step, config.batch_size)
@@ -133,7 +144,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         config.seed,
     )
     before = load_start(config, teacher, data).to(device)
-    curve, spent = _train(config, distiller, directory, student, data)
+    curve, spent = _train(config, distiller, directory, data)
+    student = _result(distiller)
 
     save_coca(student, directory.path / "student.safetensors")
     write_words(directory, data)
@@ -161,6 +173,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "command": "python -m optima.run " + shlex.join(sys.argv[1:]),
         "environment": environment(device),
+        "layer_work": layer_work(directory.metrics_rows()),
         "learning_curve": curve,
     }
     directory.write_json("summary.json", summary)
@@ -222,7 +235,6 @@ def _train(
     config: DistillConfig,
     distiller: Distiller[TaskBatch],
     directory: RunDirectory,
-    student: CoCa,
     data: TaskData,
 ) -> tuple[list[dict[str, float]], float]:
     """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
@@ -244,17 +256,24 @@ def _train(
         if state is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not curve:
-            _add_point(config, curve, 0, student, data, display)
+            _add_point(config, curve, 0, _result(distiller), data, display)
+        pending: deque[PendingRecord] = deque()
         while distiller.round < rounds:
-            record = distiller.run_round()
-            seconds = spent + time.monotonic() - started
-            directory.append_metrics(_row(record, seconds))
-            display.round(record)
-            if config.evaluate_every and record.round % config.evaluate_every == 0:
-                _add_point(config, curve, record.step, student, data, display)
-            if record.round % config.checkpoint_every == 0 or record.round == rounds or stop.made:
+            pending.append(distiller.launch_round())
+            number = distiller.round
+            save = number % config.checkpoint_every == 0 or number == rounds
+            score = bool(config.evaluate_every) and number % config.evaluate_every == 0
+            # A GPU works on the newest round while the one before is written down; what is saved has been looked at.
+            while pending and (save or score or stop.made or len(pending) > 1 or pending[0].ready()):
+                record = pending.popleft().result()
+                directory.append_metrics(_row(record, spent + time.monotonic() - started))
+                display.round(record)
+            if score:
+                _add_point(config, curve, distiller.step, _result(distiller), data, display)
+            stopping = stop.made and not pending
+            if save or stopping:
                 directory.checkpoints.save(
-                    record.step,
+                    distiller.step,
                     {
                         "distiller": distiller.state_dict(),
                         "config": fingerprint(config),
@@ -262,9 +281,30 @@ def _train(
                         "seconds": spent + time.monotonic() - started,
                     },
                 )
-            if stop.made:
+            if stopping:
                 raise KeyboardInterrupt
     return curve, spent
+
+
+def _result(distiller: Distiller[TaskBatch]) -> CoCa:
+    found = distiller.result
+    assert isinstance(found, CoCa)
+    return found
+
+
+def layer_work(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What choosing modules saved, from the rows of metrics.jsonl.
+
+    layers_tapped: mean share of the student's layers that were tapped and went into layer losses; 1 would be all.
+    step_seconds: median over rounds of the mean time of a step, by the modules distilled.
+    """
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        seconds.setdefault("+".join(row["modules"]), []).append(row["step_seconds"])
+    return {
+        "layers_tapped": statistics.fmean(row["tapped"] for row in rows),
+        "step_seconds": {modules: statistics.median(found) for modules, found in seconds.items()},
+    }
 
 
 def _add_point(
@@ -297,6 +337,8 @@ def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:
         "losses": record.losses,
         "probe": record.probe,
         "learning_rate": record.learning_rate,
+        "tapped": record.tapped,
+        "step_seconds": record.step_seconds,
         "seconds": seconds,
         "steps_per_second": record.step / seconds,
     }

@@ -72,6 +72,10 @@ class RunDirectory:
                 f"cannot write {self.metrics}: {error.strerror}; the last checkpoint is intact, continue with --resume"
             ) from error
 
+    def metrics_rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return [json.loads(row) for row in self.metrics.read_text(encoding="utf-8").splitlines()]
+
     def cut_metrics(self, rounds: int) -> None:
         """Drops the rows of rounds after the first `rounds`, which a resumed run will write again."""
         if self.metrics.exists():

@@ -4,24 +4,30 @@
 that loads a batch, and for each model a function that returns a `Forward`.
 """
 
+from optima_core.adaptor import Adaptor, LayerPaths, LinearQK, LinearQKV, TorchAttention
 from optima_core.checkpoint import CheckpointStore
 from optima_core.engine import BanditConfig, Distiller, DistillerConfig, RewardConfig
 from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
 from optima_core.optimiser import OptimiserConfig
+from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
 
 __all__ = [
+    "Adaptor",
     "AttentionTap",
     "BanditConfig",
     "CheckpointStore",
     "Distiller",
     "DistillerConfig",
     "Forward",
+    "LayerPaths",
     "LayerTap",
     "LinearPrediction",
+    "LinearQK",
+    "LinearQKV",
     "LogitPrediction",
     "ModulePair",
     "Objective",
@@ -32,5 +38,7 @@ __all__ = [
     "RewardConfig",
     "RoundRecord",
     "Taps",
+    "TorchAttention",
     "WantedTaps",
+    "recompute_activations",
 ]

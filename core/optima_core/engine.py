@@ -7,8 +7,9 @@ Everything that decides anything is a tensor on the device; the host reads once 
 wait for that before it queues the next round.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -171,6 +172,7 @@ class Distiller(Generic[Batch]):
         self.scaler = make_scaler(config.precision, self.device)
         self.ema = _averaged(student, config.ema) if config.ema else None
         self._terms = torch.compile(self._compute_terms, fullgraph=True) if config.compile else self._compute_terms
+        self._errors = _told_in_a_line if config.compile else contextlib.nullcontext
         arms = config.bandit.arms
         self.policy = _make_policy(config.bandit, count_arms(len(modules), arms))
         self.gates = arm_gates(len(modules), arms, self.device)
@@ -292,7 +294,7 @@ class Distiller(Generic[Batch]):
         for i in range(self.config.accumulate):
             batch = self.load(self.step * self.config.accumulate + i)
             with self.ranks.gradients_kept(self.learn, until_last=i + 1 < self.config.accumulate):
-                with arithmetic(self.config.precision, self.device):
+                with arithmetic(self.config.precision, self.device), self._errors():
                     terms = self._terms(batch, gate_of)
                 total = self.objective.total(terms) / self.config.accumulate
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
@@ -412,6 +414,20 @@ class Distiller(Generic[Batch]):
             )
 
         return PendingRecord(tensors, describe)
+
+
+@contextlib.contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """What cannot be compiled ends in a page of advice, of which one line says what it was."""
+    try:
+        yield
+    except torch._dynamo.exc.Unsupported as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        context = [line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug context")]
+        raise OptimaError(
+            f"compile: teacher, student and losses do not make one graph ({lines[0]}: {' '.join(context)}); "
+            "take compile: false"
+        ) from error
 
 
 def _averaged(student: nn.Module, decay: float) -> AveragedModel:

@@ -21,7 +21,7 @@ under a pooler, the states under a task's head), where a gain between two norms 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ _LAYERS = {"image_encoder": "blocks", "text_decoder": "blocks", "multimodal_deco
 
 
 @torch.no_grad()
-def truncate_teacher(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int] = "uniform") -> None:
+def truncate_teacher(student: CoCa, teacher: CoCa, layer_map: str | Mapping[str, Sequence[int]] = "uniform") -> None:
     """Overwrites the student's weights by the leading parts of its teacher's; what the teacher lacks stays as it is.
 
     Raises ValueError if a module of the student is deeper than the teacher's, or if pictures become other tokens.
@@ -64,7 +64,7 @@ def truncate_teacher(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int
             _copy_leading(_by_head(student, name, target), _by_head(teacher, counterpart(name), source))
 
 
-def _counterparts(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int]) -> "_Counterparts":
+def _counterparts(student: CoCa, teacher: CoCa, layer_map: str | Mapping[str, Sequence[int]]) -> "_Counterparts":
     return _Counterparts({pair.name: pair.teacher_layer_of() for pair in module_pairs(student, teacher, layer_map)})
 
 
@@ -193,7 +193,7 @@ def project_teacher(
     teacher: CoCa,
     images: Tensor,
     tokens: Tensor,
-    layer_map: str | Sequence[int] = "uniform",
+    layer_map: str | Mapping[str, Sequence[int]] = "uniform",
     *,
     rotate: bool = False,
 ) -> None:

@@ -67,6 +67,10 @@ class CoCa(nn.Module):
             }
         )
 
+    def transformer_layers(self) -> list[nn.Module]:
+        """The layers of the three modules: what is tapped, and what may recompute its activations."""
+        return [*self.image_encoder.blocks, *self.text_decoder.blocks, *self.multimodal_decoder.layers]
+
     def forward(
         self, images: Tensor, tokens: Tensor, wanted: WantedTaps | None = None, *, with_class: bool = False
     ) -> CoCaOutput:

@@ -1,13 +1,17 @@
 """How the modules of two CoCa models correspond."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from optima.coca.model import MODULES, CoCa
 from optima_core.modules import ModulePair
 
 
-def module_pairs(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int] = "uniform") -> tuple[ModulePair, ...]:
+def module_pairs(
+    student: CoCa, teacher: CoCa, layer_map: str | Mapping[str, Sequence[int]] = "uniform"
+) -> tuple[ModulePair, ...]:
     """The three modules with both models' depths and widths.
+
+    layer_map: that of `ModulePair` for all modules; or by module the teacher layers, those left out being "uniform".
 
     Raises ValueError if a module of the student is deeper than the teacher's, or if the two cut a picture into
     different numbers of tokens, so that their states and attention maps cannot be compared.
@@ -25,6 +29,9 @@ def module_pairs(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int] = 
             f"the student has {our_side} x {our_side} patches and {our_queries} pooler queries, the teacher "
             f"{their_side} x {their_side} and {their_queries}; both must be equal"
         )
+    unknown = set() if isinstance(layer_map, str) else set(layer_map) - set(MODULES)
+    if unknown:
+        raise ValueError(f"layer_map names the module {min(unknown)!r}; there are {', '.join(MODULES)}")
     pairs = []
     for name in MODULES:
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
@@ -35,7 +42,7 @@ def module_pairs(student: CoCa, teacher: CoCa, layer_map: str | Sequence[int] = 
                 teacher_layers=theirs.layers,
                 student_width=ours.width,
                 teacher_width=theirs.width,
-                layer_map=layer_map,
+                layer_map=layer_map if isinstance(layer_map, str) else layer_map.get(name, "uniform"),
             )
         )
     return tuple(pairs)

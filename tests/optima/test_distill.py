@@ -21,7 +21,7 @@ from optima.run import main
 from optima.tasks import HEADLINE
 from optima_core import CheckpointStore
 
-WALL_CLOCK = ("seconds", "steps_per_second")
+WALL_CLOCK = ("seconds", "steps_per_second", "step_seconds")
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -68,6 +68,11 @@ def test_the_summary_has_the_promised_fields(finished: Path, teacher_file: Path,
     assert summary["command"].startswith("python -m optima.run")
     assert summary["test_items"] == 20
     assert [point["step"] for point in summary["learning_curve"]] == [0, 4, 8]
+    work = summary["layer_work"]
+    assert work["layers_tapped"] == pytest.approx(1 / 3)  # one module of one layer each, of three
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert set(work["step_seconds"]) == {row["modules"][0] for row in rows}
+    assert all(0 < seconds < summary["seconds"] for seconds in work["step_seconds"].values())
     for role, path in (("teacher", teacher_file), ("student", student_file)):
         assert summary["parameters"][role] == sum(p.numel() for p in load_coca(path).parameters())
 
@@ -94,6 +99,28 @@ def test_the_student_was_trained_and_the_teacher_was_not(finished: Path, student
     ]
     assert any(name.startswith("image_encoder.blocks") for name in changed)
     assert any(name.startswith("multimodal_decoder.layers") for name in changed)
+
+
+def test_the_average_is_what_is_kept_and_other_ways_of_training_work_together(brief: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--engine.ema", "0.5", "--engine.accumulate", "2", "--recompute", "true", "--evaluate_items", "0"]
+    layer_map = json.dumps({"text_decoder": [0]})
+    assert main([*brief, "--run", str(run), *options, "--layer_map", layer_map]) == 0
+    kept = load_coca(run / "student.safetensors").state_dict()
+    state = CheckpointStore(run / "checkpoints").load()
+    assert state is not None
+    average = {name.removeprefix("module."): x for name, x in state["distiller"]["ema"].items() if "module." in name}
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, average[name])
+    name = "multimodal_decoder.head.weight"
+    assert not torch.equal(kept[name], state["distiller"]["student"][name])
+
+
+def test_a_layer_map_of_an_unknown_module_is_refused(
+    brief: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*brief, "--run", str(tmp_path / "run"), "--layer_map", json.dumps({"texts": [0]})]) == 2
+    assert "layer_map names the module 'texts'; there are image_encoder" in capsys.readouterr().err
 
 
 def test_samples_name_pictures_that_exist(finished: Path) -> None:
