@@ -36,6 +36,7 @@ from optima.tasks.pictograms import PictogramTask
 from optima.words import write_words
 from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks, Strategy, join_ranks
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
 
@@ -58,7 +59,7 @@ class DistillConfig:
         init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
             features, or the teacher's principal components on a training batch. But for the first, `student` gives the
             sizes alone.
-        batch_size: Items a batch; a step takes engine.accumulate of them.
+        batch_size: Items a batch, over all ranks; a step takes engine.accumulate of them.
         probe_size: Items of the held batch that rewards are measured on.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
             by module the teacher layer (from 0) of each student layer, as in "{text_decoder: [0, 3]}", the modules
@@ -78,6 +79,8 @@ class DistillConfig:
         threads: CPU threads; 0 takes what torch chooses.
         resume: Continue the run in the run directory.
         quiet: Show nothing but the final table.
+        parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
+            each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
         tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
     """
 
@@ -103,6 +106,7 @@ class DistillConfig:
     threads: int = 0
     resume: bool = False
     quiet: bool = False
+    parallel: Strategy = "ddp"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -115,37 +119,53 @@ class DistillConfig:
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
-    """Runs the job and returns what summary.json holds."""
+    """Runs the job and returns what summary.json holds; nothing on ranks other than the first, which write nothing."""
     started = time.monotonic()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
-    data = PictogramTask(config.task, config.seed, device)
+    with join_ranks(config.parallel) as ranks:
+        teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
+        data = PictogramTask(config.task, config.seed, ranks.device, ranks.rank, ranks.count)
+        return _distill(config, ranks, teacher, data, started)
+
+
+def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData, started: float) -> dict[str, Any]:
+    device = ranks.device
+    if config.batch_size % ranks.count:
+        raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
     student = fit_models(config, teacher, data)
-    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep)
+    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep) if ranks.first else None
     teacher.to(device).requires_grad_(False)
     student.to(device).train()
     if config.recompute:
         recompute_activations(student.transformer_layers())
 
     def load(step: int) -> TaskBatch:
-        return data.training_batch(step, config.batch_size)
+        return data.training_batch(step, config.batch_size // ranks.count)
 
+    probe = data.probe_batch(config.probe_size)
+    first, size = ranks.share(0, len(probe.tokens))
+    ranks.shard(teacher)
     distiller = Distiller(
         student,
         TaskForward(student, config.task),
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map),
         load,
-        data.probe_batch(config.probe_size),
+        TaskBatch(*(part[first : first + size] for part in probe)),
         config.engine,
         config.seed,
+        ranks,
     )
+    whole = load_start(config, teacher, data).to(device) if ranks.sharded else None
+    curve, spent = _train(config, distiller, directory, data, whole)
+    student = _result(distiller, whole)
+    if directory is None:
+        return {}
     before = load_start(config, teacher, data).to(device)
-    curve, spent = _train(config, distiller, directory, data)
-    student = _result(distiller)
+    if ranks.sharded:
+        teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors").to(device)
 
     save_coca(student, directory.path / "student.safetensors")
     write_words(directory, data)
@@ -234,60 +254,66 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _train(
     config: DistillConfig,
     distiller: Distiller[TaskBatch],
-    directory: RunDirectory,
+    directory: RunDirectory | None,
     data: TaskData,
+    whole: CoCa | None,
 ) -> tuple[list[dict[str, float]], float]:
     """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
     curve: list[dict[str, float]] = []
-    spent = 0.0
-    state = directory.checkpoints.load()
-    if state is not None:
+    spent, ranks = 0.0, distiller.ranks
+    state = directory.checkpoints.load() if directory is not None else None
+    if directory is not None and state is not None:
         directory.refuse_other_run(config, state["config"])
-        distiller.load_state_dict(state["distiller"])
         curve, spent = state["learning_curve"], state["seconds"]
-    directory.write_config(config)
-    directory.cut_metrics(distiller.round)
+    resumed, scored = ranks.broadcast((state is not None, bool(curve)))
+    if resumed:
+        distiller.load_state_dict({} if state is None else state["distiller"])
     rounds = config.engine.rounds
-    display = make_display(distiller.arm_names[: distiller.policy.arms], rounds, distiller.round, config.quiet)
-    if config.tensorboard:
-        display = WithEvents(display, directory.path / "tensorboard", distiller.step)
+    names = distiller.arm_names[: distiller.policy.arms]
+    display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
+    if directory is not None:
+        directory.write_config(config)
+        directory.cut_metrics(distiller.round)
+        if config.tensorboard:
+            display = WithEvents(display, directory.path / "tensorboard", distiller.step)
     started = time.monotonic()
     with StopRequest() as stop, contextlib.closing(display):
-        if state is not None:
+        if resumed:
             display.note(f"resumed after round {distiller.round} of {rounds}")
-        if not curve:
-            _add_point(config, curve, 0, _result(distiller), data, display)
+        if not scored:
+            _add_point(config, curve, distiller, whole, data, display)
         pending: deque[PendingRecord] = deque()
         while distiller.round < rounds:
             pending.append(distiller.launch_round())
             number = distiller.round
-            save = number % config.checkpoint_every == 0 or number == rounds
+            stopping = ranks.any(stop.made)
+            save = number % config.checkpoint_every == 0 or number == rounds or stopping
             score = bool(config.evaluate_every) and number % config.evaluate_every == 0
             # A GPU works on the newest round while the one before is written down; what is saved has been looked at.
-            while pending and (save or score or stop.made or len(pending) > 1 or pending[0].ready()):
+            while pending and (save or score or len(pending) > 1 or pending[0].ready()):
                 record = pending.popleft().result()
-                directory.append_metrics(_row(record, spent + time.monotonic() - started))
                 display.round(record)
+                if directory is not None:
+                    directory.append_metrics(_row(record, spent + time.monotonic() - started))
             if score:
-                _add_point(config, curve, distiller.step, _result(distiller), data, display)
-            stopping = stop.made and not pending
-            if save or stopping:
-                directory.checkpoints.save(
-                    distiller.step,
-                    {
-                        "distiller": distiller.state_dict(),
-                        "config": fingerprint(config),
-                        "learning_curve": curve,
-                        "seconds": spent + time.monotonic() - started,
-                    },
-                )
+                _add_point(config, curve, distiller, whole, data, display)
+            if save:
+                state = {
+                    "distiller": distiller.state_dict(),
+                    "config": fingerprint(config),
+                    "learning_curve": curve,
+                    "seconds": spent + time.monotonic() - started,
+                }
+                if directory is not None:
+                    directory.checkpoints.save(distiller.step, state)
             if stopping:
                 raise KeyboardInterrupt
     return curve, spent
 
 
-def _result(distiller: Distiller[TaskBatch]) -> CoCa:
-    found = distiller.result
+def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
+    """The student to score and to keep; where it is sharded, `whole` with its weights, on the first rank."""
+    found = distiller.result if whole is None else distiller.gather_result(whole)
     assert isinstance(found, CoCa)
     return found
 
@@ -310,17 +336,21 @@ def layer_work(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _add_point(
     config: DistillConfig,
     curve: list[dict[str, float]],
-    step: int,
-    student: CoCa,
+    distiller: Distiller[TaskBatch],
+    whole: CoCa | None,
     data: TaskData,
     display: Display,
 ) -> None:
+    """The first rank scores; the others wait for it in the next round."""
     if not config.evaluate_every or not config.evaluate_items:
+        return
+    student = _result(distiller, whole)
+    if not distiller.ranks.first:
         return
     scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
     headline = data.headline
-    curve.append({"step": step, headline: scores[headline]})
-    display.score(step, headline, scores[headline])
+    curve.append({"step": distiller.step, headline: scores[headline]})
+    display.score(distiller.step, headline, scores[headline])
 
 
 def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
+from optima_core.parallel import several
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ECHO = 3.0
+"""Seconds in which torchrun passes on to every process the Ctrl-C that the terminal has sent to all of them, too."""
 
 
 @contextlib.contextmanager
@@ -23,10 +28,14 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `made`; the next one raises KeyboardInterrupt."""
+    """While entered, the first SIGINT or SIGTERM is noted in `made`; the next one raises KeyboardInterrupt.
+
+    Under torchrun, what follows at once is the same request again.
+    """
 
     def __init__(self) -> None:
         self.made = False
+        self._over = 0.0
 
     def __enter__(self) -> "StopRequest":
         handled = _SIGNALS if _handles_signals() else ()
@@ -38,8 +47,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self.made and time.monotonic() >= self._over:
             raise KeyboardInterrupt
+        self._over = time.monotonic() + (_ECHO if several() else 0.0)
         self.made = True
 
 

@@ -6,6 +6,7 @@ standard error and exit status 2.
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima.tasks.pictograms import PictogramTask
 from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
+from optima_core.parallel import leave, several, speaks
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class ReportConfig:
 def run_distill(config: DistillConfig) -> None:
     """Distils, then prints the scores."""
     summary = distill(config)
+    if not summary:
+        return
     table = Table(title=f"{config.task}, {summary['test_items']} test items", title_justify="left", header_style="bold")
     table.add_column("score, %")
     for heading in ("teacher", "student before", "student after"):
@@ -179,7 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    print(f"optima: {' '.join(message.split())}", file=sys.stderr)
+    if several():
+        # A process that ends makes torchrun end the others, which may have something to tell.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if speaks():
+        print(f"optima: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -195,4 +203,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if several():
+        leave(exit_status)
+    sys.exit(exit_status)

@@ -96,7 +96,18 @@ class RunDirectory:
 def fingerprint(config: Any) -> str:
     """What a resumed run must share with its earlier part: a JSON object from dotted name to value."""
     values = plain(config)
-    for name in ("run", "resume", "quiet", "report", "tensorboard", "threads", "checkpoint_every", "keep", "log_every"):
+    for name in (
+        "run",
+        "resume",
+        "quiet",
+        "parallel",
+        "report",
+        "tensorboard",
+        "threads",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+    ):
         values.pop(name, None)
     return json.dumps(flat(values), sort_keys=True)
 

@@ -28,7 +28,7 @@ from optima_core.parallel import Ranks
 from optima_core.precision import Precision, arithmetic, make_scaler
 from optima_core.records import PendingRecord, RoundRecord, Stopwatch
 from optima_core.reward import RewardMeter
-from optima_core.state import TRAINED, load_random, load_trained, random_state, trained_state
+from optima_core.state import TRAINED, load_random, load_trained, random_state, trained_state, whole_student
 from optima_core.taps import WantedTaps
 
 Batch = TypeVar("Batch")
@@ -219,6 +219,16 @@ class Distiller(Generic[Batch]):
     def result(self) -> nn.Module:
         """The student to score and to keep: its running average if `ema` asks for one, otherwise itself."""
         return self.student if self.ema is None else self.ema.module
+
+    def gather_result(self, copy: nn.Module) -> nn.Module:
+        """`result`, of sharded parameters, written into an unsharded copy of the student.
+
+        All ranks must call this; only the first one's copy is filled.
+        """
+        weights = whole_student(self.learner)
+        if self.ranks.first:
+            copy.load_state_dict(weights)
+        return copy
 
     def run_round(self) -> RoundRecord:
         """One round, and what happened in it.

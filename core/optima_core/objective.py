@@ -87,14 +87,14 @@ class Forward(NamedTuple):
     task_loss: scalar; the teacher's is not used.
     prediction: None where predictions are not to be distilled.
     taps: module name -> taps of the wanted layers.
-    task_count: 0-d, the number of tokens or items that task_loss is a mean over; None where it is the same on all
-        ranks.
+    task_count: the number of tokens or items that task_loss is a mean over, 0-d if a tensor; None where it is the same
+        on all ranks.
     """
 
     task_loss: Tensor
     prediction: LogitPrediction | LinearPrediction | None
     taps: Taps
-    task_count: Tensor | None = None
+    task_count: Tensor | int | None = None
 
 
 class _Mean(NamedTuple):

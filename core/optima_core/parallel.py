@@ -168,7 +168,7 @@ def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
     Raises OptimaError if there are more processes than GPUs, or a rank is lost on the way.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = _count()
     if count == 1:
         yield Ranks(device=device)
         return
@@ -191,6 +191,28 @@ def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def several() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return _count() > 1
+
+
+def speaks() -> bool:
+    """Whether this process is to tell why the run ends: the first that asks, for the others end for the same reason."""
+    if not several():
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"optima/told/{attempt}", 1) == 1
+    except RuntimeError:  # the store has gone with the process that held it
+        return True
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leave(status: int) -> NoReturn:

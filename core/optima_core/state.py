@@ -35,6 +35,15 @@ def trained_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[st
     return state
 
 
+def whole_student(learner: Learner) -> dict[str, Any]:
+    """The student's own state dict, of whole tensors on the CPU; empty on all ranks but the first."""
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    _reshard(learner)
+    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(distributed.get_model_state_dict(learner.student, options=options))
+
+
 def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks) -> None:
     """The inverse of `trained_state`, whatever the number of ranks was; that of the first rank counts."""
     from torch.distributed.checkpoint import state_dict as distributed

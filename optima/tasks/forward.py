@@ -26,6 +26,7 @@ class TaskForward:
             prediction = LinearPrediction(
                 states.flatten(0, 1), self.model.multimodal_decoder.head.weight, mask=(following != pad_id).flatten()
             )
-            return Forward(loss, prediction, output.taps)
+            return Forward(loss, prediction, output.taps, (following != pad_id).sum())
         logits: Tensor = self.model.class_logits(self.task, output)
-        return Forward(F.cross_entropy(logits.float(), batch.targets), LogitPrediction(logits), output.taps)
+        loss = F.cross_entropy(logits.float(), batch.targets)
+        return Forward(loss, LogitPrediction(logits), output.taps, len(batch.targets))
