@@ -146,6 +146,7 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
 
     probe = data.probe_batch(config.probe_size)
     first, size = ranks.share(0, len(probe.tokens))
+    whole = load_start(config, teacher, data).to(device) if ranks.sharded else None
     ranks.shard(teacher)
     distiller = Distiller(
         student,
@@ -158,14 +159,13 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
         config.seed,
         ranks,
     )
-    whole = load_start(config, teacher, data).to(device) if ranks.sharded else None
     curve, spent = _train(config, distiller, directory, data, whole)
     student = _result(distiller, whole)
     if directory is None:
         return {}
-    before = load_start(config, teacher, data).to(device)
     if ranks.sharded:
         teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors").to(device)
+    before = load_start(config, teacher, data).to(device)
 
     save_coca(student, directory.path / "student.safetensors")
     write_words(directory, data)
