@@ -4,28 +4,34 @@ A checkpoint is written aside, synced, and renamed into place, so that a reader 
 newest two or more are kept: if the newest cannot be read, the one before is taken, with a warning.
 """
 
+import contextlib
 import hashlib
-import io
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from optima_core.errors import OptimaError
 
 _DIGEST_SIZE = hashlib.sha256().digest_size
+_PIECE = 2**24
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file's content; after a crash the file holds the old content or the new one, whole."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end; after a crash there is the old one or the new one.
+
+    Raises OptimaError if it cannot be written; nothing has changed then.
+    """
     aside = path.with_name(path.name + ".part")
     try:
         with open(aside, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -37,6 +43,34 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OptimaError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces the file's content; after a crash the file holds the old content or the new one, whole."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+class _Digesting:
+    """A file to write whose content is digested on the way, so that it need not be in memory as a whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """As a binary file's."""
+        self.digest.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:  # torch.save makes something else of it
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """As a binary file's."""
+        self.file.flush()
 
 
 class CheckpointStore:
@@ -60,11 +94,18 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OptimaError(f"cannot make the directory {self.directory}: {error.strerror}") from error
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
+        for unfinished in self.directory.glob("step-*.pt.part"):  # of a run that was killed
+            unfinished.unlink(missing_ok=True)
         path = self.directory / f"step-{step:09d}.pt"
-        content = buffer.getvalue()
-        write_atomically(path, content + hashlib.sha256(content).digest())
+        with replacing(path) as file:
+            digesting = _Digesting(file)
+            try:
+                torch.save(state, digesting)  # type: ignore[arg-type]  # it asks for no more than write and flush
+            except RuntimeError:
+                if digesting.error is None:
+                    raise
+                raise digesting.error from None
+            file.write(digesting.digest.digest())
         for old in self.paths()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
@@ -95,9 +136,14 @@ class CheckpointStore:
 
 def _read(path: Path) -> dict[str, Any]:
     """torch.load checks nothing: without the digest behind the content a flipped bit would become a weight."""
-    whole = path.read_bytes()
-    content, digest = whole[:-_DIGEST_SIZE], whole[-_DIGEST_SIZE:]
-    if hashlib.sha256(content).digest() != digest:
-        raise OSError("its SHA-256 digest is wrong")
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    digest, left = hashlib.sha256(), path.stat().st_size - _DIGEST_SIZE
+    with open(path, "rb") as file:
+        while left > 0:
+            piece = file.read(min(left, _PIECE))
+            digest.update(piece)
+            left -= len(piece)
+        if digest.digest() != file.read():
+            raise OSError("its SHA-256 digest is wrong")
+    # The reader finds the archive's end before the digest.
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state

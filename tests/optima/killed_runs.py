@@ -1,0 +1,71 @@
+"""Kills a run at random moments and resumes it, until it ends: KILLS SEED DIRECTORY OPTIONS...
+
+Every start is a fork of a process that has imported everything but computed nothing: what a start costs is paid once.
+Prints, as JSON: kills, how many of them fell into the writing of a checkpoint, and how often checkpoints were read.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from optima.run import main
+from optima_core import CheckpointStore
+
+
+def start(options: list[str]) -> int:
+    """The process id of a run."""
+    child = os.fork()
+    if child == 0:
+        os._exit(main(options))
+    return child
+
+
+def rounds_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after_some_rounds(child: int, run: Path, draws: random.Random) -> bool:
+    """Whether it was still there to be killed."""
+    until = rounds_of(run) + draws.randint(1, 4)
+    while rounds_of(run) < until:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return False
+        time.sleep(0.001)
+    time.sleep(draws.uniform(0, 0.02))  # into the next step, or the writing of a checkpoint
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def run_and_kill(kills: int, seed: int, directory: Path, options: list[str]) -> dict[str, int]:
+    """Runs `whole` undisturbed and `killed` with kills; both have ended when this returns."""
+    assert os.waitstatus_to_exitcode(os.waitpid(start([*options, "--run", str(directory / "whole")]), 0)[1]) == 0
+    draws, run = random.Random(seed), directory / "killed"
+    killed = torn = read = 0
+    warnings.simplefilter("error")  # a checkpoint that cannot be read is warned of
+    while killed < kills:
+        resume = ["--resume"] if run.exists() else []
+        if not kill_after_some_rounds(start([*options, "--run", str(run), *resume]), run, draws):
+            raise SystemExit(f"the run was over after {killed} kills")
+        killed += 1
+        torn += any(run.glob("checkpoints/*.part"))
+        paths = CheckpointStore(run / "checkpoints").paths()
+        for path in paths:
+            # Alone in a directory, it cannot be fallen back from.
+            alone = directory / "alone"
+            alone.mkdir(exist_ok=True)
+            os.link(path, alone / path.name)
+            assert CheckpointStore(alone).load() is not None
+            (alone / path.name).unlink()
+        read += len(paths)
+    assert os.waitstatus_to_exitcode(os.waitpid(start([*options, "--run", str(run), "--resume"]), 0)[1]) == 0
+    return {"kills": killed, "while_saving": torn, "checkpoints_read": read}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_and_kill(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])))

@@ -1,0 +1,75 @@
+"""Random kill -9, resumed each time: nothing that was saved is ever lost or changed.
+
+OPTIMA_TEST_KILLS says how many (3; twenty take a minute): OPTIMA_TEST_KILLS=20 python -m pytest -s <this file>
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "3"))
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
+    brief: list[str], tmp_path: Path, seed: int
+) -> None:
+    # Each start adds five rounds at the most, before it is killed.
+    options = [*brief, "--engine.rounds", str(6 * KILLS), "--engine.steps_per_round", "1", "--report", "false"]
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(KILLS), str(seed), str(tmp_path), *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=60 + 30 * KILLS,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert report["kills"] == KILLS
+    assert report["checkpoints_read"] >= KILLS
+    whole, killed = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    clock = {"seconds", "steps_per_second", "step_seconds"}
+    rows = [
+        [
+            {name: value for name, value in json.loads(line).items() if name not in clock}
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files as Linux does")
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_and_the_one_before_is_resumed(
+    brief: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    from optima.run import main
+    from optima_core import CheckpointStore
+
+    run = tmp_path / "run"
+    options = [*brief, "--run", str(run), "--report", "false"]
+    assert main([*options, "--engine.rounds", "4"]) == 0
+    store = CheckpointStore(run / "checkpoints")
+    newest = store.paths()[-1]
+    newest.unlink()  # so that there is a round left to do
+    before = {path: path.read_bytes() for path in store.paths()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        status = main([*options, "--engine.rounds", "4", "--resume"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error == f"optima: cannot write {newest}: File too large; what was saved before is intact\n"
+    assert {path: path.read_bytes() for path in store.paths()} == before
+    assert main([*options, "--engine.rounds", "4", "--resume"]) == 0
