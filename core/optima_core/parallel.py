@@ -205,7 +205,7 @@ def speaks() -> bool:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return store.add(f"optima/told/{attempt}", 1) == 1
     except RuntimeError:  # the store has gone with the process that held it
         return True
