@@ -20,7 +20,7 @@ LEAST_FLOPS = 2**22
 @cache
 def _onednn() -> Callable[..., Tensor] | None:
     """a [.., K], b [M, K] -> a b^T, or None where it is not to be had or no faster."""
-    if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    if not torch._C._has_mkldnn or "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return None
     return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.default)
 
