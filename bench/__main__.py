@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--no-memory", action="store_true", help="leave out memory, which takes a process a contender")
     parser.add_argument("--no-growth", action="store_true", help="leave out the exponents")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the machine")
     parser.add_argument("--dry", action="store_true", help="write nothing")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,33 +51,34 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no CUDA device", file=sys.stderr)
         return 2
-    return run(options.only, device, options.rounds, not options.no_memory, not options.no_growth, not options.dry)
+    return run(options, device)
 
 
-def run(suites: list[str], device: torch.device, rounds: int | None, memory: bool, growth: bool, write: bool) -> int:
+def run(options: argparse.Namespace, device: torch.device) -> int:
     """Measures the suites one after the other, and keeps every result as soon as it is there."""
+    clock, memory, write = options.clock, not options.no_memory, not options.dry
     console = Console()
-    about = report.describe(device)
+    about = report.describe(device) | {"clock": clock}
     console.print(about)
     right = True
     table = Table(*report.HEADER, title=f"{about['device']}, torch {torch.__version__}")
     lines: list[str] = []
     exponents = Table(*report.GROWTH_HEADER)
-    for suite in suites:
+    for suite in options.only:
         contests: list[Any] = []
         sweeps: list[Any] = []
         for contest in SUITES[suite].contests(device):
             console.print(f"{suite}: {contest.name}", style="dim")
-            found = measure(contest, device, rounds, memory)
+            found = measure(contest, device, options.rounds, memory, clock)
             contests.append(found)
             for row in report.rows_of(found):
                 table.add_row(*row)
             lines += report.bars_of(found)
             right &= not any(failed(row.get("note", "")) for row in found["rows"].values())
             _keep(write, suite, about, contests, sweeps)
-        for sweep in SUITES[suite].sweeps(device) if growth else []:
+        for sweep in SUITES[suite].sweeps(device) if not options.no_growth else []:
             console.print(f"{suite}: growth with {sweep.axis}, {sweep.name}", style="dim")
-            sweeps.append(grow(sweep, device, memory=memory))
+            sweeps.append(grow(sweep, device, memory=memory, clock=clock))
             for row in report.growth_of(sweeps[-1]):
                 exponents.add_row(*row)
             _keep(write, suite, about, contests, sweeps)

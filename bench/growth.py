@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.contest import Sweep
-from bench.measure import memory_of, prepare, seconds_of
+from bench.measure import Clock, memory_of, prepare, seconds_of
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
@@ -18,7 +18,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
-def grow(sweep: Sweep, device: torch.device, rounds: int = 3, memory: bool = True) -> dict[str, Any]:
+def grow(
+    sweep: Sweep, device: torch.device, rounds: int = 3, memory: bool = True, clock: Clock = "wall"
+) -> dict[str, Any]:
     """The measured points of every contender, and the exponents of its time and extra memory."""
     points: dict[str, list[dict[str, float]]] = {name: [] for name in sweep.contenders}
     for size in sweep.sizes:
@@ -29,7 +31,7 @@ def grow(sweep: Sweep, device: torch.device, rounds: int = 3, memory: bool = Tru
             for name, run in runs.items()
             if name in sweep.contenders and size <= (sweep.most or {}).get(name, size)
         }
-        for name, samples in seconds_of(runs, rounds, device).items():
+        for name, samples in seconds_of(runs, rounds, device, clock).items():
             point = {"size": size, "seconds": statistics.median(samples)}
             if contest.memory and memory:
                 point |= memory_of(contest, name, runs[name], device)

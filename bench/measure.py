@@ -5,6 +5,9 @@ Memory on a CPU: a fresh process a contender, which runs once (what libraries al
 the work), gives freed memory back to the system, and runs again: extra memory is how far its resident memory rose above
 where it stood, results included, and the peak is that of the whole process, weights and libraries included. On a GPU
 torch's allocator tells both.
+
+The clock "cpu" counts the process's CPU seconds, on all its threads, in place of the wall's: where others use the
+machine.
 """
 
 import ctypes
@@ -15,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from torch import Tensor
 from bench.contest import Contest, Run, Unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
+Clock = Literal["wall", "cpu"]
 LEAST_SECONDS = 0.02  # a sample shorter than this repeats its work
 
 
@@ -61,23 +65,28 @@ def failed(note: str) -> bool:
     return note.startswith(("failed", "another result"))
 
 
-def seconds_of(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def seconds_of(
+    runs: Mapping[str, Run], rounds: int, device: torch.device, clock: Clock = "wall"
+) -> dict[str, list[float]]:
     """Seconds of every sample of every run."""
-    repeats = {name: max(1, round(LEAST_SECONDS / max(_sample(run, 1, device), 1e-6))) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    first = {name: _sample(run, 1, device, clock) for name, run in runs.items()}
+    repeats = {name: max(1, round(LEAST_SECONDS / max(seconds, 1e-6))) for name, seconds in first.items()}
+    seconds: dict[str, list[float]] = {name: [x] if repeats[name] == 1 else [] for name, x in first.items()}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(_sample(run, repeats[name], device))
+            if len(seconds[name]) < rounds:
+                seconds[name].append(_sample(run, repeats[name], device, clock))
     return seconds
 
 
-def _sample(run: Run, repeats: int, device: torch.device) -> float:
+def _sample(run: Run, repeats: int, device: torch.device, clock: Clock) -> float:
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     _finish(device)
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         run()
     _finish(device)
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def _finish(device: torch.device) -> None:
@@ -124,12 +133,18 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def measure(contest: Contest, device: torch.device, rounds: int | None = None, memory: bool = True) -> dict[str, Any]:
+def measure(
+    contest: Contest,
+    device: torch.device,
+    rounds: int | None = None,
+    memory: bool = True,
+    clock: Clock = "wall",
+) -> dict[str, Any]:
     """Everything about a contest, as JSON: seconds (median, all samples), memory, ratios to the first, bars."""
     runs, notes = prepare(contest)
     rows: dict[str, dict[str, Any]] = {name: {"note": note} for name, note in notes.items()}
     if runs:
-        for name, samples in seconds_of(runs, rounds or contest.rounds, device).items():
+        for name, samples in seconds_of(runs, rounds or contest.rounds, device, clock).items():
             rows[name] = {"seconds": statistics.median(samples), "samples": samples}
             if contest.memory and memory:
                 rows[name] |= memory_of(contest, name, runs[name], device)

@@ -26,6 +26,7 @@ PACKAGES = (
     "mabwiser",
     "SMPyBandits",
 )
+CLOCKS = {"wall": "wall-clock seconds", "cpu": "CPU seconds, since other work shared the machine"}
 HEADER = ("what", "who", "time", "time, ratio", "extra memory", "extra, ratio", "process peak", "peak, ratio")
 
 
@@ -155,7 +156,7 @@ def _section(found: Mapping[str, Any]) -> list[str]:
     where = (
         f"CUDA {about['cuda']}, {about['memory_gib']} GiB"
         if "cuda" in about
-        else f"{about['threads']} of {about['cores']} cores, {about['instructions']}, load {about['load']} before"
+        else f"{about['threads']} of {about['cores']} cores, {about['instructions']}, {CLOCKS[about['clock']]}"
     )
     parts = [
         f"### {found['suite']}",

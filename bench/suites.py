@@ -4,7 +4,7 @@ from types import ModuleType
 
 import torch
 
-from bench import attention, bandit, hidden, logits, whole_step
+from bench import attention, bandit, hidden, loaders, logits, whole_step
 from bench.contest import Contest
 
 SUITES: dict[str, ModuleType] = {
@@ -13,6 +13,7 @@ SUITES: dict[str, ModuleType] = {
     "logits": logits,
     "whole_step": whole_step,
     "bandit": bandit,
+    "loaders": loaders,
 }
 
 
