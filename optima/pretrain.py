@@ -4,7 +4,6 @@ With this the shipped teacher and the shipped student start were made; their mod
 encodes each picture once and decodes several texts about it, since on a CPU the picture is the dearest part.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,13 @@ from optima.coca.checkpoint import save_coca
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
 from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
-from optima.interruption import StopRequest
-from optima.run_directory import RunDirectory, fingerprint
+from optima.run_directory import RunDirectory
 from optima.tasks import HEADS, TASKS, TEXT_LENGTH
 from optima.tasks.fit import refuse_misfit
 from optima.tasks.pictograms import PictogramTask
-from optima_core.errors import OptimaError
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
-from optima_core.precision import Precision, arithmetic
+from optima.training import train
+from optima_core.optimiser import OptimiserConfig
+from optima_core.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -104,63 +102,18 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
     model = CoCa(config.model, HEADS if config.task_steps else None)
     for task in TASKS:
         refuse_misfit(model, "the model", PictogramTask(task))
-    steps = config.caption_steps + config.task_steps
-    optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
-    directory = RunDirectory(config.run, resume=config.resume, keep=2)
-    state = directory.checkpoints.load()
-    step = 0
-    if state is not None:
-        directory.refuse_other_run(config, state["config"])
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        step = state["step"]
-
-    if config.compile:
-        for module in (model.image_encoder, model.text_decoder, model.multimodal_decoder):
-            module.compile(dynamic=False)
-    directory.write_config(config)
     data = Pictograms("train", config.seed)
-    model.train()
-    started, first = time.monotonic(), step
-    with StopRequest() as stop:
-        while step < steps:
-            batch = data.training_batch(
-                step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
-            )
-            with arithmetic(config.precision, torch.device("cpu")):
-                losses = (
-                    caption_losses(model, batch, tokenizer, config.contrastive)
-                    if step < config.caption_steps
-                    else task_losses(model, batch, tokenizer)
-                )
-            total = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(total):
-                bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
-                raise OptimaError(f"loss {', '.join(bad)} is not finite at step {step}; the last checkpoint is intact")
-            total.backward()  # type: ignore[no-untyped-call]
-            clip_gradients(model.parameters(), config.optimiser.clip)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            schedule.step()
-            step += 1
-            if step % config.log_every == 0 or step == steps:
-                rate = (step - first) / (time.monotonic() - started)
-                shown = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-                say(f"step {step}/{steps}  {shown}  {rate:.2f} steps/s  {(steps - step) / rate / 60:.0f} min left")
-            if step % config.checkpoint_every == 0 or step == steps or stop.made:
-                directory.checkpoints.save(
-                    step,
-                    {
-                        "config": fingerprint(config),
-                        "model": model.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "step": step,
-                    },
-                )
-            if stop.made:
-                raise KeyboardInterrupt
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = data.training_batch(
+            step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
+        )
+        if step < config.caption_steps:
+            return caption_losses(model, batch, tokenizer, config.contrastive)
+        return task_losses(model, batch, tokenizer)
+
+    directory = RunDirectory(config.run, resume=config.resume, keep=2)
+    train(model, config.caption_steps + config.task_steps, losses, config, directory, say)
     path = config.run / "model.safetensors"
     save_coca(model, path, torch.float16 if config.stored == "fp16" else torch.float32)
     return path

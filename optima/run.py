@@ -25,6 +25,7 @@ from optima.data.prepare import PrepareConfig, prepare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
+from optima.finetune import FinetuneConfig, run_finetune
 from optima.interruption import terminate_as_interrupt
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
@@ -144,6 +145,7 @@ def run_prepare(config: PrepareConfig) -> None:
 COMMANDS = {
     "distill": Command("Distil a teacher into a student on one task.", DistillConfig, run_distill),
     "pretrain": Command("Train a CoCa from scratch on pictograms.", PretrainConfig, run_pretrain),
+    "finetune": Command("Train a CoCa on one task, to be its teacher.", FinetuneConfig, run_finetune),
     "evaluate": Command("Score a model on a held-out split.", EvaluateConfig, run_evaluate),
     "import": Command("Read an open_clip CoCa checkpoint.", ImportConfig, run_import),
     "export": Command("Write a model for other programs: open_clip, ONNX, torch.export.", ExportConfig, run_export),
