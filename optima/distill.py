@@ -28,11 +28,11 @@ from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
+from optima.tasks.choose import DataConfig, open_data
 from optima.tasks.data import Evaluation, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
-from optima.tasks.fit import refuse_headless, refuse_misfit
+from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima.tasks.pictograms import PictogramTask
 from optima.words import write_words
 from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
@@ -53,6 +53,7 @@ class DistillConfig:
 
     Attributes:
         task: What the student is to learn.
+        data: Which pictures and texts.
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
         student: Weights the student starts from (.safetensors); null takes the shipped, pre-trained one.
@@ -85,6 +86,7 @@ class DistillConfig:
     """
 
     task: Task = "captioning"
+    data: DataConfig = field(default_factory=DataConfig)
     run: Path = Path("runs/distill")
     teacher: Path | None = None
     student: Path | None = None
@@ -126,8 +128,18 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     with join_ranks(config.parallel) as ranks:
         teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
-        data = PictogramTask(config.task, config.seed, ranks.device, ranks.rank, ranks.count)
-        return _distill(config, ranks, teacher, data, started)
+        data = open_data(
+            config.data,
+            config.task,
+            teacher.config,
+            seed=config.seed,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.count,
+            report=config.run / "rejected.jsonl",
+        )
+        with contextlib.closing(data):
+            return _distill(config, ranks, teacher, data, started)
 
 
 def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData, started: float) -> dict[str, Any]:
@@ -207,6 +219,8 @@ def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     name = f"teacher {config.teacher or ASSETS / 'teacher.safetensors'}"
     refuse_misfit(teacher, name, data)
     refuse_headless(teacher, name, data)
+    for split in ("validation", "test"):
+        refuse_unscorable(data, split)
     return load_start(config, teacher, data)
 
 

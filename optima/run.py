@@ -10,56 +10,27 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from optima.coca.checkpoint import load_coca
-from optima.coca.generate import GenerationConfig
 from optima.command_line import Command, parse
 from optima.compare import CompareConfig, compare
 from optima.data.prepare import PrepareConfig, prepare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
+from optima.evaluate import EvaluateConfig, run_evaluate
 from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
 from optima.finetune import FinetuneConfig, run_finetune
 from optima.interruption import terminate_as_interrupt
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
 from optima.simulate import SimulateConfig, simulate
-from optima.tasks import Task
-from optima.tasks.evaluate import evaluate
-from optima.tasks.fit import refuse_headless, refuse_misfit
-from optima.tasks.pictograms import PictogramTask
 from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
 from optima_core.parallel import leave, several, speaks
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Scores a model on a held-out split of pictograms.
-
-    Attributes:
-        model: Weights (.safetensors), such as a run directory's student.safetensors.
-        tasks: Tasks to score; those that the model has no head for are refused.
-        split: Which held-out split.
-        items: Items of the split that count; 0 takes all 2000.
-        generation: How captions are generated.
-    """
-
-    model: Path
-    tasks: list[Task]
-    split: Literal["validation", "test"] = "test"
-    items: int = 0
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-
-    def __post_init__(self) -> None:
-        if self.items < 0:
-            raise ValueError(f"items must be at least 0, got {self.items}")
 
 
 @dataclass(frozen=True)
@@ -107,20 +78,6 @@ def run_distill(config: DistillConfig) -> None:
 def run_pretrain(config: PretrainConfig) -> None:
     """Trains a model from scratch."""
     print(f"wrote {pretrain(config, lambda line: print(line, flush=True))}")
-
-
-def run_evaluate(config: EvaluateConfig) -> None:
-    """Prints a model's scores."""
-    model, console = load_coca(config.model), Console()
-    for task in config.tasks:
-        data = PictogramTask(task)
-        refuse_misfit(model, f"model {config.model}", data)
-        refuse_headless(model, f"model {config.model}", data)
-        table = Table("score, %", task, header_style="bold")
-        scores = evaluate(model, data, config.split, limit=config.items, generation=config.generation).scores
-        for name, value in scores.items():
-            table.add_row(name, f"{value:.1f}")
-        console.print(table)
 
 
 def run_report(config: ReportConfig) -> None:

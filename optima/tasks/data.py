@@ -87,6 +87,9 @@ class TaskData(Protocol):
     def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
         """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning."""
 
+    def has_truth(self, split: Held) -> bool:
+        """Whether predictions for a held-out split can be scored: its captions, answers or labels are known."""
+
     def score(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> Evaluation:
         """Scores one prediction for each of some items of a split, by the task's own definitions."""
 
@@ -95,6 +98,9 @@ class TaskData(Protocol):
 
     def shown(self, split: Held, index: int) -> Shown:
         """One item for a person's eyes."""
+
+    def close(self) -> None:
+        """Ends what loads batches ahead; a later batch starts it again."""
 
 
 def head_spec(data: TaskData) -> HeadSpec | None:

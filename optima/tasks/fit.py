@@ -1,7 +1,7 @@
 """Whether a CoCa fits the pictures and texts of a data set, asked before a long run rather than in its first step."""
 
 from optima.coca import CoCa
-from optima.tasks.data import TaskData, head_spec
+from optima.tasks.data import Held, TaskData, head_spec
 from optima_core.errors import OptimaError
 
 
@@ -27,6 +27,15 @@ def refuse_misfit(model: CoCa, name: str, data: TaskData) -> None:
     found, wanted = model.head_specs.get(data.task), head_spec(data)
     if found is not None and found != wanted:
         raise OptimaError(f"{name} has a head for {data.task} with {found}; {data.name} takes {wanted}")
+
+
+def refuse_unscorable(data: TaskData, split: Held) -> None:
+    """Raises OptimaError if predictions for a held-out split cannot be scored."""
+    if not data.has_truth(split):
+        raise OptimaError(
+            f"the {split} split of {data.name} has no published truth to score by; "
+            f"name one that has with --data.{split}, such as validation"
+        )
 
 
 def refuse_headless(model: CoCa, name: str, data: TaskData) -> None:

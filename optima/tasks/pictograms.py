@@ -57,6 +57,9 @@ class PictogramTask:
             indices = range(start, min(start + size, total))
             yield HeldBatch(list(indices), self.held_batch(split, indices))
 
+    def has_truth(self, split: Held) -> bool:
+        return True
+
     def score(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> Evaluation:
         examples = [self._held[split].example(self.task, index) for index in indices]
         if self.task == "captioning":
@@ -79,6 +82,9 @@ class PictogramTask:
         if self.task == "captioning":
             return Shown(pictures, None, references(example.scenes[0])[0])
         return Shown(pictures, example.text, example.answer)
+
+    def close(self) -> None:
+        pass
 
     def _batch(self, data: Pictograms, indices: Sequence[int]) -> TaskBatch:
         found = collate([data.example(self.task, index) for index in indices])

@@ -49,7 +49,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["--task"], ["--task", "expected one argument"]),
         (["--config", "quick_recipe"], ["quick_recipe", "neither a file nor a shipped recipe", "pretrain_teacher"]),
         (["distil"], ["unknown command distil", "distill?"]),
-        (["evaluate"], ["model", "tasks"]),
+        (["evaluate"], ["model"]),
         (["evaluate", "--model", "x", "--tasks", "[vqa,foo]"], ["tasks", "vqa", "foo"]),
         (["evaluate", "--model", "x", "--tasks", "[vqa]", "--items", "-1"], ["items must be at least 0"]),
         (["evaluate", "--model", "nowhere.safetensors", "--tasks", "[vqa]"], ["nowhere.safetensors does not exist"]),

@@ -1,0 +1,208 @@
+"""Official data sets, and folders of one's own, in the role of one task: records, loaded pictures, and tokens."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optima.data.loader import Loader, LoaderConfig, Pictures, make_loader
+from optima.data.order import Place
+from optima.data.pictograms.stream import Task
+from optima.data.pictures import normalise
+from optima.data.record import Records, Unusable
+from optima.data.records import FORMATS, DataName, open_records
+from optima.data.tokenizer import Tokenizer
+from optima.tasks import scoring
+from optima.tasks.batches import TaskBatch
+from optima.tasks.data import Evaluation, Held, HeldBatch, Shown
+from optima_core.errors import OptimaError
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialSplits:
+    """Which split of a data set plays which role."""
+
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+
+
+class OfficialTask:
+    """`optima.tasks.data.TaskData` over records of one of `optima.data.records.FORMATS`.
+
+    Splits are read when they are first needed. Scores are those of `optima.tasks.scoring`.
+
+    Args:
+        name: the format.
+        root: the data root.
+        splits: which split plays which role.
+        loader: how pictures are loaded; the size of the squares is `picture_size`.
+        tokenizer: of the texts.
+        picture_size: side of the squares, pixels.
+        text_length: tokens in a row of text; longer texts are cut there.
+        answers: size of VQAv2's answer vocabulary.
+        seed: of order and windows of the training pictures.
+        device: where batches are wanted.
+        rank: this process.
+        world_size: number of processes, which share the training records.
+        report: rejected.jsonl, to which unusable pictures are appended.
+
+    Raises OptimaError if the split or a file does not exist, or too many items are unusable.
+    """
+
+    def __init__(
+        self,
+        name: DataName,
+        root: Path,
+        splits: OfficialSplits,
+        loader: LoaderConfig,
+        tokenizer: Tokenizer,
+        *,
+        picture_size: int,
+        text_length: int,
+        answers: int,
+        seed: int = 0,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        report: Path | None = None,
+    ) -> None:
+        self.name: str = name
+        self.task: Task = FORMATS[name].task
+        self.headline = scoring.HEADLINES[self.task]
+        self.tokenizer = tokenizer
+        self.picture_size = picture_size
+        self.text_length = text_length
+        self._format: DataName = name
+        self._root = root
+        self._splits = splits
+        self._loader = dataclasses.replace(
+            loader, transform=dataclasses.replace(loader.transform, image_size=picture_size)
+        )
+        self._answers = answers
+        self._seed = seed
+        self._device = device or torch.device("cpu")
+        self._rank, self._world_size = rank, world_size
+        self._report = report
+        self._read: dict[str, Records] = {}
+        self._training: tuple[int, Loader] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        known = next(iter(self._read.values()), None) or self.records(self._splits.test)
+        return known.classes
+
+    def records(self, split: str) -> Records:
+        """The records of a split of the data set."""
+        if split not in self._read:
+            known = next(iter(self._read.values()), None)
+            self._read[split] = open_records(
+                self._format,
+                self._root,
+                split,
+                max_rejected=self._loader.max_rejected,
+                answers=self._answers,
+                classes=known.classes if known is not None else None,
+            )
+        return self._read[split]
+
+    def training_batch(self, number: int, size: int) -> TaskBatch:
+        records = self.records(self._splits.train)
+        if self._training is None or self._training[0] != size:
+            self.close()
+            self._training = (
+                size,
+                make_loader(
+                    records,
+                    self._loader,
+                    batch_size=size,
+                    seed=self._seed,
+                    rank=self._rank,
+                    world_size=self._world_size,
+                    device=self._device,
+                    report=self._report,
+                ),
+            )
+        images, indices, epochs = self._training[1].load(number)
+        places = list(zip(epochs.tolist(), indices.tolist(), strict=True))
+        texts = [records[index].text_at(epoch) for epoch, index in places]
+        return self._batch(images, texts, [records[index].target for _, index in places])
+
+    def probe_batch(self, size: int) -> TaskBatch:
+        records = self._held("validation")
+        indices: list[int] = []
+        squares: list[Tensor] = []
+        for index in range(len(records)):
+            if len(indices) == size:
+                break
+            if self.task == "captioning" or records[index].target >= 0:
+                with contextlib.suppress(Unusable):
+                    squares.append(self._squares(records, index))
+                    indices.append(index)
+        if not indices:
+            raise OptimaError(f"{self.name} {records.split} has no usable item to probe with")
+        return self._of_records(records, torch.stack(squares), indices)
+
+    def held_batch(self, split: Held, indices: Sequence[int]) -> TaskBatch:
+        records = self._held(split)
+        return self._of_records(records, torch.stack([self._squares(records, i) for i in indices]), indices)
+
+    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
+        records = self._held(split)
+        if limit:
+            records = dataclasses.replace(records, items=records.items[:limit])
+        with make_loader(
+            records, self._loader, batch_size=size, device=self._device, report=self._report, training=False
+        ) as loader:
+            for images, indices, _ in loader.once():
+                yield HeldBatch(indices.tolist(), self._of_records(records, images, indices.tolist()))
+
+    def has_truth(self, split: Held) -> bool:
+        return scoring.has_truth(self._held(split))
+
+    def score(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> Evaluation:
+        return scoring.score(self._held(split), indices, predictions)
+
+    def submission(self, split: Held, indices: Sequence[int], predictions: Sequence[str]) -> tuple[str, str]:
+        return scoring.submission(self._held(split), indices, predictions)
+
+    def shown(self, split: Held, index: int) -> Shown:
+        records = self._held(split)
+        record = records[index]
+        pictures: tuple[NDArray[np.uint8], ...] = tuple(square.numpy() for square in self._squares(records, index))
+        if self.task == "captioning":
+            return Shown(pictures, None, record.text or "(not published)")
+        if self.task == "vqa" and record.answers:
+            return Shown(pictures, record.text, max(record.answers, key=record.answers.count))
+        reference = records.classes[record.target] if record.target >= 0 else "(not published)"
+        return Shown(pictures, record.text, reference)
+
+    def close(self) -> None:
+        if self._training is not None:
+            self._training[1].close()
+        self._training = None
+
+    def _held(self, split: Held) -> Records:
+        return self.records(self._splits.validation if split == "validation" else self._splits.test)
+
+    def _squares(self, records: Records, index: int) -> Tensor:
+        """The pictures of an item with the evaluation's windows, uint8 [pictures, 3, S, S]. Raises Unusable."""
+        one = Pictures(dataclasses.replace(records, items=[records[index]]), self._loader.transform, self._seed)
+        return torch.stack([one.square(one.read(Place(0, 0), 0, side, training=False)) for side in range(one.sides)])
+
+    def _of_records(self, records: Records, images: Tensor, indices: Sequence[int]) -> TaskBatch:
+        found = [records[index] for index in indices]
+        return self._batch(images, [record.text for record in found], [record.target for record in found])
+
+    def _batch(self, images: Tensor, texts: Sequence[str], targets: Sequence[int]) -> TaskBatch:
+        tokens = self.tokenizer.encode(texts, self.text_length, truncate=True)
+        return TaskBatch(
+            normalise(images.to(self._device, non_blocking=True)),
+            tokens.to(self._device, non_blocking=True),
+            torch.tensor(targets, dtype=torch.int64).to(self._device, non_blocking=True),
+        )
