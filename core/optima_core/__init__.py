@@ -11,6 +11,7 @@ from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
 from optima_core.optimiser import OptimiserConfig
+from optima_core.parallel import Ranks, join_ranks
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
@@ -35,10 +36,12 @@ __all__ = [
     "OptimaError",
     "OptimiserConfig",
     "PendingRecord",
+    "Ranks",
     "RewardConfig",
     "RoundRecord",
     "Taps",
     "TorchAttention",
     "WantedTaps",
+    "join_ranks",
     "recompute_activations",
 ]

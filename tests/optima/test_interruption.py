@@ -21,6 +21,20 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(number: signal.Sign
     assert signal.getsignal(number) is before
 
 
+def test_under_torchrun_a_request_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    now = 100.0
+    monkeypatch.setattr("optima.interruption.time.monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.made
+        now += 60
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_terminate_interrupts_and_is_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with terminate_as_interrupt(), pytest.raises(KeyboardInterrupt):
