@@ -58,6 +58,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     """Measures the suites one after the other, and keeps every result as soon as it is there."""
     clock, memory, write = options.clock, not options.no_memory, not options.dry
     console = Console()
+    console.width = max(console.width, 160)  # names are long, and a pipe says 80
     about = report.describe(device) | {"clock": clock}
     console.print(about)
     right = True

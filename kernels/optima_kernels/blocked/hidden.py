@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optima_kernels.cpu_products import add_product, linear, product
 from optima_kernels.hidden_problem import HiddenLayer, Solution
 from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
 
@@ -50,9 +51,9 @@ def hidden_mse(layer: HiddenLayer, normalize: str | None) -> Solution:
                 continue
             gradient = pull_back(difference if weights is None else difference.mul_(weights))
             if wants_state:
-                gradients.state[rows] = gradient if wide_weight is None else gradient @ wide_weight
+                gradients.state[rows] = gradient if wide_weight is None else product(gradient, wide_weight)
             if wants_weight:
-                gradients.weight.addmm_(gradient.t(), state)
+                add_product(gradients.weight, gradient.t(), state)
             if wants_bias:
                 gradients.bias.add_(gradient.sum(0))
     return Solution(loss / max(tokens * d_t, 1), gradients)
@@ -66,8 +67,8 @@ def _difference(
         if weight is None:
             return state - teacher, _identity
         start = torch.neg(teacher) if bias is None else bias - teacher
-        return start.addmm_(state, weight.t()), _identity
-    projected = state if weight is None else F.linear(state, weight, bias)
+        return add_product(start, state, weight.t()), _identity
+    projected = state if weight is None else linear(state, weight, bias)
     if normalize == "layernorm":
         normalized, pull_back = _layernorm(projected)
         return normalized.sub_(F.layer_norm(teacher, teacher.shape[-1:], eps=LAYERNORM_EPS)), pull_back
