@@ -21,6 +21,7 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
+from optima.coca.presets import is_preset, preset
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
 from optima.report import write_report
@@ -56,7 +57,8 @@ class DistillConfig:
         data: Which pictures and texts.
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
-        student: Weights the student starts from (.safetensors); null takes the shipped, pre-trained one.
+        student: Weights the student starts from (.safetensors), or with another init than "checkpoint" the name of a
+            preset, such as tiny12; null takes the shipped, pre-trained one.
         init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
             features, or the teacher's principal components on a training batch. But for the first, `student` gives the
             sizes alone.
@@ -227,7 +229,7 @@ def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
 def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
     path = config.student or ASSETS / "student.safetensors"
-    start = load_coca(path)
+    start = _preset_start(config, teacher) if is_preset(str(path)) and not path.exists() else load_coca(path)
     refuse_misfit(start, f"student {path}", data)
     ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
     if ours != theirs:
@@ -248,6 +250,17 @@ def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
         device = next(teacher.parameters()).device
         project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
     return student.eval()
+
+
+def _preset_start(config: DistillConfig, teacher: CoCa) -> CoCa:
+    """A model of the preset's sizes, whose weights the initialisation will replace."""
+    if config.init == "checkpoint":
+        raise OptimaError(
+            f"student {config.student} is a preset, which has sizes but no weights; "
+            "give --init teacher_pca, teacher_truncate or scratch, too"
+        )
+    with torch.device("meta"):
+        return CoCa(preset(str(config.student), teacher.config))
 
 
 def count_parameters(model: CoCa) -> int:

@@ -54,6 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = (x, weight) if bias is None else (x, weight, bias)
     if (
         torch.compiler.is_compiling()
+        or x.device.type != "cpu"  # the meta device has no autocast to ask about
         or torch.is_autocast_enabled(x.device.type)
         or x.dim() < 2
         or not is_faster(x.numel() * weight.shape[0], *given)

@@ -77,6 +77,11 @@ PRESETS: dict[str, CoCaConfig] = TEACHERS | {
 """All configurations by name."""
 
 
+def is_preset(name: str) -> bool:
+    """Whether `preset` knows the name, given a teacher."""
+    return name in PRESETS or name in _STUDENTS
+
+
 def preset(name: str, teacher: CoCaConfig | None = None) -> CoCaConfig:
     """The configuration of that name; `base`, `tiny12` and `tiny6` alone take the patch size of the teacher.
 

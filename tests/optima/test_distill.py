@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from optima.coca.checkpoint import load_coca
+from optima.coca.presets import PRESETS
 from optima.data.pictograms.stream import TASKS
 from optima.distill import DistillConfig
 from optima.run import main
@@ -334,3 +335,19 @@ def test_event_files_hold_every_round(brief: list[str], tmp_path: Path) -> None:
     rewards = [(event.step, event.value) for event in events.Scalars("reward")]
     assert rewards == [(row["step"], pytest.approx(row["reward"], rel=1e-6)) for row in rows]
     assert {"probe/task", "train/task", "validation/scene_accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_a_student_is_chosen_by_the_name_of_a_preset(
+    brief: list[str], student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    # Full-size presets take pictures of other sizes than pictograms have, so a small one stands in.
+    small = load_coca(student_file).config
+    monkeypatch.setitem(PRESETS, "tiny6-16", small)
+    place = brief.index("--student")
+    options = [*brief[:place], *brief[place + 2 :], "--student", "tiny6", "--run", str(tmp_path / "run")]
+    assert main(options) == 2
+    assert "is a preset, which has sizes but no weights; give --init" in capsys.readouterr().err
+    assert main([*options, "--init", "teacher_truncate"]) == 0
+    assert load_coca(tmp_path / "run" / "student.safetensors").config == small
+    assert main([*options, "--init", "scratch", "--student", "tiny6-32"]) == 2
+    assert "takes pictures of 224 pixels" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optima.coca import MODULES, CoCa
+from optima.coca import MODULES, CoCa, HeadSpec
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import PRESETS, TEACHERS, preset
 from optima_core import OptimaError
@@ -50,3 +50,16 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         preset("tiny12")
     with pytest.raises(OptimaError, match=r"unknown preset resnet; the presets are coca_ViT-L-14, "):
         preset("resnet")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_task_heads_fit_every_size_and_any_number_of_answers(name: str) -> None:
+    heads = {"vqa": HeadSpec(3129), "nlvr2": HeadSpec(2, pictures=2), "snli_ve": HeadSpec(3)}
+    with torch.device("meta"):
+        model = CoCa(PRESETS[name], heads)
+        size = PRESETS[name].image_encoder.image_size
+        for task, spec in heads.items():
+            images = torch.zeros(2, spec.pictures, 3, size, size)
+            output = model(images, torch.ones(2, 9, dtype=torch.int64))
+            assert model.class_logits(task, output).shape == (2, spec.classes)
+        assert model.caption_logits(output.states).shape == (2, 9, PRESETS[name].text_decoder.vocab_size)
