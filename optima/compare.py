@@ -137,7 +137,7 @@ def compare(config: CompareConfig) -> None:
     command = "python -m optima.run " + shlex.join(sys.argv[1:])
     text = f"{markdown(outcomes)}\n`{command}`\n"
     write_atomically(config.run / "comparison.md", text.encode())
-    page = write_methods(outcomes, config.run / "comparison.html", command=command)
+    page = write_methods(outcomes, config.run / "comparison.html", command=command, split=config.split)
     _print(outcomes, config, page)
 
 

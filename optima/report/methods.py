@@ -19,7 +19,7 @@ from optima.report.svg import Layout, colour, inline
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a comparison came to. `score` is an accuracy on the test split, in per cent."""
+    """What one run of a comparison came to. `score` is an accuracy on a held-out split, in per cent."""
 
     task: str
     method: str
@@ -173,8 +173,10 @@ class TaskSection:
     rows: Sequence[MethodText]
 
 
-def write_methods(outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "") -> Path:
-    """Writes the comparison of methods as one HTML file, and returns its path.
+def write_methods(
+    outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "", split: str = "test"
+) -> Path:
+    """Writes the comparison of methods as one HTML file, and returns its path. `split` is where scores were measured.
 
     Raises:
         ValueError: as `method_rows`.
@@ -189,7 +191,9 @@ def write_methods(outcomes: Sequence[Outcome], output: Path, reference: str = "o
         for number, (task, rows) in enumerate(method_rows(outcomes, reference).items())
     ]
     headings = [heading.format(formatting.words(reference)) for heading in HEADINGS]
-    page = render("methods.html", title="Methods compared", sections=sections, headings=headings, command=command)
+    page = render(
+        "methods.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
+    )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
