@@ -2,12 +2,18 @@
 
 `F.scaled_dot_product_attention` throws them away; the attention-map loss can use them (`AttentionTap.lse`) instead of
 computing the same sums again. The same kernels are called here one level deeper, so output and gradients are the
-same bits, and rows that nobody keeps cost nothing.
+same bits, and rows that nobody keeps cost nothing. Where flash-attn is installed, its kernel takes the place of torch's
+on CUDA.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
 
 
 def attention_with_lse(
@@ -34,6 +40,10 @@ def attention_with_lse(
         output, lse = flash_cpu(q, k, v, 0.0, causal, attn_mask=_four_dimensional(bias))
         return output, lse
     if _flash_on_cuda(q, k, mask, causal):
+        if flash_attn_func is not None:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            output, lse, _ = flash_attn_func(q, k, v, causal=causal, deterministic=True, return_attn_probs=True)
+            return output.transpose(1, 2), lse
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return output, lse
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optima_core import attention
 from optima_core.attention import attention_with_lse
 from optima_core.precision import arithmetic
 from optima_kernels import attention_map_loss
@@ -61,6 +62,31 @@ def test_there_are_no_rows_where_torch_does_not_take_the_flash_kernel(seed: int)
     tensors, _, _ = inputs("plain")
     with arithmetic("bf16", torch.device("cpu")):
         assert attention_with_lse(*tensors)[1] is None
+
+
+@pytest.mark.parametrize("case", ["plain", "causal"])
+def test_flash_attn_is_taken_on_cuda_where_it_is_installed(
+    case: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool, return_attn_probs: bool
+    ) -> tuple[Tensor, Tensor, None]:
+        """The package's signature and layout, [B, N, H, d], as far as they are used."""
+        assert deterministic
+        assert return_attn_probs
+        monkeypatch.setattr(attention, "_flash_enabled", lambda device: device == "cpu")
+        output, lse = attention_with_lse(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+        assert lse is not None
+        return output.transpose(1, 2), lse, None
+
+    tensors, mask, causal = inputs(case)
+    expected = attention_with_lse(*tensors, mask=mask, causal=causal)
+    monkeypatch.setattr(attention, "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(attention, "_flash_enabled", lambda device: False)
+    monkeypatch.setattr(attention, "_flash_on_cuda", lambda *_: True)
+    output, lse = attention_with_lse(*tensors, mask=mask, causal=causal)
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])  # type: ignore[arg-type]
 
 
 def test_both_ways_are_one_graph(seed: int) -> None:

@@ -7,7 +7,16 @@ import torch
 from plain_models import MODULES, TwoModules, load
 from torch import Tensor
 
-from optima_core import Forward, LayerTap, LinearPrediction, LogitPrediction, ModulePair, Objective, ObjectiveConfig
+from optima_core import (
+    AttentionTap,
+    Forward,
+    LayerTap,
+    LinearPrediction,
+    LogitPrediction,
+    ModulePair,
+    Objective,
+    ObjectiveConfig,
+)
 from optima_kernels import reference
 
 ON, OFF = torch.ones(()), torch.zeros(())
@@ -133,6 +142,31 @@ def test_states_and_head_give_the_same_loss_as_their_logits(divergence: str, see
 def test_a_missing_prediction_leaves_the_logits_term_out() -> None:
     objective = Objective((), ObjectiveConfig())
     assert list(objective(Forward(ON, None, {}), Forward(ON, None, {}), {})) == ["task"]
+
+
+@pytest.mark.parametrize("heads", ["match", "mean", "relation"])
+def test_rows_that_attention_kept_are_handed_on_unless_heads_are_cut_anew(heads: str, seed: int) -> None:
+    relation_heads = 2 if heads == "relation" else None
+    config = ObjectiveConfig(hidden=0, attention_heads=heads, relation_heads=relation_heads)  # type: ignore[arg-type]
+    objective = Objective([ModulePair("encoder", 1, 1, 8, 8)], config)
+
+    def loss(lse: Tensor | None) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        sides = []
+        for _ in range(2):
+            q, k = torch.randn(2, 2, 4, 5, 2, generator=generator)
+            tap = LayerTap(torch.zeros(2, 5, 8), (AttentionTap(q, k, lse=lse),))
+            sides.append(Forward(ON, None, {"encoder": (tap,)}))
+        terms: dict[str, Tensor] = objective(*sides, {"encoder": ON})
+        return terms["attention/encoder/0"]
+
+    assert loss(None) > 0
+    misshapen = torch.zeros(2, 4, 6)  # which the loss refuses, if it is given it
+    if heads == "relation":
+        torch.testing.assert_close(loss(misshapen), loss(None))
+    else:
+        with pytest.raises(ValueError, match="lse_s"):
+            loss(misshapen)
 
 
 @pytest.mark.parametrize(
