@@ -30,14 +30,23 @@ def rounds_of(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_after_some_rounds(child: int, run: Path, draws: random.Random) -> bool:
-    """Whether it was still there to be killed."""
+def is_saving(run: Path) -> bool:
+    checkpoints = run / "checkpoints"
+    return checkpoints.exists() and any(name.endswith(".part") for name in os.listdir(checkpoints))
+
+
+def kill_after_some_rounds(child: int, run: Path, draws: random.Random, while_saving: bool) -> bool:
+    """Whether it was still there to be killed: at any moment, or as soon as a checkpoint is being written."""
     until = rounds_of(run) + draws.randint(1, 4)
     while rounds_of(run) < until:
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return False
         time.sleep(0.001)
-    time.sleep(draws.uniform(0, 0.02))  # into the next step, or the writing of a checkpoint
+    time.sleep(draws.uniform(0, 0.02))
+    while while_saving and not is_saving(run):
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return False
+        time.sleep(0.0002)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -50,10 +59,10 @@ def run_and_kill(kills: int, seed: int, directory: Path, options: list[str]) -> 
     warnings.simplefilter("error")  # a checkpoint that cannot be read is warned of
     while killed < kills:
         resume = ["--resume"] if run.exists() else []
-        if not kill_after_some_rounds(start([*options, "--run", str(run), *resume]), run, draws):
+        if not kill_after_some_rounds(start([*options, "--run", str(run), *resume]), run, draws, killed % 2 == 1):
             raise SystemExit(f"the run was over after {killed} kills")
         killed += 1
-        torn += any(run.glob("checkpoints/*.part"))
+        torn += is_saving(run)
         paths = CheckpointStore(run / "checkpoints").paths()
         for path in paths:
             # Alone in a directory, it cannot be fallen back from.
