@@ -30,7 +30,7 @@ from optima.samples import write_cross_attention, write_samples
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import Evaluation, TaskData, head_spec
+from optima.tasks.data import HELD, Evaluation, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
@@ -221,7 +221,7 @@ def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     name = f"teacher {config.teacher or ASSETS / 'teacher.safetensors'}"
     refuse_misfit(teacher, name, data)
     refuse_headless(teacher, name, data)
-    for split in ("validation", "test"):
+    for split in HELD:
         refuse_unscorable(data, split)
     return load_start(config, teacher, data)
 

@@ -1,5 +1,6 @@
 """Trains a CoCa on one task: how a task teacher is made of imported or pre-trained weights before it is distilled."""
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.run_directory import RunDirectory
 from optima.tasks import Task
-from optima.tasks.data import TaskData, head_spec
+from optima.tasks.choose import DataConfig, open_data
+from optima.tasks.data import HELD, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
-from optima.tasks.fit import refuse_misfit
+from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima.tasks.pictograms import PictogramTask
 from optima.training import train
 from optima.words import write_words
 from optima_core.optimiser import OptimiserConfig
@@ -33,6 +34,7 @@ class FinetuneConfig:
         model: Weights to start from (.safetensors), such as `import` writes. A head that the task needs and they lack
             is added, with random weights.
         task: What the model is to learn.
+        data: Which pictures and texts.
         run: Run directory, new or empty; see also resume. At the end it holds model.safetensors.
         steps: Optimiser steps.
         batch_size: Items a step.
@@ -42,6 +44,7 @@ class FinetuneConfig:
         stored: Floating-point type of the weights in model.safetensors.
         evaluate_every: Steps between points of the learning curve; 0 draws none.
         evaluate_items: Validation items a point of the learning curve.
+        evaluate_batch: Items a forward pass of an evaluation.
         test_items: Test items that the final scores are measured on; 0 takes all.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between progress lines.
@@ -52,6 +55,7 @@ class FinetuneConfig:
 
     model: Path
     task: Task = "captioning"
+    data: DataConfig = field(default_factory=DataConfig)
     run: Path = Path("runs/finetune")
     steps: int = 2000
     batch_size: int = 32
@@ -61,6 +65,7 @@ class FinetuneConfig:
     stored: Literal["fp32", "fp16"] = "fp32"
     evaluate_every: int = 500
     evaluate_items: int = 250
+    evaluate_batch: int = 250
     test_items: int = 0
     checkpoint_every: int = 200
     log_every: int = 50
@@ -69,7 +74,7 @@ class FinetuneConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_items", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "evaluate_items", "evaluate_batch", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("evaluate_every", "test_items", "seed", "threads"):
@@ -84,7 +89,23 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = load_coca(config.model)
-    data = PictogramTask(config.task, config.seed, device)
+    data = open_data(
+        config.data, config.task, start.config, seed=config.seed, device=device, report=config.run / "rejected.jsonl"
+    )
+    with contextlib.closing(data):
+        return _finetune(config, start, data, device, say, started)
+
+
+def _finetune(
+    config: FinetuneConfig,
+    start: CoCa,
+    data: TaskData,
+    device: torch.device,
+    say: Callable[[str], None],
+    started: float,
+) -> dict[str, Any]:
+    for split in HELD:
+        refuse_unscorable(data, split)
     model = with_head(start, f"model {config.model}", data, config.seed).to(device)
     forward = TaskForward(model, config.task)
     directory = RunDirectory(config.run, resume=config.resume, keep=2)
@@ -94,13 +115,15 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
 
     def after_step(step: int) -> None:
         if config.evaluate_every and step % config.evaluate_every == 0:
-            score = evaluate(model, data, "validation", limit=config.evaluate_items).scores[data.headline]
-            say(f"step {step}: validation {data.headline} {score:.1f}")
+            scores = evaluate(
+                model, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch
+            ).scores
+            say(f"step {step}: validation {data.headline} {scores[data.headline]:.1f}")
 
     train(model, config.steps, losses, config, directory, say, after_step)
     save_coca(model, config.run / "model.safetensors", torch.float16 if config.stored == "fp16" else torch.float32)
     write_words(directory, data)
-    evaluation = evaluate(model, data, "test", limit=config.test_items)
+    evaluation = evaluate(model, data, "test", limit=config.test_items, batch_size=config.evaluate_batch)
     summary = {
         "task": config.task,
         "scores": evaluation.scores,

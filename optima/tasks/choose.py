@@ -10,7 +10,7 @@ from optima.coca import CoCaConfig
 from optima.data.loader import LoaderConfig
 from optima.data.pictograms.stream import Task
 from optima.data.records import ANSWERS, FORMATS
-from optima.data.tokenizer import word_tokenizer
+from optima.data.tokenizer import named_tokenizer
 from optima.tasks.data import TaskData
 from optima.tasks.official import OfficialSplits, OfficialTask
 from optima.tasks.pictograms import PictogramTask
@@ -31,7 +31,8 @@ class DataConfig:
         train: Split to train on.
         validation: Split of the learning curve and the probe.
         test: Split of the final scores; null takes "test", or "validation" where test answers are not published.
-        tokenizer: "words" is the word list of pictograms.
+        tokenizer: "words" is the word list of pictograms, "clip" CLIP's byte pairs; or a file: SentencePiece (.model),
+            CLIP's byte pairs (.txt.gz), or a word list (.json). Pictograms have their own.
         text_length: Tokens in a row of text, start and end included; longer texts are cut. 0 takes the teacher's most.
         answers: Size of VQAv2's answer vocabulary, the most frequent ones of its training split.
         loader: How pictures are loaded; transform.image_size is replaced by the teacher's picture size.
@@ -95,7 +96,7 @@ def open_data(
         config.root,
         OfficialSplits(config.train, config.validation, test),
         config.loader,
-        word_tokenizer(),
+        named_tokenizer(config.tokenizer),
         picture_size=model.image_encoder.image_size,
         text_length=config.text_length or model.text_decoder.context_length,
         answers=config.answers,

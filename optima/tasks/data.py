@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from optima.data.tokenizer import Tokenizer
 from optima.tasks.batches import TaskBatch
 
 Held = Literal["validation", "test"]
+HELD: tuple[Held, ...] = get_args(Held)
 """The two roles that held-out items play: points of the learning curve, and final scores."""
 
 

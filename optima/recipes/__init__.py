@@ -1,0 +1,1 @@
+"""Shipped configurations by name, for `--config NAME`."""

@@ -1,0 +1,140 @@
+"""Miniatures of every official format, from the command line: trained for a few steps and evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from miniatures import MAKERS
+
+from optima.coca import HeadSpec
+from optima.coca.checkpoint import save_coca
+from optima.data.loader import LoaderConfig
+from optima.data.records import FORMATS, DataName, open_records
+from optima.data.tokenizer import word_tokenizer
+from optima.run import main
+from optima.tasks.official import OfficialSplits, OfficialTask
+
+PREDICTIONS = {
+    "coco": "captions_val_optima_results.json",
+    "coco_karpathy": "captions_karpathy_test_optima_results.json",
+    "vqav2": "vqa_OpenEnded_mscoco_val2014_optima_results.json",
+    "nlvr2": "nlvr2_test1_predictions.csv",
+    "snli_ve": "snli_ve_test_predictions.jsonl",
+    "folder": "folder_test_predictions.jsonl",
+}
+
+
+def options(name: DataName, root: Path, engine: str = "torch") -> list[str]:
+    return f"--data.name {name} --data.root {root} --data.loader.engine {engine} --data.loader.workers 0".split()
+
+
+def distilled(name: DataName, root: Path, run: Path, make_coca, student: Path, engine: str) -> None:
+    MAKERS[name](root)
+    records = open_records(name, root, "validation")
+    pictures = 2 if name == "nlvr2" else 1
+    heads = {records.task: HeadSpec(len(records.classes), pictures)} if records.classes else None
+    torch.manual_seed(3)
+    save_coca(make_coca(32, 2, heads), root / "teacher.safetensors")
+    words = (
+        f"--task {records.task} --teacher {root / 'teacher.safetensors'} --student {student} --run {run} "
+        "--engine.rounds 2 --engine.steps_per_round 2 --batch_size 5 --probe_size 4 --evaluate_items 4 --samples 2 "
+        "--threads 1 --quiet --report false"
+    )
+    assert main([*words.split(), *options(name, root, engine)]) == 0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_miniature_is_distilled_and_evaluated(
+    name: DataName, make_coca, student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = tmp_path / "data", tmp_path / "run"
+    distilled(name, root, run, make_coca, student_file, "torch")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["headline_metric"] == ("cider_d" if FORMATS[name].task == "captioning" else "accuracy")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(json.loads((run / "samples.json").read_text())) == 2
+    capsys.readouterr()
+    model = ["evaluate", "--model", str(run / "student.safetensors"), "--predictions", str(tmp_path / "said")]
+    assert main([*model, *options(name, root)]) == 0
+    text = capsys.readouterr().out
+    for metric, value in summary["scores"]["after"].items():
+        assert any(metric in line and f"{value:.1f}" in line for line in text.splitlines())
+    content = (tmp_path / "said" / PREDICTIONS[name]).read_text(encoding="utf-8")
+    rows = json.loads(content) if content.startswith("[") else content.splitlines()
+    assert len(rows) == summary["test_items"]
+
+
+def test_dali_distils_and_evaluates_the_same_items(make_coca, student_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is optional: pip install nvidia-dali-cuda130")
+    distilled("vqav2", tmp_path / "data", tmp_path / "run", make_coca, student_file, "dali")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_items"] == 12
+
+
+def test_finetune_makes_the_teacher_of_official_data(make_coca, tmp_path: Path) -> None:
+    root, start = tmp_path / "data", tmp_path / "start.safetensors"
+    MAKERS["vqav2"](root)
+    save_coca(make_coca(16, 1, None), start)
+    words = f"finetune --model {start} --task vqa --run {tmp_path / 'run'} --steps 2 --batch_size 4 --threads 1"
+    assert main([*words.split(), *options("vqav2", root)]) == 0
+    assert "accuracy" in json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
+
+
+def test_mistakes_are_one_line(
+    brief: list[str], student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    MAKERS["vqav2"](root)
+    run = ["--run", str(tmp_path / "run")]
+    for words, complaint in (
+        (["--data.name", "vqav2"], "root, the folder that vqav2 was downloaded to"),
+        (options("vqav2", root), "data vqav2 serves task vqa, not captioning"),
+        ([*options("vqav2", tmp_path / "none"), "--task", "vqa"], "is not a folder"),
+        ([*options("vqav2", root), "--task", "vqa"], "has a head for vqa"),
+    ):
+        assert main([*brief, *run, *words]) == 2
+        line = capsys.readouterr().err
+        assert complaint in line
+        assert line.count("\n") == 1
+    assert main(["evaluate", "--model", str(student_file), *options("vqav2", root), "--data.test", "test"]) == 2
+    assert "has no head for vqa" in capsys.readouterr().err
+
+
+def official(name: DataName, root: Path, rank: int = 0, world_size: int = 1, max_rejected: float = 0.0) -> OfficialTask:
+    return OfficialTask(
+        name,
+        root,
+        OfficialSplits(),
+        LoaderConfig(engine="torch", workers=0, max_rejected=max_rejected),
+        word_tokenizer(),
+        picture_size=32,
+        text_length=9,
+        answers=3129,
+        rank=rank,
+        world_size=world_size,
+        report=root / "rejected.jsonl",
+    )
+
+
+def test_training_batches_are_a_function_of_their_number_and_ranks_share_them(tmp_path: Path) -> None:
+    MAKERS["snli_ve"](tmp_path)
+    data = official("snli_ve", tmp_path)
+    batches = [data.training_batch(number, 4) for number in range(4)]
+    again = data.training_batch(2, 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, batches[2], strict=True))
+    assert again.images.shape == (4, 1, 3, 32, 32)
+    assert again.tokens.shape == (4, 9)
+    halves = [official("snli_ve", tmp_path, rank, 2).training_batch(1, 2) for rank in (0, 1)]
+    for whole, *parts in zip(batches[1], *halves, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_an_unusable_picture_is_left_out_of_an_evaluation_and_named(tmp_path: Path) -> None:
+    MAKERS["folder"](tmp_path)
+    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    data = official("folder", tmp_path, max_rejected=0.2)
+    seen = [index for batch in data.held_batches("validation", 5) for index in batch.indices]
+    assert seen == [index for index in range(12) if index != 3]
+    assert len(data.probe_batch(12).tokens) == 11
+    (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "pictures/3.jpg"
