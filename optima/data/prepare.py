@@ -25,7 +25,7 @@ from optima.data.loader import LoaderConfig
 from optima.data.record import ImageSource, Records, Rejection, Unusable, write_rejections
 from optima.data.records import ANSWERS, FORMATS, DataName, open_records
 from optima.data.shards import Tokens, pack
-from optima.data.tokenizer import VOCABULARY, word_tokenizer
+from optima.data.tokenizer import named_tokenizer
 from optima_core.errors import OptimaError
 
 _CHUNK = 1024  # pictures that are handed to the threads at a time
@@ -42,7 +42,7 @@ class PrepareConfig:
         out: Folder for the shards and the lists of rejected and converted items.
         pack: Write tar shards after the check.
         shard_mib: Size at which a shard is closed, MiB.
-        tokenizer: Also pack the texts as tokens: of "words" or a vocabulary file; null packs none.
+        tokenizer: Also pack the texts as tokens: of "words", "clip" or a tokenizer's file; null packs none.
         text_length: Tokens in a row of text.
         answers: Size of VQAv2's answer vocabulary.
         max_rejected: Share of a split, 0 to 1, that may be unusable; above it nothing is packed.
@@ -108,7 +108,7 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
     if config.tokenizer is not None:
         tokens = Tokens(
             config.tokenizer,
-            word_tokenizer(VOCABULARY if config.tokenizer == "words" else Path(config.tokenizer)),
+            named_tokenizer(config.tokenizer),
             config.text_length,
         )
     opened, missing = _open(config)
@@ -163,7 +163,7 @@ def look(source: ImageSource) -> PictureReport:
     try:
         data = source.read()
         header = inspect(data)
-        decode(data, header)
+        decode(data, header, reuse=True)
     except Unusable as fault:
         return PictureReport(0, (), fault)
     return PictureReport(len(data), header.traits, None)

@@ -119,7 +119,7 @@ def picture(data: bytes, header: Header, window: Window, config: TransformConfig
         math.ceil(header.height * REDUCING_GAP * size / window.height),
         math.ceil(header.width * REDUCING_GAP * size / window.width),
     )
-    pixels = decode(data, header, least)
+    pixels = decode(data, header, least, reuse=True)
     across, down = pixels.shape[1] / header.width, pixels.shape[0] / header.height
     left, top = round(window.left * across), round(window.top * down)
     right = max(left + 1, round((window.left + window.width) * across))
