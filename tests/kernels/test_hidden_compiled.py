@@ -1,79 +1,13 @@
-"""The hidden-state and vocabulary kernels: bytes counted in the interpreter, and code compiled for absent GPUs."""
+"""The hidden-state and vocabulary kernels compiled for GPUs that are not here."""
 
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
-import torch
-
-from optima_kernels import hidden_mse, linear_kl
 
 pytest.importorskip("triton")
-
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in Triton's interpreter")
-
-
-@pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes loaded and stored by launches from now on, and how many launches there were, by kernel."""
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
-
-    counts: Counter[str] = Counter()
-    current = ["none"]
-    load, store, launch = (
-        InterpreterBuilder.create_masked_load,
-        InterpreterBuilder.create_masked_store,
-        GridExecutor.__call__,
-    )
-
-    def size(pointers, mask) -> int:
-        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
-
-    def counted_load(self, pointers, mask, *rest):
-        counts[current[0]] += size(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def counted_store(self, pointers, value, mask, *rest):
-        counts[current[0]] += size(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def counted_launch(self, *arguments, **options):
-        current[0] = self.fn.__name__
-        return launch(self, *arguments, **options)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-    monkeypatch.setattr(GridExecutor, "__call__", counted_launch)
-    return counts
-
-
-@interpreted
-@pytest.mark.parametrize("normalize", [None, "layernorm", "l2"])
-def test_unprojected_states_are_read_and_their_gradient_written_once(
-    normalize: str | None, seed: int, moved: Counter[str]
-) -> None:
-    h_s, h_t = torch.randn(2, 37, 200)
-    hidden_mse(h_s.requires_grad_(), h_t, normalize=normalize, backend="triton")
-    assert 1.0 <= moved["row_kernel"] / (3 * h_s.numel() * 4) <= 1.15, f"seed {seed}"
-
-
-@interpreted
-def test_logits_are_read_and_their_gradient_written_once(seed: int, moved: Counter[str]) -> None:
-    h, w = torch.randn(16, 8), torch.randn(5000, 8)
-    linear_kl(h.requires_grad_(), w, h.detach() + 1.0, w, backend="triton")
-    assert 1.0 <= moved["divergence_kernel"] / (3 * 16 * 5000 * 4) <= 1.15, f"seed {seed}"
-
-
-@interpreted
-def test_a_closed_gate_reads_the_gate_alone(seed: int, moved: Counter[str]) -> None:
-    h_s, h_t, weight = torch.randn(64, 40), torch.randn(64, 48), torch.randn(48, 40)
-    hidden_mse(h_s.requires_grad_(), h_t, weight.requires_grad_(), gate=torch.zeros(()), backend="triton")
-    owed = (h_s.numel() + weight.numel() + 64 * 2) * 4
-    assert owed <= sum(moved.values()) <= owed + 64 * 4, f"seed {seed}"
-
 
 COMPILE = """
 import json, sys

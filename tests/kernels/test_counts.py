@@ -1,0 +1,219 @@
+"""What every kernel reads, writes and computes, counted in the interpreter and held to the floors of its loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from optima_kernels import attention_map_loss, hidden_mse, linear_kl
+from optima_kernels.dispatch import INTERPRETED
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from optima_kernels.counts import OUTSIDE, Launch, counting, tilings_of  # noqa: E402
+from optima_kernels.triton import hidden as hidden_kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
+
+FLOAT = 4  # bytes
+N, WIDTH = 64, 16  # queries and keys: whole tiles
+TOKENS, D_S, D_T = 64, 32, 96
+ROWS, VOCABULARY, D = 8, 1000, 8
+
+
+def attention(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    tensors = [torch.randn(1, 2, N, WIDTH, dtype=dtype, requires_grad=i < 2) for i in range(4)]
+    return attention_map_loss(*tensors, kind=kind, backend="triton", **options)
+
+
+def hidden(normalize: str | None, *, projected: bool, **options: Any) -> Tensor:
+    h_s, h_t = torch.randn(TOKENS, D_S if projected else D_T, requires_grad=True), torch.randn(TOKENS, D_T)
+    weight = torch.randn(D_T, D_S, requires_grad=True) if projected else None
+    return hidden_mse(h_s, h_t, weight, normalize=normalize, backend="triton", **options)
+
+
+def vocabulary(divergence: str, *, labelled: bool = False, **options: Any) -> Tensor:
+    h_s, h_t = torch.randn(ROWS, D, requires_grad=True), torch.randn(ROWS, D)
+    heads = torch.randn(2, VOCABULARY, D)
+    labels = torch.randint(0, VOCABULARY, (ROWS,)) if labelled else None
+    loss = linear_kl(
+        h_s, heads[0].requires_grad_(), h_t, heads[1], labels=labels, divergence=divergence, backend="triton", **options
+    )
+    return sum(loss) if isinstance(loss, tuple) else loss
+
+
+FAMILIES: dict[str, Callable[..., Tensor]] = {
+    "attention kl": lambda **options: attention("kl", **options),
+    "attention mse": lambda **options: attention("mse", **options),
+    "hidden": lambda **options: hidden(None, projected=True, **options),
+    "hidden layernorm": lambda **options: hidden("layernorm", projected=True, **options),
+    "rows": lambda **options: hidden(None, projected=False, **options),
+    "rows l2": lambda **options: hidden("l2", projected=False, **options),
+    "forward": lambda **options: vocabulary("forward", **options),
+    "reverse": lambda **options: vocabulary("reverse", **options),
+    "jsd": lambda **options: vocabulary("jsd", **options),
+    "forward and cross entropy": lambda **options: vocabulary("forward", labelled=True, **options),
+}
+# Kernels without a product, which nothing but memory should bind.
+STREAMS = {"row_kernel", "divergence_kernel"}
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, list[Launch]]:
+    """The launches of each family, forward and backward."""
+    result = {}
+    for name, loss in FAMILIES.items():
+        with counting() as launches:
+            loss().backward()
+        result[name] = launches
+    return result
+
+
+def of(launches: list[Launch], kernel: str) -> list[Launch]:
+    return [launch for launch in launches if launch.kernel == kernel]
+
+
+def test_every_kernel_is_counted(counted: dict[str, list[Launch]]) -> None:
+    kernels = {launch.kernel for launches in counted.values() for launch in launches}
+    attention, hidden = {"lse_kernel", "query_kernel", "key_kernel"}, {"difference_kernel", "row_kernel"}
+    assert kernels == attention | hidden | {"state_kernel", "weight_kernel", "logits_kernel", "divergence_kernel"}
+
+
+def test_no_access_is_outside_of_an_argument(counted: dict[str, list[Launch]]) -> None:
+    for name, launches in counted.items():
+        for launch in launches:
+            assert OUTSIDE not in launch.loaded | launch.stored, f"{name}, {launch.kernel}"
+
+
+@pytest.mark.parametrize(("kind", "walks"), [("kl", 2), ("mse", 3)])
+def test_two_exps_per_map_element_and_walk(kind: str, walks: int, counted: dict[str, list[Launch]]) -> None:
+    elements = 2 * N * N
+    launches = counted[f"attention {kind}"]
+    passes = of(launches, "query_kernel") + of(launches, "key_kernel")
+    assert [launch.exps for launch in passes] == [2 * elements] * walks
+    # One an element, and one a row and key tile.
+    assert [launch.exps for launch in of(launches, "lse_kernel")] == [pytest.approx(elements, rel=0.05)] * 2
+
+
+def test_known_log_sums_save_their_passes() -> None:
+    lse = torch.zeros(1, 2, N)
+    with counting() as launches:
+        attention("kl", lse_s=lse, lse_t=lse)
+    assert [launch.kernel for launch in launches] == ["query_kernel", "key_kernel"]
+
+
+@pytest.mark.parametrize(("kind", "products"), [("kl", [3, 3]), ("mse", [2, 3, 3])])
+def test_attention_makes_two_products_of_scores_and_one_of_gradients_a_walk(
+    kind: str, products: list[int], counted: dict[str, list[Launch]]
+) -> None:
+    launches = counted[f"attention {kind}"]
+    passes = of(launches, "query_kernel") + of(launches, "key_kernel")
+    assert [launch.flops for launch in passes] == [x * 2 * 2 * N * N * WIDTH for x in products]
+
+
+def test_a_query_walk_reads_queries_once_and_keys_once_a_tile(counted: dict[str, list[Launch]]) -> None:
+    (walk,) = of(counted["attention kl"], "query_kernel")
+    size = 2 * N * WIDTH * FLOAT
+    assert [walk.loaded[name] for name in ("q_s", "q_t", "k_s", "k_t")] == [size, size, 2 * size, 2 * size]
+    assert walk.read["k_s"] == walk.written["grad_q"] == walk.stored["grad_q"] == size
+
+
+def test_projected_states_cost_three_products_and_one_stored_difference(counted: dict[str, list[Launch]]) -> None:
+    launches = counted["hidden"]
+    assert [launch.kernel for launch in launches] == ["difference_kernel", "state_kernel", "weight_kernel"]
+    assert {launch.flops for launch in launches} == {2 * TOKENS * D_S * D_T}
+    assert launches[0].stored["difference"] == TOKENS * D_T * FLOAT
+    for launch in launches:
+        assert launch.stored == launch.written, launch.kernel
+
+
+@pytest.mark.parametrize("family", ["rows", "rows l2", "hidden layernorm"])
+def test_rows_are_read_and_their_gradient_written_once(family: str, counted: dict[str, list[Launch]]) -> None:
+    (launch,) = of(counted[family], "row_kernel")
+    assert 1.0 <= launch.moved / (3 * TOKENS * D_T * FLOAT) <= 1.15
+
+
+@pytest.mark.parametrize(
+    ("family", "written"),
+    [("forward", [1]), ("reverse", [0, 1]), ("jsd", [0, 1]), ("forward and cross entropy", [0, 1])],
+)
+def test_a_launch_reads_logits_once_and_writes_their_gradient_once(
+    family: str, written: list[int], counted: dict[str, list[Launch]]
+) -> None:
+    launches = of(counted[family], "divergence_kernel")
+    floors = [(2 + gradient) * ROWS * VOCABULARY * FLOAT for gradient in written]
+    assert len(launches) == len(floors)
+    for launch, floor in zip(launches, floors, strict=True):
+        assert 1.0 <= launch.moved / floor <= 1.15
+
+
+def test_memory_bound_kernels_move_what_they_must(counted: dict[str, list[Launch]]) -> None:
+    for name, launches in counted.items():
+        for launch in launches:
+            is_stream = launch.kernel in STREAMS or (launch.kernel == "lse_kernel" and "shares" in launch.loaded)
+            if is_stream:
+                assert launch.moved / launch.floor <= 1.15, f"{name}, {launch.kernel}"
+
+
+def test_logits_are_made_once_and_written_once(counted: dict[str, list[Launch]]) -> None:
+    for launch in of(counted["forward"], "logits_kernel"):
+        assert launch.stored["z"] == launch.written["z"] == ROWS * VOCABULARY * FLOAT
+        assert launch.exps >= 2 * ROWS * VOCABULARY
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_closed_gate_reads_the_gate_alone(family: str) -> None:
+    with counting() as launches:
+        FAMILIES[family](gate=torch.zeros(())).backward()
+    for launch in launches:
+        assert set(launch.loaded) == {"gate"}, launch.kernel
+        assert launch.flops == launch.exps == 0, launch.kernel
+
+
+@triton.jit
+def load_twice(base, o_row, o_column, stride, m_row, m_column, WIDEN: tl.constexpr):
+    pointers = base + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
+    b_x = tl.load(pointers, mask=m_row[:, None] & m_column[None, :], other=0.0)
+    b_x = tl.load(pointers, mask=m_row[:, None] & m_column[None, :], other=0.0)
+    return b_x.to(tl.float32)
+
+
+def test_a_planted_extra_load_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_kernels, "load_tile", load_twice)
+    with counting() as launches:
+        FAMILIES["rows"]()
+    assert launches[0].moved / launches[0].floor > 1.15
+    assert launches[0].loaded["x"] == 2 * launches[0].read["x"]
+
+
+@triton.jit
+def doubled_exp(b_p_s, b_p_t, b_row_term, MSE: tl.constexpr):
+    return tl.exp2(b_p_s) - b_p_t
+
+
+def test_a_planted_exponential_and_a_read_past_the_end_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optima_kernels.triton import attention as attention_kernels
+
+    monkeypatch.setattr(attention_kernels, "_score_gradient", doubled_exp)
+    with counting() as launches:
+        attention("kl")
+    assert of(launches, "key_kernel")[0].exps == 3 * 2 * N * N
+
+    @triton.jit
+    def shifted(x, out):
+        tl.store(out, tl.load(x + 8))
+
+    with counting() as launches:
+        buffer = torch.zeros(9)
+        shifted[(1,)](buffer[:8], buffer[:1])
+    assert launches[0].loaded == {OUTSIDE: FLOAT}
+
+
+def test_launches_are_cut_as_on_the_named_gpu() -> None:
+    with tilings_of("sm_90"), counting() as launches:
+        attention("kl", torch.bfloat16)
+    assert [launch.programs for launch in launches] == [2 * N // 64] * 4
+    assert of(launches, "query_kernel")[0].loaded["q_s"] == 2 * N * WIDTH * 2
