@@ -10,18 +10,19 @@ mean, the sample weights, the gate and the incoming gradient are factors per sam
 Between the passes two tensors of the size of q_s and k_s are alive, and no teacher tensor is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.attention_problem import HeadMatching, Kind, MapLayer, MapOptions, empty_gradients
+from optima_kernels.attention_problem import HeadMatching, Kind, MapLayer, MapOptions, MapSums, empty_gradients
 from optima_kernels.blocked import attention as blocked
 from optima_kernels.checks import check_choice, check_device, check_floating, check_gate, check_layers, check_shape
-from optima_kernels.dispatch import choose_backend, compute_dtype
+from optima_kernels.dispatch import choose_backend, closed_gates, compute_dtype
 from optima_kernels.reference import PerLayer, apply_gate, per_layer, regroup_heads
+from optima_kernels.registration import FusedOperator, multiply
 
 
 def attention_map_loss(
@@ -73,8 +74,8 @@ def attention_map_loss(
             it. It saves the triton backend a pass and changes nothing else; rows without a key may hold anything.
         lse_t: the teacher's.
         sample_weight: w, [B]; 1 if not given.
-        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and the triton backend does
-            no work.
+        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and no work is done, on a
+            CPU or by the triton backend.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere.
 
     Returns:
@@ -188,9 +189,7 @@ def attention_map_losses(
         backend=chosen,
         with_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (*q_s, *k_s)),
     )
-    if torch.compiler.is_compiling():
-        return cast(Tensor, _operator(tensors, *problem)[0])
-    return cast(Tensor, _Eager.apply(problem, *tensors)[0])  # type: ignore[no-untyped-call]
+    return _operator(tensors, *problem)[0]
 
 
 LAYER_ARGUMENTS = 9  # q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, sample_weight
@@ -232,73 +231,7 @@ class Problem(NamedTuple):
         return [tensors[slot] if slot >= 0 else None for slot in slots]
 
 
-def _losses_and_gradients(tensors: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses [L], gradients of plain sums (q and k of every layer), and the factor [L, B] to multiply those by."""
-    layers, gate = problem.layers(tensors), problem.gate(tensors)
-    options = MapOptions(cast(Kind, problem.kind), problem.mean_heads, problem.causal)
-    if problem.backend == "triton":
-        from optima_kernels.triton import attention as triton
-
-        sums = triton.attention_map_sums(layers, options, problem.with_grad, gate)
-    else:
-        sums = blocked.attention_map_sums(layers, options, problem.with_grad)
-    total, count = torch.stack([x.total for x in sums]), torch.stack([x.terms for x in sums])
-    weights = zip(problem.sample_weights(tensors), total, strict=True)
-    weight = torch.stack([torch.ones_like(sums) if w is None else w.to(sums.dtype) for w, sums in weights])
-    denominator = (weight * count).sum(1)
-    counted = denominator > 0
-    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
-    losses = apply_gate(torch.where(counted, (factor * total).sum(1), 0), gate)
-    factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
-    return losses, factor, [x for layer in sums for x in (layer.grad_q, layer.grad_k) if x is not None]
-
-
-def _backward(multiply: Callable[[Tensor, Tensor], Tensor], ctx: Any, losses_grad: Tensor) -> list[Tensor | None]:
-    """The gradient of every tensor of the operator's list."""
-    factor, *gradients = ctx.saved_tensors
-    per_sample = (losses_grad[:, None] * factor)[:, :, None, None, None]
-    result: list[Tensor | None] = [None] * ctx.arguments
-    for i, (slot, dtype, gradient) in enumerate(zip(ctx.students, ctx.dtypes, gradients, strict=True)):
-        result[slot] = multiply(gradient, per_sample[i // 2]).to(dtype)
-    return result
-
-
-def _multiply_in_place(saved: Tensor, factor: Tensor) -> Tensor:
-    """`saved * factor` in the memory of `saved`, unless a second backward pass or a transform may come to read it."""
-    if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
-        return saved * factor
-    return saved.mul_(factor)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    @staticmethod
-    def forward(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
-        losses, factor, gradients = _losses_and_gradients(tensors, problem)
-        return losses, factor, *gradients
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:])
-        ctx.students = problem.students()
-        ctx.dtypes = [tensors[i].dtype for i in ctx.students]
-        ctx.arguments = len(tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, losses_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if losses_grad is None:
-            return (None,) * (int(ctx.arguments) + 1)
-        gradients: list[Tensor | None] = _backward(_multiply_in_place, ctx, losses_grad)
-        return None, *gradients
-
-
-@torch.library.custom_op("optima_kernels::attention_map_losses", mutates_args=())
-def _operator(
+def _forward(
     tensors: Sequence[Tensor],
     slots: Sequence[int],
     scales_s: Sequence[float],
@@ -308,35 +241,69 @@ def _operator(
     causal: bool,
     backend: str,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> list[Tensor]:
+    """Losses [L], the factor [L, B] to multiply gradients by, and those of plain sums (q and k of every layer)."""
     problem = Problem(slots, scales_s, scales_t, kind, mean_heads, causal, backend, with_grad)
-    return _losses_and_gradients(tensors, problem)
+    layers, gate = problem.layers(tensors), problem.gate(tensors)
+    options = MapOptions(cast(Kind, kind), mean_heads, causal)
+    if backend == "triton":
+        from optima_kernels.triton import attention as triton
+
+        sums = triton.attention_map_sums(layers, options, with_grad, gate)
+    else:
+        sums = [
+            _nothing(layer, with_grad) if closed else blocked.attention_map_sums([layer], options, with_grad)[0]
+            for layer, closed in zip(layers, closed_gates(gate, len(layers)), strict=True)
+        ]
+    total, count = torch.stack([x.total for x in sums]), torch.stack([x.terms for x in sums])
+    weights = zip(problem.sample_weights(tensors), total, strict=True)
+    weight = torch.stack([torch.ones_like(sums) if w is None else w.to(sums.dtype) for w, sums in weights])
+    denominator = (weight * count).sum(1)
+    counted = denominator > 0
+    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
+    losses = apply_gate(torch.where(counted, (factor * total).sum(1), 0), gate)
+    factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
+    return [losses, factor, *(x for layer in sums for x in (layer.grad_q, layer.grad_k) if x is not None)]
 
 
-@_operator.register_fake
-def _fake(tensors: Sequence[Tensor], slots: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    problem = Problem(slots, *rest)
+def _nothing(layer: MapLayer, with_grad: bool) -> MapSums:
+    """What a layer behind a closed gate has."""
+    gradients = [x.zero_() for x in empty_gradients(layer, keys_last=True)] if with_grad else [None, None]
+    zeros = layer.q_s.new_zeros(layer.q_s.shape[0], dtype=compute_dtype(*layer[:4]))
+    return MapSums(zeros, zeros, *gradients)
+
+
+def _fake(tensors: Sequence[Tensor], *options: Any) -> list[Tensor]:
+    problem = Problem(*options)
     layers = problem.layers(tensors)
     dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
     factor = tensors[0].new_empty((len(layers), tensors[0].shape[0]), dtype=dtype)
     keys_last = problem.backend == "blocked" or problem.mean_heads
     gradients = [x for layer in layers for x in empty_gradients(layer, keys_last)] if problem.with_grad else []
-    return factor.new_empty(len(layers)), factor, gradients
+    return [factor.new_empty(len(layers)), factor, *gradients]
 
 
-def _setup_operator_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    tensors, *rest = inputs
-    ctx.save_for_backward(output[1], *output[2])
-    ctx.students = Problem(*rest).students()
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    tensors, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.students = Problem(*options).students()
     ctx.dtypes = [tensors[i].dtype for i in ctx.students]
-    ctx.arguments = len(tensors)
+    ctx.tensors = len(tensors)
 
 
-def _operator_backward(ctx: Any, losses_grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    return _backward(torch.mul, ctx, losses_grad), *(None,) * len(Problem._fields)
+def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    result: list[Tensor | None] = [None] * ctx.tensors
+    if d_losses is not None:
+        factor, *gradients = ctx.saved_tensors
+        per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
+        for i, (slot, dtype, gradient) in enumerate(zip(ctx.students, ctx.dtypes, gradients, strict=True)):
+            result[slot] = multiply(gradient, per_sample[i // 2], in_graph).to(dtype)
+    return result, *(None,) * len(Problem._fields)
 
 
-_operator.register_autograd(_operator_backward, setup_context=_setup_operator_context)
+_operator = FusedOperator("attention_map_losses", _forward, _fake, _setup_context, _backward)
 
 
 def _check_layer(

@@ -10,6 +10,7 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Backend = Literal["reference", "blocked", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -51,3 +52,13 @@ def _is_trusted(loss: str, device: torch.device) -> bool:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that sums are kept in: float32, or float64 when any of `tensors` is float64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def closed_gates(gate: Tensor | None, losses: int) -> list[bool]:
+    """Which gates of `losses` losses are 0, as far as that can be seen without waiting: on a CPU, and not in a trace.
+
+    The Triton kernels see it themselves.
+    """
+    if gate is None or gate.device.type != "cpu" or isinstance(gate, FakeTensor):
+        return [False] * losses
+    return [value == 0 for value in gate.flatten().tolist()]

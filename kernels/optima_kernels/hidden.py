@@ -23,8 +23,8 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import Backend, choose_backend, compute_dtype
-from optima_kernels.hidden_problem import HiddenLayer, HiddenTensors
+from optima_kernels.dispatch import Backend, choose_backend, closed_gates, compute_dtype
+from optima_kernels.hidden_problem import Gradients, HiddenLayer, HiddenTensors, Solution
 from optima_kernels.reference import PerLayer, apply_gate, per_layer
 from optima_kernels.registration import FusedOperator, multiply
 from optima_kernels.tokens import token_weight
@@ -60,8 +60,8 @@ def hidden_mse(
             length, at least 1e-12) of both the projected state and the teacher state before the difference.
         mask: bool, broadcastable to [...]; True counts.
         sample_weight: [B], B being the first dimension of `h_s`.
-        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and the triton backend does
-            no work.
+        gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and no work is done, on a
+            CPU or by the triton backend.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
             blocked.
 
@@ -165,8 +165,17 @@ def _forward(
 
         solutions = triton.hidden_mses(layers, normalize, gate)
     else:
-        solutions = [blocked.hidden_mse(layer, normalize) for layer in layers]
+        solutions = [
+            _nothing(layer) if closed else blocked.hidden_mse(layer, normalize)
+            for layer, closed in zip(layers, closed_gates(gate, len(layers)), strict=True)
+        ]
     return [torch.stack([x.loss for x in solutions]), *(g for x in solutions for g in x.gradients)]
+
+
+def _nothing(layer: HiddenLayer) -> Solution:
+    """What a layer behind a closed gate has."""
+    gradients = Gradients(*(x.zero_() for x in layer.empty_gradients()))
+    return Solution(layer.tensors.h_s.new_zeros((), dtype=layer.dtype), gradients)
 
 
 def _fake(tensors: Sequence[Tensor], slots: Sequence[int], wants: Sequence[bool], *_: Any) -> list[Tensor]:

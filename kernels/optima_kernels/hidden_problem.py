@@ -7,6 +7,12 @@ from torch import Tensor
 
 from optima_kernels.dispatch import compute_dtype
 
+# Normalised rows of at most so many features are compared in float64. Normalisation takes the part along the row (and,
+# for layernorm, along the mean) from a gradient. In a row of two features that leaves a rounding error, since there is
+# no other direction; of n features on average all but 2 / n is left, and the chance that less than a share x is falls
+# as x^(n - 2).
+NARROW = 8
+
 
 class Gradients(NamedTuple):
     """Gradients of the student state [T, D_s], in its dtype, and of weight and bias, in the dtype of the loss.

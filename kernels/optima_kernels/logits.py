@@ -26,7 +26,7 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import choose_backend, compute_dtype
+from optima_kernels.dispatch import choose_backend, closed_gates, compute_dtype
 from optima_kernels.logits_problem import Gradients, Problem
 from optima_kernels.reference import apply_gate
 from optima_kernels.registration import FusedOperator, multiply
@@ -77,8 +77,8 @@ def linear_kl(
             logits at T = 1, averaged over tokens that `mask` keeps and whose label is not `ignore_index`.
         ignore_index: the label of a token that has none.
         mask: bool, broadcastable to [...]; True counts. What a masked token holds does not matter.
-        gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and the triton
-            backend does no work.
+        gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and no work is
+            done, on a CPU or by the triton backend.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
             blocked.
 
@@ -224,12 +224,25 @@ def _check_options(temperature: float, divergence: str, beta: float) -> None:
         )
 
 
-def _sweep(backend: str, problem: Problem, *arguments: Any) -> tuple[Tensor, Gradients]:
+def _sweep(
+    backend: str,
+    problem: Problem,
+    divergence_weight: Tensor,
+    labels: Tensor | None,
+    label_weight: Tensor | None,
+    wants: tuple[bool, bool, bool],
+    gate: Tensor | None,
+) -> tuple[Tensor, Gradients]:
+    """See `logits_problem`."""
+    arguments = (divergence_weight, labels, label_weight, wants)
     with torch.autocast(problem.h_s.device.type, enabled=False):
         if backend == "triton" and problem.dtype != torch.float64:
             from optima_kernels.triton import logits as triton
 
-            return triton.sweep(problem, *arguments)
+            return triton.sweep(problem, *arguments, gate)
+        if closed_gates(gate, 1)[0]:
+            gradients = Gradients(*(x.zero_() for x in Gradients.empty(problem, wants)))
+            return problem.h_s.new_zeros(2, dtype=problem.dtype), gradients
         return blocked.sweep(problem, *arguments)
 
 

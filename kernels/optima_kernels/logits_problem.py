@@ -1,9 +1,9 @@
 """What a backend of `linear_kl` is asked, and what it answers.
 
-Each backend is one function, `sweep(problem, divergence_weight, labels, label_weight, wants, gate)`. It returns, over
-all tokens, the weighted sums [2] of divergence (at the problem's temperature) and of cross entropy (at 1; 0 without
-labels), and the gradients of `temperature * divergence + cross entropy`. Tokens whose weights [T] are 0 may hold
-anything.
+Each backend is one function, `sweep(problem, divergence_weight, labels, label_weight, wants)`, to which Triton adds the
+gate. It returns, over all tokens, the weighted sums [2] of divergence (at the problem's temperature) and of cross
+entropy (at 1; 0 without labels), and the gradients of `temperature * divergence + cross entropy`. Tokens whose weights
+[T] are 0 may hold anything.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,6 @@
-"""Seeds that are printed, and how many random problems are tried."""
+"""How many random problems are tried, and where."""
 
 import os
-import random
 import sys
 from pathlib import Path
 
@@ -20,15 +19,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kernels")
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """A fresh seed, set for torch and printed with a failing test; OPTIMA_TEST_SEED repeats a run."""
-    value = int(os.environ.get("OPTIMA_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"OPTIMA_TEST_SEED={value} reproduces {request.node.nodeid}")
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture

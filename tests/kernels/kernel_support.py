@@ -1,7 +1,11 @@
-"""What the kernel tests share: closeness, and buffers fenced by NaN."""
+"""What the kernel tests share: closeness, how close can be asked for, and buffers fenced by NaN."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GUARD = 67
 
@@ -20,6 +24,72 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, 
     difference = (actual.double() - expected.double()).square().mean().sqrt().item() if actual.numel() else 0.0
     size = expected.double().square().mean().sqrt().item() if expected.numel() else 0.0
     assert difference <= max(tolerance * size, floor), f"{what}: RMS error {difference:.3e}, RMS size {size:.3e}"
+
+
+class RoundedTo(TorchDispatchMode):
+    """Monte Carlo arithmetic: float64, but every result is off at random by at most one rounding to `dtype`.
+
+    A matrix product of K terms is rounded K times, which adds up like a random walk. A log-softmax is off by what its
+    row's logarithm of a sum is off, too: by a rounding of the sum, and one of the logarithm.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unit = torch.finfo(dtype).eps / 2
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return results  # a view, or in place
+        is_product = func.overloadpacket.__name__ in ("mm", "addmm", "bmm")
+        unit = self.unit * (args[-1].shape[-2] ** 0.5 if is_product else 1.0)
+        if isinstance(results, tuple):
+            return type(results)(self._rounded(result, unit) for result in results)
+        if func.overloadpacket.__name__ == "_log_softmax":
+            log_sum = results.abs().amin(-1, keepdim=True)  # less the row's maximum
+            results = results + self._rounded(1.0 + log_sum, unit) - (1.0 + log_sum)
+        return self._rounded(results, unit)
+
+    def _rounded(self, result: Any, unit: float) -> Any:
+        if not (isinstance(result, Tensor) and result.dtype == torch.float64):
+            return result
+        return result * (1.0 + unit * (2.0 * torch.rand(result.shape, dtype=torch.float64) - 1.0))
+
+
+def assert_agree(
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    tolerance: float,
+    solve: Callable[[], Mapping[str, Tensor]],
+    dtype: torch.dtype,
+    what: str,
+) -> None:
+    """Relative RMS of every value at most `tolerance`, or where the problem is ill-conditioned an error at most
+    `rounding_errors`; `solve` computes `exact` anew."""
+    assert actual.keys() == exact.keys()
+    if any(relative_rms(actual[name], exact[name]) > tolerance for name in exact):
+        floors = rounding_errors(solve, exact, dtype)
+    else:
+        floors = dict.fromkeys(exact, 0.0)
+    for name in exact:
+        assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=floors[name])
+
+
+def rounding_errors(
+    solve: Callable[[], Mapping[str, Tensor]], exact: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """The RMS error that rounding every result to `dtype` may leave in each value that `solve` computes in float64.
+
+    Four times the largest of eight samples of what single roundings do to it, and the spacing of `dtype` around zero.
+    """
+    errors = dict.fromkeys(exact, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    for _ in range(8):
+        with RoundedTo(dtype):
+            sample = solve()
+        for name, value in exact.items():
+            error = (sample[name] - value).square().mean().sqrt().item()
+            errors[name] = max(errors[name], 4.0 * error)
+    return errors
 
 
 class Fenced:

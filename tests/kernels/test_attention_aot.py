@@ -1,4 +1,4 @@
-"""The attention kernels compiled for GPUs that are not here, and their exps counted in the interpreter."""
+"""The attention kernels compiled for GPUs that are not here."""
 
 import os
 import re
@@ -8,13 +8,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from attention_problems import Case
-
-from optima_kernels import attention_map_loss
 
 pytest.importorskip("triton")
 
-# All 24 kernels on four targets take minutes; by default the plain KL kernels of width 64 stand for them.
+# All 48 kernels on four targets take minutes; by default the plain KL kernels of width 64 in bf16 stand for them.
 EVERYTHING = os.environ.get("OPTIMA_TEST_AOT") == "all"
 
 COMPILE = """
@@ -46,7 +43,8 @@ def test_kernels_compile_without_spills_and_use_matrix_instructions(target: str)
         assert files
         for file in files:
             assembly = file.read_text()
-            assert PRODUCTS[target] in assembly, file.name
+            if "fp32" not in file.name or target.startswith("gfx"):
+                assert PRODUCTS[target] in assembly, file.name
             assert int(file.stem.rpartition("-")[2]) <= SHARED[target], file.name
             assert _spilled_bytes(file, target) == 0, file.name
 
@@ -70,35 +68,3 @@ def _spilled_bytes(file: Path, target: str) -> int:
     ]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in Triton's interpreter")
-@pytest.mark.parametrize(("kind", "walks"), [("kl", 2), ("mse", 3)])
-def test_two_exps_per_map_element_and_walk(kind: str, walks: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    counted = 0
-    exp2 = InterpreterBuilder.create_exp2
-
-    def counting(builder: InterpreterBuilder, handle: object) -> object:
-        nonlocal counted
-        counted += handle.data.size  # type: ignore[attr-defined]
-        return exp2(builder, handle)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_exp2", counting)
-    case = Case(seed, queries=64, keys=64)
-    tensors = case.tensors()
-    elements = case.batch * case.heads_s * case.queries * case.keys
-    lse = {
-        f"lse_{side}": (
-            tensors[f"q_{side}"] @ tensors[f"k_{side}"].mT * tensors[f"q_{side}"].shape[-1] ** -0.5
-        ).logsumexp(-1)
-        for side in "st"
-    }
-    tensors["q_s"].requires_grad_()
-    attention_map_loss(**tensors, **lse, kind=kind, backend="triton")
-    assert counted == 2 * walks * elements
-    counted = 0
-    attention_map_loss(**tensors, kind=kind, backend="triton")
-    # Each log-sum-exp pass: one an element, and one a row and key tile.
-    assert counted - 2 * walks * elements == pytest.approx(2 * elements, rel=0.05)

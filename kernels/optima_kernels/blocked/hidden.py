@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optima_kernels.cpu_products import add_product, linear, product
-from optima_kernels.hidden_problem import HiddenLayer, Solution
+from optima_kernels.hidden_problem import NARROW, HiddenLayer, Solution
 from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
 
 # 2 MB of float32: large enough for matrix products at full speed, small enough to stay in the cache. Measured on one
@@ -45,11 +45,11 @@ def hidden_mse(layer: HiddenLayer, normalize: str | None) -> Solution:
             if weights is not None:
                 state, teacher = (x.masked_fill(weights == 0, 0.0) for x in (state, teacher))
             difference, pull_back = _difference(state, teacher, wide_weight, wide_bias, normalize)
-            squares = torch.linalg.vecdot(difference, difference)
+            squares = torch.linalg.vecdot(difference, difference).to(dtype)
             loss += squares.sum() if weights is None else squares.dot(weights[:, 0])
             if not any(layer.wants):
                 continue
-            gradient = pull_back(difference if weights is None else difference.mul_(weights))
+            gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
             if wants_state:
                 gradients.state[rows] = gradient if wide_weight is None else product(gradient, wide_weight)
             if wants_weight:
@@ -69,6 +69,8 @@ def _difference(
         start = torch.neg(teacher) if bias is None else bias - teacher
         return add_product(start, state, weight.t()), _identity
     projected = state if weight is None else linear(state, weight, bias)
+    if teacher.shape[1] <= NARROW:
+        projected, teacher = projected.double(), teacher.double()
     if normalize == "layernorm":
         normalized, pull_back = _layernorm(projected)
         return normalized.sub_(F.layer_norm(teacher, teacher.shape[-1:], eps=LAYERNORM_EPS)), pull_back

@@ -19,6 +19,9 @@ BLOCK_ELEMENTS = 2**23
 BLOCK_TOKENS = 192
 # The rows worked on together have about this many logits of each model: 2 MB of float32.
 CACHED_ELEMENTS = 2**19
+# Rows of at most so many logits are compared in float64, which costs little there: in wider ones the rounding of single
+# probabilities averages out.
+NARROW = 512
 
 
 def sweep(
@@ -27,7 +30,6 @@ def sweep(
     labels: Tensor | None,
     label_weight: Tensor | None,
     wants: tuple[bool, bool, bool],
-    gate: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
     """See `logits_problem`. The gate is the caller's: torch calls cannot leave early without asking the host."""
     p, dtype = problem, problem.dtype
@@ -41,6 +43,7 @@ def sweep(
     gradients.bias.zero_()
     block = min(max(BLOCK_ELEMENTS // vocabulary, BLOCK_TOKENS), max(tokens, 1))
     cached = max(CACHED_ELEMENTS // vocabulary, 1)
+    wide = torch.float64 if vocabulary <= NARROW else dtype
     scratch_s, scratch_t = (p.h_s.new_empty((block, vocabulary), dtype=dtype) for _ in range(2))
 
     for start in range(0, tokens, block):
@@ -52,9 +55,9 @@ def sweep(
         for first in range(0, z_s.shape[0], cached):
             part = slice(first, min(first + cached, z_s.shape[0]))
             of_all = slice(start + part.start, start + part.stop)
-            value, gradient = _divergence(z_s[part], z_t[part], p.divergence, p.beta)
-            sums[0] += value.dot(divergence_weight[of_all])
-            gradient.mul_(divergence_weight[of_all, None])
+            value, gradient = _divergence(z_s[part].to(wide), z_t[part].to(wide), p.divergence, p.beta)
+            sums[0] += value.to(dtype).dot(divergence_weight[of_all])
+            gradient = gradient.to(dtype).mul_(divergence_weight[of_all, None])
             if labels is not None and label_weight is not None:
                 value, extra = _cross_entropy(z_s[part] * p.temperature, labels[of_all], label_weight[of_all])
                 sums[1] += value
@@ -78,23 +81,29 @@ def _divergence(z_s: Tensor, z_t: Tensor, divergence: str, beta: float) -> tuple
     """A value a row, and its gradient in `z_s`; the logits are over temperature.
 
     With u the derivative of the value in P_s, the gradient is P_s (u - sum P_s u), for every divergence.
+
+    A divergence is of second order in r = log(P_s / P_t), a sum of terms of first order. So r is the difference of the
+    logits below their rows' maxima (they are left so) less one number a row, not of two rounded logarithms; and
+    KL(P_t || P_s) is summed as P_s - P_t - P_t r, which that number's rounding cannot reach: it moves P_s and P_t r
+    alike.
     """
-    log_s, log_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    p_s, p_t = (z.sub_(z.amax(-1, keepdim=True)).softmax(-1) for z in (z_s, z_t))
+    log_sum_s, log_sum_t = (-p.amax(-1, keepdim=True).double().log() for p in (p_s, p_t))
+    log_ratio = z_s.sub(z_t).sub_(log_sum_s - log_sum_t)
     if divergence == "forward":
-        p_t = log_t.exp()
-        value = torch.linalg.vecdot(p_t, log_t.sub_(log_s))
-        return value, log_s.exp_().sub_(p_t)
-    p_s = log_s.exp()
+        gradient = p_s.sub_(p_t)
+        return gradient.sub(p_t.mul_(log_ratio)).sum(-1), gradient
     if divergence == "reverse":
-        log_ratio = log_s.sub_(log_t)
-        value = torch.linalg.vecdot(p_s, log_ratio)
-        return value, log_ratio.sub_(value[:, None]).mul_(p_s)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    log_ratio = log_s.sub_(log_m)
-    of_student = torch.linalg.vecdot(p_s, log_ratio)
-    of_teacher = torch.linalg.vecdot(log_t.exp(), log_t - log_m)
-    value = beta * of_teacher + (1.0 - beta) * of_student
-    return value, log_ratio.sub_(of_student[:, None]).mul_(p_s).mul_(1.0 - beta)
+        weighted = p_s * log_ratio
+        mean = weighted.sum(-1, keepdim=True)
+        value = weighted.sub_(p_s).add_(p_t).sum(-1)
+        return value, log_ratio.sub_(mean).mul_(p_s)
+    log_beta, log_rest = (log_ratio.new_tensor(math.log(x)) for x in (beta, 1.0 - beta))
+    over_teacher = torch.logaddexp(log_ratio + log_rest, log_beta)  # log(M / P_t)
+    over_student = torch.logaddexp(log_beta - log_ratio, log_rest)
+    of_student = torch.linalg.vecdot(p_s, over_student)
+    value = (beta - 1.0) * of_student - beta * torch.linalg.vecdot(p_t, over_teacher)
+    return value, over_student.sub_(of_student[:, None]).mul_(p_s).mul_(beta - 1.0)
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from optima_kernels.attention_problem import MapLayer, MapOptions, MapSums, empty_gradients
 from optima_kernels.blocked import attention as blocked
 from optima_kernels.dispatch import INTERPRETED
-from optima_kernels.triton.shipped import MULTIPLE_OF_16, ShippedKernel
+from optima_kernels.triton.shipped import MULTIPLE_OF_16, POINTER, ShippedKernel, on_matrix_units, target_of
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -405,18 +405,29 @@ class Tiling(NamedTuple):
         return {"BI": self.queries, "BJ": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
 
-def tiling(walk: Literal["keys", "queries"], width: int, dtype: torch.dtype, target: str, masked: bool) -> Tiling:
+def tiling(
+    walk: Literal["keys", "queries"], width: int, dtype: torch.dtype, target: str, masked: bool, lone_loss: bool = False
+) -> Tiling:
     """The tiling of a kernel that walks over keys or over queries.
 
     `width` is the wider side's padded head width, `target` "sm_80", ..., "gfx942" or "interpreter", and `masked` tells
-    whether any rule but the ends of the tensors decides who attends to whom.
+    whether any rule but the ends of the tensors decides who attends to whom, `lone_loss` whether it is `query_kernel`
+    without a gradient, whose tiles have as many queries as those with one.
 
-    Fixed, not tuned at run time. Chosen from compiled code: no spilled register for widths up to 128 in bf16 on any
-    target, and 64 rows where a warp group's matrix instruction wants them. The walk over keys holds both maps and the
-    loss, hence fewer keys, and more warps where masks come on top.
+    Fixed, not tuned at run time. Chosen from compiled code: no spilled register for widths up to 128 in bf16 and
+    float32 on any target, and 64 rows where a warp group's matrix instruction wants them. The walk over keys holds both
+    maps and the loss, hence fewer keys, and more warps where masks come on top. float32 takes twice the room, and on
+    NVIDIA its products are multiply-adds that hold their operands in registers.
     """
-    if target == "interpreter" or dtype == torch.float32:
+    if target == "interpreter":
         return Tiling(32, 32, 4, 1)
+    if dtype == torch.float32:
+        if walk == "keys" and width <= 64 and not masked and target.startswith("sm_8"):
+            return Tiling(16, 32, 4, 1)
+        narrow = width > 64 or (masked and target.startswith(("sm_8", "sm_10")))
+        # With no gradient to hold, compilers for NVIDIA keep rows in registers, more than four warps have.
+        spread = lone_loss and width > 64 and not (masked or target.startswith("gfx"))
+        return Tiling(32, 16 if narrow else 32, 8 if spread else 4, 1)
     if target.startswith("gfx"):
         return Tiling(32, 64, 4, 1) if width <= 128 else Tiling(32, 32, 4, 1)
     if walk == "keys":
@@ -430,16 +441,6 @@ def tiling(walk: Literal["keys", "queries"], width: int, dtype: torch.dtype, tar
     if width <= 64:
         return Tiling(64, 64, 4, 2)
     return Tiling(64, 64, 8, 2) if width <= 128 else Tiling(64, 32, 8, 1)
-
-
-def target_of(device: torch.device) -> str:
-    """The name of the device's architecture, as `tiling` takes it."""
-    if INTERPRETED:
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    return (
-        str(properties.gcnArchName).split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    )
 
 
 def attention_map_sums(
@@ -491,7 +492,8 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
     keys, d_t = first.k_s.shape[2], first.q_t.shape[3]
     target, width = target_of(first.q_s.device), _padded(max(d_s, d_t))
     masked = options.causal or first.mask is not None or first.key_lengths is not None
-    over_keys, over_queries = (tiling(walk, width, first.q_s.dtype, target, masked) for walk in ("keys", "queries"))
+    over_queries = tiling("queries", width, first.q_s.dtype, target, masked)
+    over_keys, lone_loss = (tiling("keys", width, first.q_s.dtype, target, masked, lone) for lone in (False, True))
     row_tiles, key_tiles = triton.cdiv(queries, over_keys.queries), triton.cdiv(keys, over_queries.keys)
     mse = options.kind == "mse"
 
@@ -558,7 +560,7 @@ def _launch(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool, ga
             TILES=row_tiles,
             LOSS=loss,
             GRAD=grad,
-            **over_keys.launch(),
+            **(over_keys if grad else lone_loss).launch(),
             **shared,
         )
     if with_grad:
@@ -581,9 +583,10 @@ def _padded(width: int) -> int:
 
 
 def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel for bf16 heads of width 64 and 128, two layers a launch, plain and with all masks at once."""
+    """Every kernel for heads of width 64 and 128 in bf16 and float32, two layers a launch, plain and with all masks."""
     return [
-        _shipped(kernel, target, width, masked, constants)
+        _shipped(kernel, target, width, dtype, masked, constants)
+        for dtype in (torch.bfloat16, torch.float32)
         for width in (64, 128)
         for masked in (False, True)
         for kernel, constants in (
@@ -598,10 +601,16 @@ def shipped_kernels(target: str) -> list[ShippedKernel]:
 
 
 def _shipped(
-    kernel: triton.JITFunction[Any], target: str, width: int, masked: bool, constants: dict[str, bool]
+    kernel: triton.JITFunction[Any],
+    target: str,
+    width: int,
+    dtype: torch.dtype,
+    masked: bool,
+    constants: dict[str, bool],
 ) -> ShippedKernel:
     layers = 2
-    tile = tiling("queries" if kernel is key_kernel else "keys", width, torch.bfloat16, target, masked)
+    walk: Literal["keys", "queries"] = "queries" if kernel is key_kernel else "keys"
+    tile = tiling(walk, width, dtype, target, masked, not constants.get("GRAD", True))
     options: dict[str, Any] = {
         "LAYERS": layers,
         **dict.fromkeys(("D", "D_S", "D_T", "BD", "BD_S", "BD_T"), width),
@@ -620,7 +629,7 @@ def _shipped(
     absent |= {"total", "count"} if not constants.get("LOSS", True) else set()
     absent |= {"grad_q"} if not constants.get("GRAD", True) else set()
     types: dict[str, str | tuple[str, ...]] = {
-        **dict.fromkeys(("q", "k", "q_s", "k_s", "q_t", "k_t"), ("*bf16",) * layers),
+        **dict.fromkeys(("q", "k", "q_s", "k_s", "q_t", "k_t"), (POINTER[dtype],) * layers),
         **dict.fromkeys(("grad_q", "grad_k"), ("*fp32",) * layers),
         **dict.fromkeys(
             ("s_q", "s_k", "s_q_s", "s_k_s", "s_q_t", "s_k_t", "s_mask"), ("i32", "i32", "i32", "constexpr")
@@ -648,6 +657,7 @@ def _shipped(
             attrs[name] = MULTIPLE_OF_16
     words = [kernel.__name__.removesuffix("_kernel"), "mse" if constants.get("MSE") else "kl" if constants else "any"]
     words += ["loss"] * constants.get("LOSS", False) + ["grad"] * constants.get("GRAD", False)
-    words += [f"d{width}", "masked" if masked else "plain"]
+    words += [f"d{width}", "masked" if masked else "plain"] + ["fp32"] * (dtype == torch.float32)
     name = "attention " + " ".join(words)
-    return ShippedKernel(name, kernel, signature, constexprs, attrs, tile.warps, tile.stages, uses_dot=True)
+    uses_dot = on_matrix_units(dtype, target)
+    return ShippedKernel(name, kernel, signature, constexprs, attrs, tile.warps, tile.stages, uses_dot)

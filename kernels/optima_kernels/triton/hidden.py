@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from optima_kernels.dispatch import INTERPRETED
-from optima_kernels.hidden_problem import HiddenLayer, HiddenTensors, Solution
+from optima_kernels.hidden_problem import NARROW, HiddenLayer, HiddenTensors, Solution
 from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
-from optima_kernels.triton.attention import target_of
 from optima_kernels.triton.products import (
     is_closed,
     load_tile,
@@ -33,7 +32,7 @@ from optima_kernels.triton.products import (
     tiling,
     weight_kernel,
 )
-from optima_kernels.triton.shipped import ShippedKernel
+from optima_kernels.triton.shipped import POINTER, ShippedKernel, on_matrix_units, target_of
 
 # A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
 MOST_LAYERS_PER_LAUNCH = 32
@@ -96,7 +95,7 @@ def _normalized(b_x, m_x, D, EPS: tl.constexpr, KIND: tl.constexpr):
 def row_kernel(
     x, h_t, token_weight, gate, gradient, loss, T, D, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr,
-    STORE: tl.constexpr, OWES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    STORE: tl.constexpr, OWES: tl.constexpr, DOUBLE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The loss of whole rows x [T, D], and its gradient in x, which may lie where x does. OWES: zeros if closed."""
     i_l, i_p = tl.program_id(1), tl.program_id(0)
@@ -115,6 +114,8 @@ def row_kernel(
     b_x = load_tile(of_layer(x, i_l, LAYERS), o_r, o_c, s_x, m_counts, m_c, True)
     b_t = load_tile(of_layer(h_t, i_l, LAYERS), o_r, o_c, s_h_t, m_counts, m_c, True)
     m_x = m_counts[:, None] & m_c[None, :]
+    if DOUBLE:
+        b_x, b_t = b_x.to(tl.float64), b_t.to(tl.float64)
     if KIND != 0:
         b_x, b_scale = _normalized(b_x, m_x, D, EPS, KIND)
         b_t, _ = _normalized(b_t, m_x, D, EPS, KIND)
@@ -131,7 +132,7 @@ def row_kernel(
         if KIND == 2:
             b_along = tl.where(b_scale < 1.0 / EPS, tl.sum(b_d * b_x, 1), 0.0)
             b_d = (b_d - b_x * b_along[:, None]) * b_scale[:, None]
-        store_tile(of_layer(gradient, i_l, LAYERS), o_r, o_c, D, m_r, m_c, b_d)
+        store_tile(of_layer(gradient, i_l, LAYERS), o_r, o_c, D, m_r, m_c, b_d.to(tl.float32))
 
 
 def hidden_mses(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor | None) -> list[Solution]:
@@ -219,6 +220,7 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
             EPS=L2_EPS if normalize == "l2" else LAYERNORM_EPS,
             STORE=any(wants),
             OWES=first.weight is None and wants[0],
+            DOUBLE=normalize is not None and d_t <= NARROW,
             **gated,
             **weighted,
             **rows,
@@ -262,35 +264,50 @@ def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor |
 
 
 def row_tiling(width: int) -> dict[str, int]:
-    """About 4096 elements a program: a row is held in registers whole, so that it is read once."""
+    """About 4096 elements a program, in float64 1024: a row is held in registers whole, so that it is read once."""
     columns = triton.next_power_of_2(width)
-    return {"BR": max(4096 // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
+    elements = 1024 if columns <= NARROW else 4096
+    return {"BR": max(elements // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
 
 
 def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel in bf16 with a gate and token weights, two layers a launch; rows of 1024 and 4096 features."""
+    """Every kernel with a gate and token weights, two layers a launch: products in bf16 and float32, rows in bf16.
+
+    Rows of 1024 and 4096 features, and of 8, which are compared in float64.
+    """
     layers = 2
-    dots = {"LAYERS": layers, "GATED": True, "WIDEN": False, "WEIGHTED": True, **tiling(target, True).options()}
-    types: dict[str, str | tuple[str, ...]] = {
-        **dict.fromkeys(("g", "x", "h_s", "h_t", "weight", "bias", "difference"), ("*bf16",) * layers),
+    compare = {"BIASED": True, "COMPARE": True, "STORE": True}
+    spend = {"WEIGHT": True, "BIAS": True, "ACCUMULATE": False}
+    kernels = []
+    for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, " fp32")):
+        uses_dot, types = on_matrix_units(dtype, target), _pointers(dtype, layers)
+        tile = tiling(target, dtype != torch.float32)
+        dots = {"LAYERS": layers, "GATED": True, "WIDEN": False, "WEIGHTED": True, **tile.options()}
+        projection, state = dots | compare | {"COMPARE": False}, {**types, "out": types["x"]}
+        weight = {**types, "out": ("*fp32",) * layers}
+        kernels += [
+            shipped(f"hidden difference{suffix}", difference_kernel, types, dots | compare, uses_dot),
+            shipped(f"hidden projection{suffix}", difference_kernel, types, projection, uses_dot),
+            shipped(f"product state{suffix}", state_kernel, state, dots, uses_dot),
+            shipped(f"product weight{suffix}", weight_kernel, weight, dots | spend, uses_dot),
+        ]
+    types = _pointers(torch.bfloat16, layers)
+    for kind, number in NORMALIZE.items():
+        for width in (8, 1024, 4096):
+            rows = {"LAYERS": layers, "GATED": True, "WEIGHTED": True, "KIND": number, "EPS": LAYERNORM_EPS}
+            rows |= {"STORE": True, "OWES": kind is None, "DOUBLE": kind is not None and width <= NARROW}
+            rows |= {"num_stages": 1, **row_tiling(width)}
+            tensors = {**types, "gradient": types["x"]}
+            name = f"hidden rows {kind or 'plain'} d{width}"
+            kernels.append(shipped(name, row_kernel, tensors, rows, uses_dot=False, aligned=width > NARROW))
+    return kernels
+
+
+def _pointers(dtype: torch.dtype, layers: int) -> dict[str, str | tuple[str, ...]]:
+    """The types of tensors, by argument."""
+    return {
+        **dict.fromkeys(("g", "x", "h_s", "h_t", "weight", "bias", "difference"), (POINTER[dtype],) * layers),
         **dict.fromkeys(("token_weight", "bias_out"), ("*fp32",) * layers),
         "gate": "*fp32",
         "loss": "*fp32",
     }
-    compare = {"BIASED": True, "COMPARE": True, "STORE": True}
-    spend = {"WEIGHT": True, "BIAS": True, "ACCUMULATE": False}
-    kernels = [
-        shipped("hidden difference", difference_kernel, types, dots | compare, uses_dot=True),
-        shipped("hidden projection", difference_kernel, types, dots | compare | {"COMPARE": False}, uses_dot=True),
-        shipped("product state", state_kernel, {**types, "out": ("*bf16",) * layers}, dots, uses_dot=True),
-        shipped("product weight", weight_kernel, {**types, "out": ("*fp32",) * layers}, dots | spend, uses_dot=True),
-    ]
-    for kind, number in NORMALIZE.items():
-        for width in (1024, 4096):
-            rows = {"LAYERS": layers, "GATED": True, "WEIGHTED": True, "KIND": number, "EPS": LAYERNORM_EPS}
-            rows |= {"STORE": True, "OWES": kind is None, "num_stages": 1, **row_tiling(width)}
-            tensors = {**types, "gradient": ("*bf16",) * layers}
-            kernels.append(
-                shipped(f"hidden rows {kind or 'plain'} d{width}", row_kernel, tensors, rows, uses_dot=False)
-            )
-    return kernels

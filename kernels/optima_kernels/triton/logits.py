@@ -23,7 +23,6 @@ from torch import Tensor
 
 from optima_kernels.dispatch import INTERPRETED
 from optima_kernels.logits_problem import Gradients, Problem
-from optima_kernels.triton.attention import target_of
 from optima_kernels.triton.products import (
     is_closed,
     project_tile,
@@ -33,7 +32,7 @@ from optima_kernels.triton.products import (
     tiling,
     weight_kernel,
 )
-from optima_kernels.triton.shipped import ShippedKernel
+from optima_kernels.triton.shipped import POINTER, ShippedKernel, on_matrix_units, target_of
 
 # Logits of one model in a chunk: 64 MB of float32. A chunk has a multiple of 128 tokens where that leaves any.
 CHUNK_ELEMENTS = 2**24
@@ -96,6 +95,35 @@ def lse_kernel(shares, gate, lse, inverse_temperature, T, TILES, GATED: tl.const
 
 
 @triton.jit
+def _exp_beyond_line(b_x):
+    """e^x - 1 - x by its series, for |x| <= 0.3: what is left out is 4e-8 of it."""
+    b_series = 1.0 / 120.0 + b_x * (1.0 / 720.0 + b_x * (1.0 / 5040.0))
+    return b_x * b_x * (0.5 + b_x * (1.0 / 6.0 + b_x * (1.0 / 24.0 + b_x * b_series)))
+
+
+@triton.jit
+def _divergence_terms(b_p, b_q, b_log):
+    """Terms of KL(p || q) that are not negative, with log = log(q / p): p (e^log - 1 - log), which is q - p - p log.
+
+    Their sum is that of -p log, since p and q both sum to 1. But those are of first order where p and q are alike, and
+    their sum of second: it would be lost in their rounding.
+    """
+    return tl.where(tl.abs(b_log) <= 0.3, b_p * _exp_beyond_line(b_log), b_q - b_p - b_p * b_log)
+
+
+@triton.jit
+def _log_mixture(b_log, log_beta, log_rest):
+    """log(beta + rest e^log), beta + rest being 1, as accurate near 0 as elsewhere."""
+    b_max = tl.maximum(log_beta, b_log + log_rest)
+    b_far = b_max + tl.log(tl.exp(log_beta - b_max) + tl.exp(b_log + log_rest - b_max))
+    b_x = tl.exp(log_rest) * (b_log + _exp_beyond_line(b_log))
+    b_half = b_x / (2.0 + b_x)  # log(1 + x) = 2 artanh(x / (2 + x))
+    b_square = b_half * b_half
+    b_near = 2.0 * b_half * (1.0 + b_square * (1.0 / 3.0 + b_square * (1.0 / 5.0 + b_square * (1.0 / 7.0))))
+    return tl.where(tl.abs(b_log) <= 0.3, b_near, b_far)
+
+
+@triton.jit
 def divergence_kernel(
     z_s, z_t, lse_s, lse_t, divergence_weight, labels, label_weight, gate, row_value, value, gradient,
     inverse_temperature, log_beta, log_rest, T, V,
@@ -119,26 +147,29 @@ def divergence_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < V
     o_z = i_r.to(tl.int64) * V + o_c
+    b_sum_s, b_sum_t = tl.load(lse_s + T + i_r), tl.load(lse_t + T + i_r)
     b_below_s = tl.load(z_s + o_z, mask=m_c, other=0.0) - tl.load(lse_s + i_r)
     b_below_t = tl.load(z_t + o_z, mask=m_c, other=0.0) - tl.load(lse_t + i_r)
-    b_log_s = b_below_s * inverse_temperature - tl.load(lse_s + T + i_r)
-    b_log_t = b_below_t * inverse_temperature - tl.load(lse_t + T + i_r)
-    b_p_s = tl.where(m_c, tl.exp(b_log_s), 0.0)
-    b_p_t = tl.where(m_c, tl.exp(b_log_t), 0.0)
+    b_p_s = tl.where(m_c, tl.exp(b_below_s * inverse_temperature - b_sum_s), 0.0)
+    b_p_t = tl.where(m_c, tl.exp(b_below_t * inverse_temperature - b_sum_t), 0.0)
+    # log(P_s / P_t): one rounded number a row is taken from a difference of logits, not two rounded logarithms apart.
+    b_ratio = (b_below_s - b_below_t) * inverse_temperature - (b_sum_s - b_sum_t)
     if KIND == 0:
-        b_terms = b_p_t * (b_log_t - b_log_s)
+        b_terms = _divergence_terms(b_p_t, b_p_s, b_ratio)
         b_slope = b_p_s - b_p_t
         b_student = b_terms
     if KIND == 1:
-        b_student = b_p_s * (b_log_s - b_log_t)
-        b_terms = b_student
-        b_slope = b_log_s - b_log_t
+        b_student = b_p_s * b_ratio
+        b_terms = _divergence_terms(b_p_s, b_p_t, -b_ratio)
+        b_slope = b_ratio
     if KIND == 2:
-        b_max = tl.maximum(b_log_t + log_beta, b_log_s + log_rest)
-        b_log_m = b_max + tl.log(tl.exp(b_log_t + log_beta - b_max) + tl.exp(b_log_s + log_rest - b_max))
-        b_slope = b_log_s - b_log_m
+        b_log_m = _log_mixture(b_ratio, log_beta, log_rest)
+        b_slope = -_log_mixture(-b_ratio, log_rest, log_beta)  # not the ratio less b_log_m: both may be of 1e4
         b_student = b_p_s * b_slope
-        b_terms = tl.exp(log_beta) * b_p_t * (b_log_t - b_log_m) + tl.exp(log_rest) * b_student
+        b_far = -tl.exp(log_beta) * b_p_t * b_log_m + tl.exp(log_rest) * b_student
+        b_near = tl.exp(log_beta) * b_p_t * _exp_beyond_line(b_log_m)
+        b_near += tl.exp(log_rest) * b_p_s * _exp_beyond_line(-b_slope)
+        b_terms = tl.where(tl.abs(b_ratio) <= 0.3, b_near, b_far)
         b_slope *= tl.exp(log_rest)
     if VALUE:
         tl.store(p_value, tl.sum(tl.where(m_c, b_terms, 0.0), 0))
@@ -328,21 +359,17 @@ def _spend(
 
 
 def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel in bf16 with a gate and labels."""
-    types: dict[str, str | tuple[str, ...]] = {
-        **dict.fromkeys(("h", "weight", "bias", "gradient"), "*bf16"),
-        **dict.fromkeys(("gate", "z", "shares", "lse", "z_s", "z_t", "lse_s", "lse_t"), "*fp32"),
-        **dict.fromkeys(("divergence_weight", "label_weight", "row_value", "value"), "*fp32"),
-        "counts": "*u8",
-        "labels": "*i64",
-    }
-    dots = {"GATED": True, "WIDEN": False, "BIASED": True, **tiling(target, True).options()}
+    """Every kernel with a gate and labels, in bf16; the product in float32, too, which is all that differs there."""
+    kernels = []
+    for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, " fp32")):
+        tile = tiling(target, dtype != torch.float32)
+        dots = {"GATED": True, "WIDEN": False, "BIASED": True, **tile.options()}
+        uses_dot = on_matrix_units(dtype, target)
+        kernels.append(shipped(f"vocabulary logits{suffix}", logits_kernel, _pointers(dtype), dots, uses_dot))
+    types = _pointers(torch.bfloat16)
     join = {"GATED": True, "BR": 128, "num_warps": 4, "num_stages": 1}
     compare = {"GATED": True, "LABELS": True, "BC": VOCABULARY_TILE, "num_warps": 8, "num_stages": 1}
-    kernels = [
-        shipped("vocabulary logits", logits_kernel, types, dots, uses_dot=True),
-        shipped("vocabulary lse", lse_kernel, types, join, uses_dot=False),
-    ]
+    kernels.append(shipped("vocabulary lse", lse_kernel, types, join, uses_dot=False))
     for kind, number in DIVERGENCE.items():
         launches = [(True, True)] if kind == "forward" else [(True, False), (False, True)]
         for value, gradient in launches:
@@ -350,3 +377,14 @@ def shipped_kernels(target: str) -> list[ShippedKernel]:
             name = f"vocabulary {kind}" + " value" * value + " gradient" * gradient
             kernels.append(shipped(name, divergence_kernel, types, constants, uses_dot=False))
     return kernels
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, str | tuple[str, ...]]:
+    """The types of tensors, by argument."""
+    return {
+        **dict.fromkeys(("h", "weight", "bias", "gradient"), POINTER[dtype]),
+        **dict.fromkeys(("gate", "z", "shares", "lse", "z_s", "z_t", "lse_s", "lse_t"), "*fp32"),
+        **dict.fromkeys(("divergence_weight", "label_weight", "row_value", "value"), "*fp32"),
+        "counts": "*u8",
+        "labels": "*i64",
+    }

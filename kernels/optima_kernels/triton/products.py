@@ -189,11 +189,16 @@ def weight_kernel(
 
 
 def shipped(
-    name: str, kernel: Any, types: dict[str, str | tuple[str, ...]], constants: dict[str, Any], uses_dot: bool
+    name: str,
+    kernel: Any,
+    types: dict[str, str | tuple[str, ...]],
+    constants: dict[str, Any],
+    uses_dot: bool,
+    aligned: bool = True,
 ) -> ShippedKernel:
     """A kernel as a launch on aligned tensors compiles it: `types` of its tensors, `constants` with the launch options.
 
-    Tensors in neither are absent. Sizes and strides are multiples of 16, except the number of tokens.
+    Tensors in neither are absent. Sizes and strides are multiples of 16 if `aligned`, except the number of tokens.
     """
     signature: dict[str, str | tuple[str, ...]] = {}
     constexprs: dict[str | tuple[str, int], Any] = {}
@@ -212,7 +217,7 @@ def shipped(
             signature[argument] = "fp32"
         else:
             signature[argument] = "i32"
-            attrs |= {} if argument in ("T", "TILES") else {argument: MULTIPLE_OF_16}
+            attrs |= {argument: MULTIPLE_OF_16} if aligned and argument not in ("T", "TILES") else {}
     return ShippedKernel(
         name, kernel, signature, constexprs, attrs, constants["num_warps"], constants["num_stages"], uses_dot
     )
