@@ -182,8 +182,8 @@ def markdown(figures: Sequence[Figures]) -> str:
         f"Made without a GPU by `python -m optima_kernels.aot --write bench/AOT.md` (torch {torch.__version__}, triton "
         f"{triton.__version__}). Registers and spilled bytes are a thread's, shared memory a block's; blocks are those "
         "that fit on a multiprocessor (compute unit) at once, occupancy the share of its warps that they fill. "
-        "Accesses are instructions for global memory, width x number. Products of float32 have no matrix instruction on "
-        "NVIDIA, where it would round them to tf32. Compiled code says what could be fast, not that it is.",
+        "Accesses are instructions for global memory, width x number. Products of float32 have no matrix instruction "
+        "on NVIDIA, where it would round them to tf32. Compiled code says what could be fast, not that it is.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
