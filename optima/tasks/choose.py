@@ -16,6 +16,8 @@ from optima.tasks.official import OfficialSplits, OfficialTask
 from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 
+CLIP_TOKENS = 49408
+
 UNSCORABLE_TESTS = ("coco", "vqav2")
 """Data sets whose test split has no published truth; their validation split stands in for it."""
 
@@ -31,8 +33,9 @@ class DataConfig:
         train: Split to train on.
         validation: Split of the learning curve and the probe.
         test: Split of the final scores; null takes "test", or "validation" where test answers are not published.
-        tokenizer: "words" is the word list of pictograms, "clip" CLIP's byte pairs; or a file: SentencePiece (.model),
-            CLIP's byte pairs (.txt.gz), or a word list (.json). Pictograms have their own.
+        tokenizer: "clip" is CLIP's, "words" the word list of pictograms; or a file: a SentencePiece .model, CLIP's byte
+            pairs (.txt.gz), a JSON object from word to id. null takes clip for a model of its 49408 tokens, else words.
+            Pictograms have their own.
         text_length: Tokens in a row of text, start and end included; longer texts are cut. 0 takes the teacher's most.
         answers: Size of VQAv2's answer vocabulary, the most frequent ones of its training split.
         loader: How pictures are loaded; transform.image_size is replaced by the teacher's picture size.
@@ -43,7 +46,7 @@ class DataConfig:
     train: str = "train"
     validation: str = "validation"
     test: str | None = None
-    tokenizer: str = "words"
+    tokenizer: str | None = None
     text_length: int = 0
     answers: int = ANSWERS
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -96,7 +99,7 @@ def open_data(
         config.root,
         OfficialSplits(config.train, config.validation, test),
         config.loader,
-        named_tokenizer(config.tokenizer),
+        named_tokenizer(config.tokenizer or ("clip" if model.text_decoder.vocab_size == CLIP_TOKENS else "words")),
         picture_size=model.image_encoder.image_size,
         text_length=config.text_length or model.text_decoder.context_length,
         answers=config.answers,

@@ -13,6 +13,7 @@ from optima.data.tokenizer import word_tokenizer
 from optima.tasks import HEADS, PICTURE_SIZE, TEXT_LENGTH
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from open_clip_oracle import ...` under --import-mode=importlib
+sys.path.insert(0, str(Path(__file__).parent / "data"))  # for `from miniatures import ...`
 
 MakeCoca = Callable[..., CoCa]
 

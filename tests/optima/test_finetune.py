@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from miniatures import make_snli_ve
 from open_clip_oracle import CASES, weights
 
 from optima.coca import CoCa
@@ -108,3 +109,22 @@ def test_a_model_for_other_pictures_is_refused(tmp_path: Path, make_coca, capsys
     assert "takes pictures of 32 pixels" in capsys.readouterr().err
     assert main(["finetune", *options, "--steps", "0"]) == 2
     assert "steps must be at least 1" in capsys.readouterr().err
+
+
+def test_official_data_are_read_in_clips_tokens_by_a_model_that_has_them(
+    tmp_path: Path, make_coca, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ftfy", reason="CLIP's tokenizer needs ftfy")
+    (tmp_path / "snli_ve").mkdir()
+    make_snli_ve(tmp_path / "snli_ve")
+    save_coca(make_coca(heads=None, vocab_size=49408, image_size=32, context_length=20), tmp_path / "m.safetensors")
+    options = {
+        "model": tmp_path / "m.safetensors", "run": tmp_path / "run", "task": "snli_ve", "data.name": "snli_ve",
+        "data.root": tmp_path / "snli_ve", "steps": 2, "batch_size": 2, "precision": "fp32", "threads": 1,
+    }  # fmt: skip
+    assert main(["finetune", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert "test accuracy/entailment" in capsys.readouterr().out
+    words = read_words(tmp_path / "run")
+    assert words.tokenizer.vocab_size == 49408
+    assert words.classes == ("entailment", "neutral", "contradiction")
+    assert load_coca(tmp_path / "run" / "model.safetensors").head_specs["snli_ve"].classes == 3
