@@ -1,11 +1,13 @@
 """Activation checkpointing: layers that keep their input alone, and run again in the backward pass."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -24,4 +26,21 @@ def recompute_activations(layers: Iterable[nn.Module]) -> None:
 def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
-    return checkpoint(forward, *arguments, use_reentrant=False, **named)
+    if torch.compiler.is_compiling():  # a graph holds the kernels it was traced with
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=_same_attention, **named)
+
+
+def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a forward pass and its repetition: torch restores autocast, but not the choice of attention kernels.
+
+    `precision.arithmetic` switches some off, and the backward pass runs outside it.
+    """
+    cuda = torch.backends.cuda
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+        SDPBackend.MATH: cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+    }
+    return nullcontext(), sdpa_kernel([kernel for kernel, is_on in enabled.items() if is_on])

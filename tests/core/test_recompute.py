@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima_core import Adaptor, LayerPaths, TorchAttention, recompute_activations
+from optima_core.precision import Precision, arithmetic
 
 
 def make_coca() -> tuple[CoCa, Callable[[], Tensor], Sequence[nn.Module]]:
@@ -53,14 +54,16 @@ def make_adapted() -> tuple[nn.Module, Callable[[], Tensor], Sequence[nn.Module]
 MODELS = {"coca": make_coca, "adapted": make_adapted}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_stay_the_same(name: str, seed: int) -> None:
+def test_losses_and_gradients_stay_the_same(name: str, precision: Precision, seed: int) -> None:
     model, loss, layers = MODELS[name]()
 
     def run() -> tuple[Tensor, list[Tensor | None]]:
         torch.manual_seed(seed)  # for dropout
         model.zero_grad()
-        value = loss()
+        with arithmetic(precision, torch.device("cpu")):
+            value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
