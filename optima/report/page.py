@@ -25,8 +25,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         ValueError: a required file of the run directory is missing or malformed; one line says which and why.
     """
     output = Path(run_dir) / "report.html" if output is None else Path(output)
+    page = render_report(read_run(Path(run_dir)))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_report(read_run(Path(run_dir))), encoding="utf-8")
+    output.write_text(page, encoding="utf-8")
     return output
 
 
