@@ -80,9 +80,11 @@ def rounding_errors(
 ) -> dict[str, float]:
     """The RMS error that rounding every result to `dtype` may leave in each value that `solve` computes in float64.
 
-    Four times the largest of eight samples of what single roundings do to it, and the spacing of `dtype` around zero.
+    Four times the largest of eight samples of what single roundings do to it; at least the spacing of `dtype` around
+    zero, and the rounding of terms of size 1 in `exact` itself.
     """
-    errors = dict.fromkeys(exact, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    errors = dict.fromkeys(exact, max(spacing, torch.finfo(torch.float64).eps))
     for _ in range(8):
         with RoundedTo(dtype):
             sample = solve()
