@@ -2,7 +2,8 @@
 
 A picture is looked at in two steps. `inspect` reads the header and refuses what no decoder should be given: nothing,
 no picture, a decompression bomb, an animation. `decode` makes upright 8-bit RGB of the rest, and refuses what breaks on
-the way. Nothing is guessed: a JPEG that ends early is refused, not filled with grey.
+the way. Nothing is guessed: a JPEG that ends early, or with a hole in it, is refused, not filled with grey (Pillow,
+where simplejpeg is missing, does not notice holes).
 
 JPEGs, nearly all there is, go through libjpeg-turbo (simplejpeg) if it is installed, which also scales large ones down
 while it decodes; all else, CMYK and 16-bit pictures among it, through Pillow. Grey becomes RGB, EXIF's orientation is
