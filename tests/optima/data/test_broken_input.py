@@ -21,7 +21,6 @@ from optima.data.records import open_records
 from optima.data.transform import TransformConfig
 from optima_core.errors import OptimaError
 
-
 # libjpeg only warns of a hole in a JPEG; Pillow and DALI do not pass the warning on.
 UNNOTICED_WITHOUT_SIMPLEJPEG = {"jpeg-hole"}
 
