@@ -70,7 +70,7 @@ def assert_agree(
     if any(relative_rms(actual[name], exact[name]) > tolerance for name in exact):
         floors = rounding_errors(solve, exact, dtype)
     else:
-        floors = dict.fromkeys(exact, 0.0)
+        floors = dict.fromkeys(exact, torch.finfo(torch.float64).eps)  # where `exact` is 0
     for name in exact:
         assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=floors[name])
 
