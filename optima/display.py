@@ -63,7 +63,7 @@ class WithEvents:
                 "the option out"
             ) from None
         self._shown = shown
-        self._events = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(str(directory), purge_step=step + 1)
 
     def note(self, message: str) -> None:
         self._shown.note(message)
@@ -83,11 +83,11 @@ class WithEvents:
         self._shown.round(record)
 
     def close(self) -> None:
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()
         self._shown.close()
 
     def _add(self, name: str, value: float, step: int) -> None:
-        self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        self._events.add_scalar(name, value, step)
 
 
 class _Pace:
