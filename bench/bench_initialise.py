@@ -38,7 +38,7 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map),
         lambda step: data.training_batch(step, config.batch_size),
-        data.held_batch("validation", 0, config.probe_size),
+        data.held_batch("validation", range(config.probe_size)),
         config.engine,
         seed,
     )
