@@ -25,6 +25,7 @@ from optima.evaluate import EvaluateConfig, run_evaluate
 from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
 from optima.finetune import FinetuneConfig, run_finetune
 from optima.interruption import terminate_as_interrupt
+from optima.plan import PlanConfig, plan
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
 from optima.simulate import SimulateConfig, simulate
@@ -114,6 +115,7 @@ COMMANDS = {
     ),
     "simulate": Command("Compare bandit policies in simulated environments.", SimulateConfig, run_simulate),
     "prepare": Command("Check a data set's files and pack them into tar shards.", PrepareConfig, run_prepare),
+    "plan": Command("Say what a distillation will need, before a GPU is rented.", PlanConfig, plan),
     "doctor": Command("Say what this machine offers and what will be used of it.", DoctorConfig, doctor),
 }
 DEFAULT = "distill"
