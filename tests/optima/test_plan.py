@@ -32,7 +32,7 @@ def settings(**changes: Any) -> dict[str, Any]:
     """Arguments of `measure_needs`, but for the engine's."""
     return {
         "task": "vqa",
-        "batch_size": 48,
+        "batch_size": 96,
         "probe_size": 8,
         "text_length": 24,
         "classes": 50,
