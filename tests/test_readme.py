@@ -4,7 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
+
+from optima.data.pictograms import KINDS, Pictograms, describes, render
+from optima.distill import ASSETS
+from optima.run_directory import RunDirectory
+from optima.tasks import Task
+from optima.tasks.pictograms import PictogramTask
+from optima.words import write_words
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -46,3 +55,22 @@ def test_the_losses_are_called_as_shown() -> None:
     }
     exec(example("The losses alone"), names)
     assert all(torch.isfinite(names[loss]) and names[loss] > 0 for loss in ("maps", "states", "words"))
+
+
+def test_a_student_is_used_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the shipped teacher in the student's place, which is right about nearly every picture."""
+    runs: tuple[tuple[Task, str], ...] = (("captioning", "distill"), ("vqa", "vqa"))
+    for task, name in runs:
+        directory = RunDirectory(tmp_path / "runs" / name, resume=False, keep=1)
+        (directory.path / "student.safetensors").write_bytes((ASSETS / "teacher.safetensors").read_bytes())
+        write_words(directory, PictogramTask(task, 0, torch.device("cpu")))
+    scene = next(s for s in map(Pictograms("test").scene, range(100)) if s.content.total == 1)
+    Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(example("Use the student"), {})
+    caption, answer, *_ = capsys.readouterr().out.splitlines()
+    assert describes(caption.strip("[]'"), scene)
+    dog = next(number for number, kind in enumerate(KINDS) if kind.name == "dog")
+    assert answer.split()[0] == ("yes" if scene.content.count(dog) else "no")
