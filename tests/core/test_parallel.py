@@ -12,6 +12,8 @@ from padded_models import ROUNDS, distil
 
 from optima_core.parallel import Ranks
 
+FLOAT32 = torch.finfo(torch.float32).eps
+
 Run = dict[str, Any]
 
 
@@ -43,11 +45,14 @@ def together(alone: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def assert_same_run(ours: Run, theirs: Run) -> None:
-    """Sums in another order differ by some 1e-7, which 18 steps of descent multiply by less than 100."""
+    """Sums in another order differ by some 1e-7, which 18 steps of descent multiply by less than 100.
+
+    A divergence of attention maps is a small difference of log-sum-exps near 1, and errs by their rounding in float32.
+    """
     assert [record.arm for record in ours["records"]] == [record.arm for record in theirs["records"]]
     for one, other in zip(ours["records"], theirs["records"], strict=True):
-        assert one.losses == pytest.approx(other.losses, rel=1e-5)
-        assert one.probe == pytest.approx(other.probe, rel=1e-5)
+        assert one.losses == pytest.approx(other.losses, rel=1e-5, abs=FLOAT32)
+        assert one.probe == pytest.approx(other.probe, rel=1e-5, abs=FLOAT32)
         assert one.reward == pytest.approx(other.reward, abs=1e-5)
     for part in ("student", "objective"):
         assert ours["state"][part].keys() == theirs["state"][part].keys()
