@@ -1,6 +1,7 @@
-"""Miniatures of every official format, from the command line: trained for a few steps and evaluated."""
+"""Miniatures of every official format, from the command line: prepared, trained for a few steps and evaluated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,26 +31,39 @@ def options(name: DataName, root: Path, engine: str = "torch") -> list[str]:
 
 
 def distilled(name: DataName, root: Path, run: Path, make_coca, student: Path, engine: str) -> None:
-    MAKERS[name](root)
+    """Distils from a data root, official files or shards, that has been made."""
     records = open_records(name, root, "validation")
     pictures = 2 if name == "nlvr2" else 1
     heads = {records.task: HeadSpec(len(records.classes), pictures)} if records.classes else None
     torch.manual_seed(3)
-    save_coca(make_coca(32, 2, heads), root / "teacher.safetensors")
+    teacher = run.with_suffix(".teacher.safetensors")
+    save_coca(make_coca(32, 2, heads), teacher)
     words = (
-        f"--task {records.task} --teacher {root / 'teacher.safetensors'} --student {student} --run {run} "
+        f"--task {records.task} --teacher {teacher} --student {student} --run {run} "
         "--engine.rounds 2 --engine.steps_per_round 2 --batch_size 5 --probe_size 4 --evaluate_items 4 --samples 2 "
         "--threads 1 --quiet --report false"
     )
     assert main([*words.split(), *options(name, root, engine)]) == 0
 
 
+def rows_but_for_time(run: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if "second" not in name} for row in rows]
+
+
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_miniature_is_distilled_and_evaluated(
+def test_a_miniature_is_distilled_and_evaluated_from_its_files_and_alike_from_its_shards_alone(
     name: DataName, make_coca, student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root, run = tmp_path / "data", tmp_path / "run"
+    files, root, run = MAKERS[name](tmp_path / "files"), tmp_path / "shards", tmp_path / "run"
+    distilled(name, files, tmp_path / "from_files", make_coca, student_file, "torch")
+    packing = ["prepare", "--data", name, "--root", str(files), "--out", str(root), "--workers", "1"]
+    assert main(packing) == 0
+    shutil.rmtree(files)
     distilled(name, root, run, make_coca, student_file, "torch")
+    assert rows_but_for_time(run) == rows_but_for_time(tmp_path / "from_files")
+    weights = [(path / "student.safetensors").read_bytes() for path in (run, tmp_path / "from_files")]
+    assert weights[0] == weights[1]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["headline_metric"] == ("cider_d" if FORMATS[name].task == "captioning" else "accuracy")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
@@ -67,7 +81,7 @@ def test_a_miniature_is_distilled_and_evaluated(
 
 def test_dali_distils_and_evaluates_the_same_items(make_coca, student_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is optional: pip install nvidia-dali-cuda130")
-    distilled("vqav2", tmp_path / "data", tmp_path / "run", make_coca, student_file, "dali")
+    distilled("vqav2", MAKERS["vqav2"](tmp_path / "data"), tmp_path / "run", make_coca, student_file, "dali")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_items"] == 12
 
 
