@@ -1,7 +1,8 @@
 """Kills a run at random moments and resumes it, until it ends: KILLS SEED DIRECTORY OPTIONS...
 
 Every start is a fork of a process that has imported everything but computed nothing: what a start costs is paid once.
-Prints, as JSON: kills, how many of them fell into the writing of a checkpoint, and how often checkpoints were read.
+Prints, as JSON: kills, how many of them fell into the writing of a checkpoint, how often checkpoints were read, and how
+many rounds were done at the last kill.
 """
 
 import json
@@ -37,7 +38,7 @@ def is_saving(run: Path) -> bool:
 
 def kill_after_some_rounds(child: int, run: Path, draws: random.Random, while_saving: bool) -> bool:
     """Whether it was still there to be killed: at any moment, or as soon as a checkpoint is being written."""
-    until = rounds_of(run) + draws.randint(1, 4)
+    until = rounds_of(run) + draws.randint(2, 4)  # after the second round the first is in a checkpoint
     while rounds_of(run) < until:
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return False
@@ -55,13 +56,13 @@ def run_and_kill(kills: int, seed: int, directory: Path, options: list[str]) -> 
     """Runs `whole` undisturbed and `killed` with kills; both have ended when this returns."""
     assert os.waitstatus_to_exitcode(os.waitpid(start([*options, "--run", str(directory / "whole")]), 0)[1]) == 0
     draws, run = random.Random(seed), directory / "killed"
-    killed = torn = read = 0
+    killed = torn = read = rounds = 0
     warnings.simplefilter("error")  # a checkpoint that cannot be read is warned of
     while killed < kills:
         resume = ["--resume"] if run.exists() else []
         if not kill_after_some_rounds(start([*options, "--run", str(run), *resume]), run, draws, killed % 2 == 1):
             raise SystemExit(f"the run was over after {killed} kills")
-        killed += 1
+        killed, rounds = killed + 1, rounds_of(run)
         torn += is_saving(run)
         paths = CheckpointStore(run / "checkpoints").paths()
         for path in paths:
@@ -73,7 +74,7 @@ def run_and_kill(kills: int, seed: int, directory: Path, options: list[str]) -> 
             (alone / path.name).unlink()
         read += len(paths)
     assert os.waitstatus_to_exitcode(os.waitpid(start([*options, "--run", str(run), "--resume"]), 0)[1]) == 0
-    return {"kills": killed, "while_saving": torn, "checkpoints_read": read}
+    return {"kills": killed, "while_saving": torn, "checkpoints_read": read, "rounds_before_last_kill": rounds}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from miniatures import make_coco
 
 KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "3"))
 
@@ -19,19 +20,36 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
 ) -> None:
     # Each start adds five rounds at the most, before it is killed.
     options = [*brief, "--engine.rounds", str(6 * KILLS), "--engine.steps_per_round", "1", "--report", "false"]
+    refuse_traces_of_kills(KILLS, seed, tmp_path, options)
+
+
+def test_a_run_on_official_data_that_is_killed_within_an_epoch_goes_on_with_the_samples_that_are_left(
+    brief: list[str], tmp_path: Path, seed: int
+) -> None:
+    root = make_coco(tmp_path / "data", 24)  # 2 a step: an epoch is 12 rounds
+    words = (
+        f"--data.name coco --data.root {root} --data.loader.engine torch --data.loader.workers 0 --batch_size 2 "
+        "--engine.rounds 15 --engine.steps_per_round 1 --evaluate_every 0 --test_items 2 --samples 1 --report false"
+    )
+    report = refuse_traces_of_kills(1, seed, tmp_path, [*brief, *words.split()])
+    assert 0 < report["rounds_before_last_kill"] < 12
+
+
+def refuse_traces_of_kills(kills: int, seed: int, tmp_path: Path, options: list[str]) -> dict[str, int]:
+    """Runs once undisturbed and once with kills, and compares every number and weight of the two."""
     script = Path(__file__).with_name("killed_runs.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(KILLS), str(seed), str(tmp_path), *options],
+        [sys.executable, str(script), str(kills), str(seed), str(tmp_path), *options],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=60 + 30 * KILLS,
+        timeout=60 + 30 * kills,
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     print(report)
-    assert report["kills"] == KILLS
-    assert report["checkpoints_read"] >= KILLS
+    assert report["kills"] == kills
+    assert report["checkpoints_read"] >= kills
     whole, killed = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
     clock = {"seconds", "steps_per_second", "step_seconds"}
@@ -43,6 +61,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
         for run in ("whole", "killed")
     ]
     assert rows[0] == rows[1]
+    return report
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files as Linux does")
