@@ -14,8 +14,8 @@ import dataclasses
 import json
 import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
@@ -33,20 +33,27 @@ from optima.coca import CoCa, CoCaConfig, HeadSpec
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import preset
+from optima.data.records import FORMATS
+from optima.distill import ASSETS, DistillConfig
+from optima.recipes.write_large import TEACHER, TEACHER_FILES
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
+from optima.tasks.fit import refuse_misfit
 from optima.tasks.forward import TaskForward
-from optima_core import DistillerConfig, ObjectiveConfig
+from optima.tasks.pictograms import PictogramTask
+from optima_core import DistillerConfig
+from optima_core.errors import OptimaError
 from optima_core.objective import Forward, LinearPrediction, Objective
 from optima_core.optimiser import clip_gradients, make_optimiser
 from optima_core.precision import arithmetic
+from optima_core.recompute import recompute_activations
 
 GIB = 2**30
+FEW = 16
+"""Items of a smaller probe batch, as advised where memory is short."""
+
 HEADROOM = 1.1
 """Memory that a step takes on a GPU beside its tensors, as a factor; our assumption."""
-
-CLASSES: dict[Task, int] = {"captioning": 0, "vqa": 3129, "nlvr2": 2, "snli_ve": 3}
-"""Classes of a task's head: for VQA the answers that most models of VQAv2 choose from."""
 
 
 class Gpu(NamedTuple):
@@ -66,49 +73,26 @@ GPUS = (
 )
 
 
-def _default_engine() -> DistillerConfig:
-    return DistillerConfig(precision="bf16", objective=ObjectiveConfig(attention_heads="mean"))
-
-
 @dataclass(frozen=True)
-class PlanConfig:
-    """A distillation on one GPU.
+class PlanConfig(DistillConfig):
+    """A distillation on one GPU: the options, recipes and resolved config.yaml of `distill`, as they are.
+
+    No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
+    count. Of several GPUs give the share of one as batch_size and probe_size. What bears on neither memory nor the
+    time of a step has no effect.
 
     Attributes:
-        teacher: Name of a preset, or a .safetensors file of OPTIMA whose sizes count.
-        student: The same; base, tiny12 and tiny6 take the teacher's patches.
-        task: What the student is to learn.
-        batch_size: Items a GPU and batch.
-        probe_size: Items of the held batch that rewards are measured on; what the teacher shows of it is kept.
-        text_length: Tokens in a row of text; 0 takes the longest that both models read.
-        classes: Classes of the task's head; 0 takes those of the benchmark (3129 answers for VQA).
-        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
-        engine: Precision, accumulation, losses and optimiser as `distill` takes them.
         memory: Memory of the GPU that the step must fit, GB.
         utilisation: Share of a GPU's peak arithmetic that is assumed to be reached, in (0, 1].
         json: Print the figures as JSON instead of tables.
     """
 
-    teacher: str = "coca_ViT-L-14"
-    student: str = "tiny12"
-    task: Task = "vqa"
-    batch_size: int = 64
-    probe_size: int = 64
-    text_length: int = 0
-    classes: int = 0
-    layer_map: Literal["uniform", "last"] = "uniform"
-    engine: DistillerConfig = field(default_factory=_default_engine)
     memory: float = 80.0
     utilisation: float = 0.4
     json: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "probe_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("text_length", "classes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        super().__post_init__()
         if not 0 < self.memory < math.inf:
             raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
         if not 0 < self.utilisation <= 1:
@@ -120,7 +104,8 @@ class Needs:
     """What a step needs. Sizes in bytes; parameters and operations (a multiplication and an addition are two) counted.
 
     weights: both models and the projections. probe: the held batch and what the teacher shows of it. activations: what
-    a batch's forward passes and losses leave for the backward pass. peak: the most alive at once, from the start on.
+    a batch's forward passes and losses leave for the backward pass. probe_peak, step_peak: the most alive at once while
+    the held batch is measured, which the batch size does not change, and in a step.
     """
 
     teacher_parameters: int
@@ -132,7 +117,8 @@ class Needs:
     average: int
     probe: int
     activations: int
-    peak: int
+    probe_peak: int
+    step_peak: int
     teacher_operations: float
     student_operations: float
     loss_operations: float
@@ -142,6 +128,11 @@ class Needs:
     def operations(self) -> float:
         """Of a whole optimiser step."""
         return self.teacher_operations + self.student_operations + self.loss_operations + self.backward_operations
+
+    @property
+    def peak(self) -> int:
+        """The most alive at once, from the start on."""
+        return max(self.probe_peak, self.step_peak)
 
     @property
     def resident(self) -> int:
@@ -188,7 +179,8 @@ def measure_needs(
     text_length: int,
     classes: int,
     engine: DistillerConfig,
-    layer_map: Literal["uniform", "last"] = "uniform",
+    layer_map: str | Mapping[str, Sequence[int]] = "uniform",
+    recompute: bool = False,
     device: Literal["gpu", "cpu"] = "gpu",
 ) -> Needs:
     """Runs the step of all modules on fake tensors, as it would run on the device.
@@ -200,6 +192,8 @@ def measure_needs(
     with FakeTensorMode(), _Memory() as memory:
         teacher = CoCa(teacher_config, heads).eval().requires_grad_(False)
         student = CoCa(student_config, heads).train()
+        if recompute:
+            recompute_activations(student.transformer_layers())
         pairs = module_pairs(student, teacher, layer_map)
         objective = Objective(pairs, engine.objective)
         trained = [*student.parameters(), *objective.parameters()]
@@ -224,8 +218,6 @@ def measure_needs(
         with torch.no_grad(), _running(engine, device):
             probed = teach(probe, wanted_of_teacher)
         probe_bytes = memory.live - weights - averaged
-        with torch.no_grad(), _running(engine, device), _losses(device):
-            objective(show(probe, taps), probed, gates)
 
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -234,6 +226,9 @@ def measure_needs(
         optimiser.step()
         states = memory.live - before
         optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad(), _running(engine, device), _losses(device):
+            objective(show(probe, taps), probed, gates)
+        probe_peak, memory.peak = memory.peak, memory.live
 
         counts = dict.fromkeys(("teacher", "student", "backward"), 0)
         loss_operations = activations = 0
@@ -270,7 +265,8 @@ def measure_needs(
         average=averaged,
         probe=probe_bytes,
         activations=activations,
-        peak=memory.peak,
+        probe_peak=probe_peak,
+        step_peak=memory.peak,
         teacher_operations=times * counts["teacher"],
         student_operations=times * counts["student"],
         loss_operations=times * loss_operations,
@@ -360,72 +356,149 @@ def predicted_seconds(needs: Needs, gpu: Gpu, config: PlanConfig) -> float:
 
 
 def largest_batch(needs: Needs, batch_size: int, memory: float) -> int:
-    """About the most items a batch that fit `memory` (GB): what is not resident is taken to grow with the batch."""
-    fixed = needs.resident + needs.gradients
-    each = max(1, needs.peak - needs.resident) / batch_size
-    return max(0, int((memory * 1e9 / HEADROOM - fixed) / each))
+    """About the most items a batch that fit `memory` (GB): what is not resident is taken to grow with the batch.
+
+    0 if the held probe batch alone does not fit.
+    """
+    room = memory * 1e9 / HEADROOM
+    if needs.probe_peak > room:
+        return 0
+    each = max(1, needs.step_peak - needs.resident) / batch_size
+    return max(0, int((room - needs.resident - needs.gradients) / each))
 
 
 def plan(config: PlanConfig) -> None:
     """Prints what the distillation needs."""
-    teacher = _sizes(config.teacher, None)
-    student = _sizes(config.student, teacher)
-    needs = _needs(config, teacher, student)
-    advice = _advice(config, teacher, student, needs)
+    teacher, teacher_name = _sizes("teacher", config.teacher, None)
+    student, student_name = _sizes("student", config.student, teacher)
+    shape = _shape_of_data(config, {teacher_name: teacher, student_name: student})
+    needs = _needs(config, teacher, student, shape)
+    advice = _advice(config, teacher, student, shape, needs)
     if config.json:
-        print(json.dumps(_figures(config, needs, advice), indent=1))
+        figures = {"teacher": teacher_name, "student": student_name} | _figures(config, needs, advice)
+        print(json.dumps(figures, indent=1, default=str))
     else:
-        _show(config, needs, advice)
+        _show(config, f"{teacher_name} -> {student_name}", needs, advice)
 
 
-def _sizes(name: str, teacher: CoCaConfig | None) -> CoCaConfig:
-    return load_coca(Path(name)).config if name.endswith(".safetensors") else preset(name, teacher)
+def _sizes(
+    role: Literal["teacher", "student"], path: Path | None, teacher: CoCaConfig | None
+) -> tuple[CoCaConfig, str]:
+    """The sizes that a file or preset has, and what to call it.
+
+    A teacher that a shipped recipe still waits for has the sizes of the model that the recipe says to finetune.
+    """
+    if path is None:
+        return load_coca(ASSETS / f"{role}.safetensors").config, f"the shipped {role}"
+    if path.suffix != ".safetensors":
+        return preset(str(path), teacher), str(path)
+    if path.exists():
+        return load_coca(path).config, str(path)
+    if role == "teacher" and str(path) in TEACHER_FILES.values():
+        return preset(TEACHER), f"{TEACHER} (to become {path})"
+    raise OptimaError(f"{role} {path} is not there yet; say whose sizes it will have, as in --{role} {TEACHER}")
 
 
-def _needs(config: PlanConfig, teacher: CoCaConfig, student: CoCaConfig) -> Needs:
-    longest = min(teacher.text_decoder.context_length, student.text_decoder.context_length)
-    if config.text_length > longest:
-        raise ValueError(f"text_length must be at most {longest}, which both models read, got {config.text_length}")
+class _Shape(NamedTuple):
+    """Tokens in a row of text, and classes of the task's head."""
+
+    text_length: int
+    classes: int
+
+
+def _shape_of_data(config: PlanConfig, models: dict[str, CoCaConfig]) -> _Shape:
+    """What `distill` would find in the data; the official ones need not be there."""
+    if config.data.name == "pictograms":
+        pictograms = PictogramTask(config.task)
+        for name, sizes in models.items():
+            with torch.device("meta"):
+                refuse_misfit(CoCa(sizes), name, pictograms)
+        return _Shape(pictograms.text_length, len(pictograms.classes))
+    served = FORMATS[config.data.name].task
+    if served != config.task:
+        raise OptimaError(f"data {config.data.name} serves task {served}, not {config.task}; give --task {served}")
+    lengths = [sizes.text_decoder.context_length for sizes in models.values()]
+    text_length = config.data.text_length or lengths[0]
+    if text_length > min(lengths):
+        raise OptimaError(f"data.text_length must be at most {min(lengths)}, which both models read, got {text_length}")
+    classes = {"captioning": 0, "vqa": config.data.answers, "nlvr2": 2, "snli_ve": 3}
+    return _Shape(text_length, classes[config.task])
+
+
+def _needs(config: PlanConfig, teacher: CoCaConfig, student: CoCaConfig, shape: _Shape) -> Needs:
     return measure_needs(
         teacher,
         student,
         config.task,
         batch_size=config.batch_size,
         probe_size=config.probe_size,
-        text_length=config.text_length or longest,
-        classes=config.classes or CLASSES[config.task],
+        text_length=shape.text_length,
+        classes=shape.classes,
         engine=config.engine,
         layer_map=config.layer_map,
+        recompute=config.recompute,
     )
 
 
-def _advice(config: PlanConfig, teacher: CoCaConfig, student: CoCaConfig, needs: Needs) -> list[str]:
-    """What to change if the step does not fit, the least harmful first; empty if it fits."""
-    if needs.peak * HEADROOM <= config.memory * 1e9:
+def _fits(config: PlanConfig, needs: Needs) -> bool:
+    return needs.peak * HEADROOM <= config.memory * 1e9
+
+
+def _advice(config: PlanConfig, teacher: CoCaConfig, student: CoCaConfig, shape: _Shape, needs: Needs) -> list[str]:
+    """Ways to make the step fit, what costs least time first; empty if it fits.
+
+    bf16 is presumed in what follows it, and so are fewer probed items where the probe alone does not fit.
+    """
+    if _fits(config, needs):
         return []
     advice = []
+
+    def changed(**changes: Any) -> tuple[PlanConfig, Needs]:
+        found = dataclasses.replace(config, **changes)
+        return found, _needs(found, teacher, student, shape)
+
     if config.engine.precision == "fp32":
-        leaner = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))
-        needs = _needs(leaner, teacher, student)
-        advice.append(f"--engine.precision bf16: peak {needs.peak / GIB:.1f} GiB")
-    batch = largest_batch(needs, config.batch_size, config.memory)
-    if 0 < batch < config.batch_size:
-        parts = math.ceil(config.batch_size / batch)
-        options = f"--batch_size {config.batch_size // parts} --engine.accumulate {parts * config.engine.accumulate}"
-        advice.append(f"{options}: the step in parts (at most about {batch} items fit)")
-    if config.probe_size > 16:
-        each = needs.probe / config.probe_size
-        advice.append(f"--probe_size 16: {each * (config.probe_size - 16) / GIB:.1f} GiB less, and noisier rewards")
-    if not batch:
+        config, needs = changed(engine=dataclasses.replace(config.engine, precision="bf16"))
+        advice.append(f"--engine.precision bf16: peak {needs.peak / GIB:.3g} GiB, and faster")
+        if _fits(config, needs):
+            return advice
+    if config.probe_size > FEW:
+        fewer, its_needs = changed(probe_size=FEW)
+        advice.append(f"--probe_size {FEW}: peak {its_needs.peak / GIB:.3g} GiB, no more time, but noisier rewards")
+        if not largest_batch(needs, config.batch_size, config.memory):
+            config, needs = fewer, its_needs
+            if _fits(config, needs):
+                return advice
+    parts = _in_parts(config, needs)
+    if parts:
+        advice.append(f"{parts}: the step in parts, as many operations")
+    if not config.recompute:
+        again, its_needs = changed(recompute=True)
+        smaller = "" if _fits(again, its_needs) else _in_parts(again, its_needs)
+        if _fits(again, its_needs) or (smaller and not parts):
+            more = its_needs.operations / needs.operations - 1
+            peak = "" if smaller else f"peak {its_needs.peak / GIB:.3g} GiB, "
+            options = f"--recompute {smaller}".strip()
+            advice.append(f"{options}: {peak}{100 * more:.0f} % more operations")
+    if not any("accumulate" in line or "recompute" in line for line in advice):
         advice.append("nothing else helps here: a smaller student or teacher, or a GPU with more memory")
     return advice
+
+
+def _in_parts(config: PlanConfig, needs: Needs) -> str:
+    """The options that cut a step's batch into equal parts that fit; empty if there are none."""
+    size = config.batch_size
+    fitting = [part for part in range(1, min(size, largest_batch(needs, size, config.memory) + 1)) if size % part == 0]
+    if not fitting:
+        return ""
+    return f"--batch_size {fitting[-1]} --engine.accumulate {size // fitting[-1] * config.engine.accumulate}"
 
 
 def _figures(config: PlanConfig, needs: Needs, advice: list[str]) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
-        "needs": dataclasses.asdict(needs),
-        "fits": needs.peak * HEADROOM <= config.memory * 1e9,
+        "needs": dataclasses.asdict(needs) | {"peak": needs.peak},
+        "fits": _fits(config, needs),
         "headroom": HEADROOM,
         "advice": advice,
         "predicted": {
@@ -438,12 +511,13 @@ def _figures(config: PlanConfig, needs: Needs, advice: list[str]) -> dict[str, A
     }
 
 
-def _show(config: PlanConfig, needs: Needs, advice: list[str]) -> None:
+def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> None:
     console = Console()
     engine = config.engine
     title = (
-        f"{config.teacher} -> {config.student}, {config.task}, batch {config.batch_size}"
+        f"{models}, {config.task}, batch {config.batch_size}"
         f"{f' x {engine.accumulate}' if engine.accumulate > 1 else ''}, {engine.precision}"
+        f"{', activations recomputed' if config.recompute else ''}"
     )
     memory = Table(title=title, title_justify="left", header_style="bold")
     memory.add_column("memory of a step, all modules tapped")
@@ -461,7 +535,8 @@ def _show(config: PlanConfig, needs: Needs, advice: list[str]) -> None:
     for name, size, remark in rows:
         if size:
             memory.add_row(name, f"{size / GIB:.2f}", remark)
-    memory.add_row("peak", f"[bold]{needs.peak / GIB:.2f}[/bold]", "the most alive at once")
+    memory.add_row("peak of the probe", f"{needs.probe_peak / GIB:.2f}", "the most alive at once, whatever the batch")
+    memory.add_row("peak of a step", f"{needs.step_peak / GIB:.2f}", "the most alive at once")
     console.print(memory)
 
     work = Table(header_style="bold")

@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminate_as_interrupt(), _warnings_in_a_line():
             command, config = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS, DEFAULT)
-            resumable = hasattr(config, "resume")
+            resumable = hasattr(config, "resume") and not isinstance(config, PlanConfig)
             command.run(config)
     except BrokenPipeError:
         # The reader of a pipe has gone; there is nobody left to tell.

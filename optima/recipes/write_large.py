@@ -12,12 +12,18 @@ import yaml
 BATCH = 256
 """Items a step, over all ranks."""
 
+TEACHER = "coca_ViT-L-14"
+"""The preset that every teacher of these recipes is finetuned from."""
+
 TASKS: dict[str, dict[str, Any]] = {
     "coco": {"task": "captioning", "data": "coco_karpathy", "items": 113_287, "text_length": 32, "least_area": 0.5},
     "vqa": {"task": "vqa", "data": "vqav2", "items": 440_000, "text_length": 24, "least_area": 0.8},
     "nlvr2": {"task": "nlvr2", "data": "nlvr2", "items": 86_373, "text_length": 48, "least_area": 0.8},
     "snli_ve": {"task": "snli_ve", "data": "snli_ve", "items": 529_527, "text_length": 32, "least_area": 0.5},
 }
+TEACHER_FILES = {benchmark: f"runs/coca_large_{benchmark}/model.safetensors" for benchmark in TASKS}
+"""Where the recipes look for their teachers, which are to be finetuned first."""
+
 EPOCHS = {
     "base": {"coco": 10, "vqa": 10, "nlvr2": 20, "snli_ve": 5},
     "tiny12": {"coco": 20, "vqa": 15, "nlvr2": 30, "snli_ve": 8},
@@ -53,7 +59,7 @@ def recipe(student: str, benchmark: str) -> dict[str, Any]:
             },
         },
         "run": f"runs/coca_large_to_{student}_{benchmark}",
-        "teacher": f"runs/coca_large_{benchmark}/model.safetensors",
+        "teacher": TEACHER_FILES[benchmark],
         "student": student,
         "init": "teacher_pca",
         "batch_size": BATCH // (8 if pairs else 4),
@@ -113,8 +119,8 @@ def write(folder: Path = Path(__file__).parent) -> None:
     for student in EPOCHS:
         for benchmark, chosen in TASKS.items():
             heading = (
-                f"# coca_ViT-L-14 into {student} on {chosen['data']}; needs a GPU. Not measured: see write_large.py.\n"
-                f"# The teacher: finetune --model coca_ViT-L-14.safetensors --task {chosen['task']} "
+                f"# {TEACHER} into {student} on {chosen['data']}; needs a GPU. Not measured: see write_large.py.\n"
+                f"# The teacher: finetune --model {TEACHER}.safetensors --task {chosen['task']} "
                 f"--data.name {chosen['data']} --data.root data/{chosen['data']}\n"
                 f"#   --data.tokenizer clip --data.text_length {chosen['text_length']} "
                 f"--run runs/coca_large_{benchmark}\n"

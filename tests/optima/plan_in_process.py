@@ -14,6 +14,7 @@ from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
 from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfig
+from optima_core.recompute import recompute_activations
 
 
 def resident() -> int:
@@ -25,6 +26,9 @@ def run(sizes: dict[str, Any]) -> None:
     """Builds, distils."""
     spec = {sizes["task"]: HeadSpec(sizes["classes"])} if sizes["classes"] else {}
     teacher, student = (CoCa(config_from_dict(sizes[name]), spec) for name in ("teacher", "student"))
+
+    if sizes["recompute"]:
+        recompute_activations(student.transformer_layers())
 
     def load(_: int, items: int = sizes["batch_size"]) -> TaskBatch:
         side, length = student.config.image_encoder.image_size, sizes["text_length"]

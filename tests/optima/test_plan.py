@@ -12,8 +12,11 @@ import pytest
 
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import config_from_dict
+from optima.coca.presets import preset
+from optima.distill import DistillConfig
 from optima.plan import GPUS, Needs, PlanConfig, largest_batch, measure_needs, predicted_seconds
 from optima.run import main
+from optima.run_directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
 
 MIB = 2**20
@@ -38,6 +41,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "classes": 50,
         "precision": "fp32",
         "accumulate": 1,
+        "recompute": False,
         "teacher": dataclasses.asdict(sizes(192, 3, 6)),
         "student": dataclasses.asdict(sizes(128, 2, 4)),
         **changes,
@@ -60,8 +64,9 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
     [
         {},
         {"task": "captioning", "classes": 0, "accumulate": 2, "precision": "bf16"},
+        {"recompute": True},
     ],
-    ids=["vqa, fp32", "captioning in two parts, bf16"],
+    ids=["vqa, fp32", "captioning in two parts, bf16", "vqa, activations recomputed"],
 )
 def test_the_planned_peak_is_the_real_one_within_a_fifth(changes: dict[str, Any]) -> None:
     chosen = settings(**changes)
@@ -108,23 +113,47 @@ def test_activations_and_operations_grow_with_the_batch_and_parts_bound_the_form
     assert one.peak < parts.peak < two.peak
 
 
+def test_recomputed_layers_keep_less_and_run_again_in_the_backward_pass() -> None:
+    kept, again = (planned(settings(student=DEEP, recompute=recompute)) for recompute in (False, True))
+    assert again.weights == kept.weights
+    assert again.activations < 0.7 * kept.activations
+    assert again.step_peak < kept.step_peak
+    assert again.teacher_operations == kept.teacher_operations
+    assert again.student_operations == kept.student_operations
+    repeated = again.backward_operations - kept.backward_operations
+    assert 0.6 * kept.student_operations < repeated < kept.student_operations  # all but embeddings, poolers, head
+
+
+def test_what_the_probe_takes_bounds_the_batch_too() -> None:
+    few, many = (planned(settings(batch_size=8, probe_size=size)) for size in (8, 64))
+    assert many.step_peak - few.step_peak == many.probe - few.probe
+    assert many.probe_peak - few.probe_peak > many.probe - few.probe
+    assert many.peak == many.probe_peak > many.step_peak
+    assert largest_batch(many, 8, 1.05 * many.probe_peak / 1e9) == 0
+    assert largest_batch(many, 8, 1.2 * many.probe_peak / 1e9) > 8
+
+
 def test_a_prediction_is_operations_over_the_assumed_rate_and_the_optimisers_traffic() -> None:
-    needs = Needs(0, 10**9, 0, 0, 0, 0, 0, 0, 0, 0, 1e15, 1e15, 1e15, 1e15)
+    needs = Needs(0, 10**9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1e15, 1e15, 1e15, 1e15)
     a100 = GPUS[0]
-    seconds = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5))
+    seconds = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5, engine=DistillerConfig(precision="bf16")))
     assert seconds == pytest.approx(4e15 / (312e12 * 0.5) + 28e9 / (0.8 * 2.04e12))
-    fp32 = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5, engine=DistillerConfig()))
+    fp32 = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5))
     assert fp32 == pytest.approx(4e15 / (19.5e12 * 0.5) + 28e9 / (0.8 * 2.04e12))
-    some = dataclasses.replace(needs, weights=10**9, gradients=10**9, peak=5 * 10**9)
+    some = dataclasses.replace(needs, weights=10**9, gradients=10**9, step_peak=5 * 10**9)
     assert largest_batch(some, 10, 11.0) == 20
 
 
-SMALL = ["plan", "--teacher", "tiny12-32", "--student", "tiny6-32", "--batch_size", "16", "--probe_size", "32"]
+DEEP = dataclasses.asdict(sizes(128, 3, 4))
+
+LARGE = ["plan", "--config", "coca_large_to_tiny6_vqa"]
+SMALL = ["plan", "--batch_size", "16", "--probe_size", "32", "--engine.precision", "bf16"]
 
 
 def test_the_command_prints_figures_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert (found["teacher"], found["student"]) == ("the shipped teacher", "the shipped student")
     assert found["fits"]
     assert found["advice"] == []
     assert set(found["predicted"]) == {gpu.name for gpu in GPUS}
@@ -132,18 +161,56 @@ def test_the_command_prints_figures_and_what_to_change(capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "Predictions, not measurements" in said
     assert "Does not fit" in said
-    assert "--probe_size 16:" in said
+    options = ["--probe_size 16: peak", "--batch_size 8 --engine.accumulate 2: the step in parts", "--recompute: peak"]
+    places = [said.index(option) for option in options]
+    assert places == sorted(places)
+
+
+def test_a_shipped_recipe_is_planned_before_its_teacher_and_data_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def needs(*models: CoCaConfig | str, **settings: Any) -> Needs:
+        asked.update(settings, models=models)
+        return Needs(*[1] * 15)
+
+    monkeypatch.setattr("optima.plan.measure_needs", needs)
+    assert main([*LARGE, "--recompute", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    teacher = preset("coca_ViT-L-14")
+    assert found["teacher"] == "coca_ViT-L-14 (to become runs/coca_large_vqa/model.safetensors)"
+    assert asked["models"] == (teacher, preset("tiny6", teacher), "vqa")
+    assert (asked["batch_size"], asked["probe_size"], asked["text_length"], asked["classes"]) == (64, 128, 24, 3129)
+    assert asked["engine"].objective.attention_heads == "relation"
+    assert asked["recompute"]
+
+
+def test_the_resolved_configuration_of_a_run_is_planned_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(tmp_path / "run", resume=False, keep=1)
+    directory.write_config(DistillConfig(task="nlvr2", batch_size=4, probe_size=4))
+    assert main(["plan", "--config", str(directory.path / "config.yaml")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the shipped teacher -> the shipped student, nlvr2, batch 4, fp32" in said
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["--teacher", "coca_ViT-L-15"], "unknown preset coca_ViT-L-15; did you mean coca_ViT-L-14"),
+        (["--teacher", "mine.safetensors"], "teacher mine.safetensors is not there yet; say whose sizes it will have"),
+        (["--student", "mine.safetensors"], "student mine.safetensors is not there yet"),
         (["--utilisation", "1.5"], "utilisation must be in (0, 1], got 1.5"),
-        (["--text_length", "100"], "text_length must be at most 76"),
+        (["--data.text_length", "100"], "text_length must be at most 76"),
         (["--student", "tiny12-32"], "both must be equal"),
+        (["--task", "nlvr2"], "data vqav2 serves task vqa, not nlvr2"),
+        (["--data.name", "pictograms", "--data.root", "null"], "coca_ViT-L-14 (to become runs/coca_large_vqa"),
     ],
 )
 def test_mistakes_end_in_a_line(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *words]) == 2
-    assert complaint in capsys.readouterr().err
+    assert main([*LARGE, *words]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
