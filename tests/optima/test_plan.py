@@ -64,7 +64,7 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
     [
         {},
         {"task": "captioning", "classes": 0, "accumulate": 2, "precision": "bf16"},
-        {"recompute": True},
+        {"recompute": True, "batch_size": 128},
     ],
     ids=["vqa, fp32", "captioning in two parts, bf16", "vqa, activations recomputed"],
 )
