@@ -69,8 +69,9 @@ def run_distill(config: DistillConfig) -> None:
         *(f"{sizes[model] / 1e6:.2f}" for model in ("teacher", "student", "student")),
     )
     Console().print(table)
+    left = f"Report: {config.run / 'report.html'}" if config.report else f"Run: {config.run}"
     Console().print(
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_mib']:.0f} MiB. Report: {config.run / 'report.html'}",
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_mib']:.0f} MiB. {left}",
         highlight=False,
         soft_wrap=True,
     )
