@@ -3,7 +3,6 @@
 import contextlib
 import math
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -24,6 +23,7 @@ from optima.coca.pairs import module_pairs
 from optima.coca.presets import is_preset, preset
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
+from optima.memory import peak_mib
 from optima.report import write_report
 from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
@@ -204,7 +204,7 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
         "images_per_second": {"teacher": items / seconds["teacher"], "student": items / seconds["after"]},
         "test_items": items,
         "seconds": spent + time.monotonic() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "command": "python -m optima.run " + shlex.join(sys.argv[1:]),
         "environment": environment(device),
         "layer_work": layer_work(directory.metrics_rows()),

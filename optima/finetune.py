@@ -1,7 +1,6 @@
 """Trains a CoCa on one task: how a task teacher is made of imported or pre-trained weights before it is distilled."""
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.memory import peak_mib
 from optima.run_directory import RunDirectory
 from optima.tasks import Task
 from optima.tasks.choose import DataConfig, open_data
@@ -131,7 +131,7 @@ def _finetune(
         "test_items": len(evaluation.predictions),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.monotonic() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
     }
     directory.write_json("summary.json", summary)
     return summary

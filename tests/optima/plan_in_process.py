@@ -1,7 +1,6 @@
 """Distils for two steps, all modules at once, and prints by how many bytes the process grew at its peak."""
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfi
 from optima_core.recompute import recompute_activations
 
 
-def resident() -> int:
+def resident(field: str) -> int:
+    """Bytes in memory: "VmRSS" now, "VmHWM" at the most; getrusage's most is inherited from the process that forked."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
 def run(sizes: dict[str, Any]) -> None:
@@ -58,9 +58,9 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = json.loads(sys.argv[1])
     run(json.loads(sys.argv[2]))  # what is loaded and kept at the first use is not the step's
-    before = resident()
+    before = resident("VmRSS")
     run(sizes)
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(resident("VmHWM") - before)
 
 
 if __name__ == "__main__":
