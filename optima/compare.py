@@ -24,7 +24,16 @@ from rich.table import Table
 from optima.coca import MODULES
 from optima.distill import DistillConfig
 from optima.report.formatting import task_title
-from optima.report.methods import HEADINGS, Outcome, conclusion, markdown, method_rows, row_texts, write_methods
+from optima.report.methods import (
+    HEADINGS,
+    MEAN_OF_TASKS,
+    Outcome,
+    conclusion,
+    markdown,
+    method_rows,
+    row_texts,
+    write_methods,
+)
 from optima.run_directory import flat, plain
 from optima.tasks import TASKS, Task
 from optima_core.checkpoint import write_atomically
@@ -235,6 +244,14 @@ def _summary(cell: _Cell, config: CompareConfig) -> Mapping[str, Any]:
     return summary
 
 
+def _ends(config: CompareConfig, task: str) -> str:
+    """What the student scored before distillation, and the teacher."""
+    summary = _summary(_Cell(task, "optima", 0), config)  # type: ignore[arg-type]
+    metric = summary["headline_metric"]
+    before, teacher = (summary["scores"][model][metric] for model in ("before", "teacher"))
+    return f"Student before {before:.1f}, teacher {teacher:.1f} (test)."
+
+
 def _print(outcomes: Sequence[Outcome], config: CompareConfig, page: Path) -> None:
     console = Console()
     for task, rows in method_rows(outcomes).items():
@@ -244,8 +261,6 @@ def _print(outcomes: Sequence[Outcome], config: CompareConfig, page: Path) -> No
         for row in row_texts(rows):
             table.add_row(*astuple(row))
         console.print(table)
-        summary = _summary(_Cell(task, "optima", 0), config)  # type: ignore[arg-type]
-        metric = summary["headline_metric"]
-        before, teacher = (summary["scores"][model][metric] for model in ("before", "teacher"))
-        console.print(f"{conclusion(rows)} Student before {before:.1f}, teacher {teacher:.1f} (test).", highlight=False)
+        ends = "" if task == MEAN_OF_TASKS else f" {_ends(config, task)}"
+        console.print(f"{conclusion(rows)}{ends}", highlight=False)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)

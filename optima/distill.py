@@ -57,11 +57,11 @@ class DistillConfig:
         data: Which pictures and texts.
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
-        student: Weights the student starts from (.safetensors), or with another init than "checkpoint" the name of a
-            preset, such as tiny12; null takes the shipped, pre-trained one.
+        student: Weights (.safetensors), or the name of a preset, such as tiny12, which has sizes alone; null takes the
+            shipped student.
         init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
-            features, or the teacher's principal components on a training batch. But for the first, `student` gives the
-            sizes alone.
+            features, or the teacher's principal components on a training batch; but for the first, `student` gives the
+            sizes alone. null takes the checkpoint of a `student` that is a file, else teacher_pca.
         batch_size: Items a batch, over all ranks; a step takes engine.accumulate of them.
         probe_size: Items of the held batch that rewards are measured on.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
@@ -92,7 +92,7 @@ class DistillConfig:
     run: Path = Path("runs/distill")
     teacher: Path | None = None
     student: Path | None = None
-    init: Initialisation = "checkpoint"
+    init: Initialisation | None = None
     batch_size: int = 32
     probe_size: int = 128
     layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
@@ -229,7 +229,14 @@ def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
 def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
     path = config.student or ASSETS / "student.safetensors"
-    start = _preset_start(config, teacher) if is_preset(str(path)) and not path.exists() else load_coca(path)
+    has_weights = path.exists() or not is_preset(str(path))
+    init = config.init or ("checkpoint" if config.student and has_weights else "teacher_pca")
+    if init == "checkpoint" and not has_weights:
+        raise OptimaError(
+            f"student {path} is a preset, which has sizes but no weights; "
+            "give --init teacher_pca, teacher_truncate or scratch, or the path of weights"
+        )
+    start = load_coca(path) if has_weights else _sizes(str(path), teacher)
     refuse_misfit(start, f"student {path}", data)
     ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
     if ours != theirs:
@@ -241,26 +248,21 @@ def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         student = CoCa(start.config, start.head_specs | missing)
-    if config.init == "checkpoint":
+    if init == "checkpoint":
         student.load_state_dict(student.state_dict() | start.state_dict())
-    elif config.init == "teacher_truncate":
+    elif init == "teacher_truncate":
         truncate_teacher(student, teacher, config.layer_map)
-    elif config.init == "teacher_pca":
+    elif init == "teacher_pca":
         batch = data.training_batch(0, INITIALISING_ITEMS)
         device = next(teacher.parameters()).device
         project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
     return student.eval()
 
 
-def _preset_start(config: DistillConfig, teacher: CoCa) -> CoCa:
-    """A model of the preset's sizes, whose weights the initialisation will replace."""
-    if config.init == "checkpoint":
-        raise OptimaError(
-            f"student {config.student} is a preset, which has sizes but no weights; "
-            "give --init teacher_pca, teacher_truncate or scratch, too"
-        )
+def _sizes(name: str, teacher: CoCa) -> CoCa:
+    """A model of the preset's sizes, without weights."""
     with torch.device("meta"):
-        return CoCa(preset(str(config.student), teacher.config))
+        return CoCa(preset(name, teacher.config))
 
 
 def count_parameters(model: CoCa) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optima_core.bandit import Policy, arm_gates, arm_names, count_arms, make_policy
-from optima_core.bandit.registry import describe_hyper_parameters
+from optima_core.bandit.registry import describe_hyper_parameters, discounts_rewards
 from optima_core.errors import OptimaError
 from optima_core.learner import Learner
 from optima_core.modules import ModulePair
@@ -44,12 +44,16 @@ class BanditConfig:
         policy: Name of the policy, as `optima_core.bandit.make_policy` knows it.
         arms: "modules" offers each module alone, "subsets" every non-empty set of modules.
         min_share: Least share of the rounds of every arm, at most 1 / arms; policies that do not learn ignore it.
-        options: Other hyper-parameters of the policy by name, e.g. gamma, nu; those left out keep their defaults.
+        gamma: Discount per round of past rewards, for the policies that discount them: a memory of about 1 / (1 -
+            gamma) rounds. Shorter than the policies' own default, which suits thousands of rounds: in a run of tens,
+            rewards fall tenfold, and old ones say little about what an arm brings now.
+        options: Other hyper-parameters of the policy by name, e.g. nu; those left out keep their defaults.
     """
 
     policy: str = "discounted_thompson"
     arms: Literal["modules", "subsets"] = "modules"
     min_share: float = 0.1
+    gamma: float = 0.8
     options: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,22 +63,25 @@ class RewardConfig:
 
     Attributes:
         source: "probe" measures the losses of a held batch after each round, "training" smooths those of the steps.
-        kind: Decrement relative to where a loss stood, or absolute.
-        floor: Share of a loss's first value added to where it stood, so that a loss near zero does not rule; at least
-            0.
+        kind: "absolute" is how far the losses fell together, as a share of their first sum; "relative" the mean over
+            losses of how far each fell from where it stood, for losses whose sizes differ by decades.
+        floor: Of "relative": share of a loss's first value added to where it stood, so that a loss near zero does not
+            rule; at least 0.
         clip: A reward is clipped to plus and minus this.
-        baseline: Subtract the discounted mean of all rewards so far, so that zero is an average round.
-        normaliser: Rescale rewards by their running z-score or quantiles.
-        gamma: Discount per round of the running mean and standard deviation, in (0, 1]. Every loss falls fast at
-            first; a short memory keeps that from being credited to the modules tried first.
+        baseline: Subtract the discounted mean of all rewards so far, so that zero is an average round. Not by default:
+            where losses fall ever more slowly, that mean lags behind and makes every reward negative, the earlier the
+            more, and the arm that was pulled last looks best because it was (bench/COMPARE.md).
+        normaliser: Rescale rewards by their running mean size ("ratio": 1 is an average round, however slowly losses
+            fall by now), z-score or quantiles.
+        gamma: Discount per round of baseline and normaliser, in (0, 1].
     """
 
     source: Literal["probe", "training"] = "probe"
-    kind: Literal["relative", "absolute"] = "relative"
+    kind: Literal["relative", "absolute"] = "absolute"
     floor: float = 0.3
     clip: float = 1.0
-    baseline: bool = True
-    normaliser: Literal["none", "zscore", "quantile"] = "none"
+    baseline: bool = False
+    normaliser: Literal["none", "ratio", "zscore", "quantile"] = "ratio"
     gamma: float = 0.8
 
 
@@ -460,8 +467,11 @@ def _refuse_non_finite(round_number: int, place: str, names: Sequence[str], valu
 
 
 def _make_policy(config: BanditConfig, arms: int) -> Policy:
-    options = dict(config.options)
-    policy = make_policy(config.policy, arms=arms, **options)
-    if "min_share" in options or "min_share" not in describe_hyper_parameters(config.policy):
-        return policy
-    return make_policy(config.policy, arms=arms, min_share=min(config.min_share, 1 / arms), **options)
+    """The policy with those of the engine's settings that it knows and `options` does not give."""
+    make_policy(config.policy, arms=arms, **config.options)  # what is wrong with the options alone is said first
+    settings: dict[str, float] = {}
+    if "min_share" in describe_hyper_parameters(config.policy):
+        settings["min_share"] = min(config.min_share, 1 / arms)
+    if discounts_rewards(config.policy):
+        settings["gamma"] = config.gamma
+    return make_policy(config.policy, arms=arms, **settings | config.options)

@@ -2,8 +2,8 @@
 
 A loss decrement as the reward of a bandit over modules is the paper's idea (Liang et al. 2023, arXiv 2310.04550);
 learning progress as a bandit's reward goes back to Graves et al., arXiv 1704.03003. The exact form is ours. Absolute
-decrements follow whichever module has the largest loss scale, so by default a decrement is taken relative to where
-the loss stood.
+decrements follow the largest losses; relative ones, taken from where each loss stood, count the fall of a small loss
+like that of a large one. bench/COMPARE.md says which served better.
 
 The losses come from a held probe batch, measured at the end of every round (`RewardMeter.measure`: costs a forward
 pass, little noise), or from training itself (`observe` every step, `finish` at the round's end: free, noisier, and a
@@ -42,9 +42,14 @@ def relative_decrement(
     return ((before - after) / scale).mean(dim=-1).clamp(-clip, clip)
 
 
-def absolute_decrement(before: Tensor, after: Tensor, *, clip: float = 1.0) -> Tensor:
-    """Mean over losses of before - after, clipped to [-clip, clip]: float64 [batch], from losses [batch, losses]."""
-    return (before.to(torch.float64) - after.to(torch.float64)).mean(dim=-1).clamp(-clip, clip)
+def absolute_decrement(before: Tensor, after: Tensor, initial: Tensor, *, clip: float = 1.0) -> Tensor:
+    """How far all losses fell together, as a share of their first sum, clipped to [-clip, clip]: float64 [batch].
+
+    sum(before - after) / sum(initial) over losses [batch, losses]; the unit of the losses cancels, their sizes do not.
+    """
+    before, after, initial = (loss.to(torch.float64) for loss in (before, after, initial))
+    scale = initial.sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((before - after).sum(dim=-1) / scale).clamp(-clip, clip)
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ class RewardMeter:
         clip: bound on the size of a decrement, before baseline and normaliser.
         baseline: subtract the discounted mean of all rewards so far. Early in a run every loss falls, so whichever arm
             is pulled early looks good; this takes that away.
-        normaliser: `zscore` divides the deviation from the discounted mean by the discounted standard deviation;
-        `quantile`
-            maps the 20 % and 80 % quantiles of the last `window` rewards to -1 and 1 and clips, as Graves et al. do.
-        gamma: discount per round of mean and standard deviation.
+        normaliser: `ratio` divides by the discounted mean size of rewards, so that 1 is an average round however slowly
+            losses fall by now; `zscore` divides the deviation from the discounted mean by the discounted standard
+            deviation; `quantile` maps the 20 % and 80 % quantiles of the last `window` rewards to -1 and 1 and clips,
+            as Graves et al. do.
+        gamma: discount per round of mean, size and standard deviation.
         window: rounds remembered for the quantiles.
         smoothing: weight of the past in the running training losses, per step that measured the loss.
     """
@@ -71,7 +77,7 @@ class RewardMeter:
     floor: float = 0.3
     clip: float = 1.0
     baseline: bool = False
-    normaliser: Literal["none", "zscore", "quantile"] = "none"
+    normaliser: Literal["none", "ratio", "zscore", "quantile"] = "none"
     gamma: float = 0.98
     window: int = 200
     smoothing: float = 0.9
@@ -79,8 +85,8 @@ class RewardMeter:
     def __post_init__(self) -> None:
         if self.kind not in ("relative", "absolute"):
             raise ValueError(f"kind must be 'relative' or 'absolute', got {self.kind!r}")
-        if self.normaliser not in ("none", "zscore", "quantile"):
-            raise ValueError(f"normaliser must be 'none', 'zscore' or 'quantile', got {self.normaliser!r}")
+        if self.normaliser not in ("none", "ratio", "zscore", "quantile"):
+            raise ValueError(f"normaliser must be 'none', 'ratio', 'zscore' or 'quantile', got {self.normaliser!r}")
         if not 0 <= self.floor < math.inf:
             raise ValueError(f"floor must be a finite number of at least 0, got {self.floor}")
         if not self.clip > 0:
@@ -109,6 +115,7 @@ class RewardMeter:
             "seen": torch.zeros(batch, losses, dtype=torch.bool, device=device),
             "count": scalar,
             "raw_total": scalar.clone(),
+            "size": scalar.clone(),
             "total": scalar.clone(),
             "square": scalar.clone(),
         }
@@ -144,17 +151,24 @@ class RewardMeter:
                 state["before"], state["level"], state["initial"], floor=self.floor, clip=self.clip
             )
         else:
-            reward = absolute_decrement(state["before"], state["level"], clip=self.clip)
+            reward = absolute_decrement(state["before"], state["level"], state["initial"], clip=self.clip)
         state = state | {"before": state["level"], "count": self.gamma * state["count"] + 1.0}
         if self.baseline:
             raw_total = self.gamma * state["raw_total"] + reward
             state, reward = state | {"raw_total": raw_total}, reward - raw_total / state["count"]
         match self.normaliser:
+            case "ratio":
+                return self._ratio(state, reward)
             case "zscore":
                 return self._zscore(state, reward)
             case "quantile":
                 return self._quantile(state, reward)
         return reward, state
+
+    def _ratio(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
+        size = self.gamma * state["size"] + reward.abs()
+        mean = size / state["count"]
+        return torch.where(mean > 0, reward / torch.where(mean > 0, mean, 1.0), 0.0), state | {"size": size}
 
     def _zscore(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
         total = self.gamma * state["total"] + reward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from optima.report import formatting, plots
 from optima.report.intervals import Interval, mean_interval, paired_difference
 from optima.report.page import render
 from optima.report.svg import Layout, colour, inline
+
+MEAN_OF_TASKS = "mean_of_tasks"
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,39 @@ class MethodRow:
 def method_rows(outcomes: Iterable[Outcome], reference: str = "optima") -> dict[str, list[MethodRow]]:
     """Task -> its methods, best mean score first. Outcomes of one method on one task differ in their seed.
 
+    Several tasks have their mean as one more, `MEAN_OF_TASKS`, of the methods and seeds that all of them share.
+
     Raises:
         ValueError: a task has no outcome of the reference, or a method has two for one seed.
     """
+    outcomes = list(outcomes)
+    means = _means(outcomes)
+    if reference not in {mean.method for mean in means}:
+        means = []
     by_task: dict[str, dict[str, list[Outcome]]] = {}
-    for outcome in outcomes:
+    for outcome in [*outcomes, *means]:
         by_task.setdefault(outcome.task, {}).setdefault(outcome.method, []).append(outcome)
     return {task: _rows(task, methods, reference) for task, methods in by_task.items()}
+
+
+def _means(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The means over tasks, one for each method and seed that has an outcome on every task; none of a single task."""
+    tasks = {outcome.task for outcome in outcomes}
+    runs: dict[tuple[str, int], list[Outcome]] = {}
+    for outcome in outcomes:
+        runs.setdefault((outcome.method, outcome.seed), []).append(outcome)
+    return [
+        Outcome(
+            MEAN_OF_TASKS,
+            method,
+            seed,
+            score=statistics.fmean(outcome.score for outcome in own),
+            seconds=statistics.fmean(outcome.seconds for outcome in own),
+            peak_mib=max(outcome.peak_mib for outcome in own),
+        )
+        for (method, seed), own in runs.items()
+        if len(tasks) > 1 and {outcome.task for outcome in own} == tasks
+    ]
 
 
 def _rows(task: str, methods: Mapping[str, Sequence[Outcome]], reference: str) -> list[MethodRow]:
@@ -93,17 +122,17 @@ def _rows(task: str, methods: Mapping[str, Sequence[Outcome]], reference: str) -
 
 def conclusion(rows: Sequence[MethodRow], reference: str = "optima") -> str:
     """What the table says of the reference, in a sentence, whether or not it is flattering."""
+    name = formatting.words(reference)
     better = [formatting.words(row.method) for row in rows if row.verdict == "better"]
     worse = [formatting.words(row.method) for row in rows if row.verdict == "worse"]
     if better:
-        return f"{formatting.words(reference)} does not win: better are {_listed(better)}."
+        beaten = f"; it is better than {_listed(worse)}" if worse else ""
+        return f"{name} does not win: better are {_listed(better)}{beaten}."
     if len(worse) == len(rows) - 1 and worse:
-        return f"{formatting.words(reference)} is better than every other method."
+        return f"{name} is better than every other method."
     if worse:
-        return (
-            f"{formatting.words(reference)} is better than {_listed(worse)}; the others cannot be told apart from it."
-        )
-    return f"No method can be told apart from {formatting.words(reference)}."
+        return f"{name} is better than {_listed(worse)}; the others cannot be told apart from it."
+    return f"No method can be told apart from {name}."
 
 
 def _listed(names: Sequence[str]) -> str:

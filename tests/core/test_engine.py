@@ -28,6 +28,7 @@ from optima_core import (
     RoundRecord,
     WantedTaps,
 )
+from optima_core.bandit import POLICIES, make_policy
 
 CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
 
@@ -147,7 +148,7 @@ def decrement(before: dict[str, float], after: dict[str, float], initial: dict[s
 
 
 def test_the_reward_is_the_relative_decrement_of_the_probe_losses() -> None:
-    distiller = make_distiller(replace(CONFIG, reward=RewardConfig(baseline=False)))
+    distiller = make_distiller(replace(CONFIG, reward=RewardConfig(kind="relative", normaliser="none")))
     initial = {name: float(term) for name, term in distiller.initial_probe.items()}
     before = initial
     for _ in range(3):
@@ -157,7 +158,7 @@ def test_the_reward_is_the_relative_decrement_of_the_probe_losses() -> None:
 
 
 def test_the_reward_from_training_smooths_the_losses_that_were_measured() -> None:
-    config = replace(CONFIG, steps_per_round=1, reward=RewardConfig(source="training", baseline=False))
+    config = replace(CONFIG, steps_per_round=1, reward=RewardConfig("training", "relative", normaliser="none"))
     distiller = make_distiller(config)
     initial = {name: float(term) for name, term in distiller.initial_probe.items()}
     before = dict(initial)
@@ -363,6 +364,18 @@ def test_an_unknown_policy_or_option_names_the_nearest() -> None:
         make_distiller(replace(CONFIG, bandit=BanditConfig("discounted_tompson")))
     with pytest.raises(ValueError, match="gamma"):
         make_distiller(replace(CONFIG, bandit=BanditConfig(options={"gama": 0.9})))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_engines_settings_reach_the_policies_that_know_them(policy: str) -> None:
+    made = make_distiller(replace(CONFIG, bandit=BanditConfig(policy, min_share=0.2, gamma=0.7))).policy
+    own = make_policy(policy, arms=made.arms)
+    discounts = policy in ("discounted_thompson", "discounted_ucb", "exp3s", "epsilon_greedy")
+    for name, setting, known in (("min_share", 0.2, hasattr(own, "min_share")), ("gamma", 0.7, discounts)):
+        if known:
+            assert getattr(made, name) == setting
+    option = make_distiller(replace(CONFIG, bandit=BanditConfig(gamma=0.7, options={"gamma": 0.9}))).policy
+    assert option == make_policy("discounted_thompson", arms=made.arms, gamma=0.9, min_share=BanditConfig.min_share)
 
 
 def test_two_plain_models_are_distilled_in_a_few_lines() -> None:

@@ -44,8 +44,9 @@ def test_relative_decrement_follows_its_definition(rng):
 
 def test_absolute_decrement_follows_its_definition(rng):
     losses = descending_losses(rng)
-    rewards = measured_rewards(RewardMeter(kind="absolute", clip=100.0), losses)
-    np.testing.assert_allclose(rewards, (losses[:-1] - losses[1:]).mean(axis=-1), rtol=1e-12)
+    expected = (losses[:-1] - losses[1:]).sum(axis=-1) / losses[0].sum(axis=-1)
+    np.testing.assert_allclose(measured_rewards(RewardMeter(kind="absolute"), losses), expected, rtol=1e-9)
+    np.testing.assert_allclose(measured_rewards(RewardMeter(kind="absolute"), 1000 * losses), expected, rtol=1e-9)
 
 
 def test_relative_decrement_does_not_depend_on_the_scale_of_a_loss(rng):
@@ -59,12 +60,13 @@ def test_relative_decrement_does_not_depend_on_the_scale_of_a_loss(rng):
 def test_rewards_are_clipped():
     soared, fell = torch.tensor([[100.0]]), torch.tensor([[1.0]])
     assert relative_decrement(fell, soared, fell, clip=0.5).item() == -0.5
-    assert absolute_decrement(soared, fell, clip=2.0).item() == 2.0
+    assert absolute_decrement(soared, fell, fell, clip=2.0).item() == 2.0
 
 
 def test_a_loss_that_is_zero_from_the_start_gives_no_reward():
     nothing = torch.zeros(1, 2)
     assert relative_decrement(nothing, nothing, nothing).item() == 0.0
+    assert absolute_decrement(nothing, nothing, nothing).item() == 0.0
 
 
 def test_nan_loss_is_not_hidden():
@@ -79,6 +81,22 @@ def test_baseline_subtracts_the_discounted_mean(rng):
     weights = 0.9 ** np.arange(len(raw))
     expected = [r - (weights[: t + 1, None] * raw[t::-1]).sum(0) / weights[: t + 1].sum() for t, r in enumerate(raw)]
     np.testing.assert_allclose(measured_rewards(RewardMeter(baseline=True, gamma=0.9), losses), expected, atol=1e-12)
+
+
+def test_ratio_divides_by_the_discounted_mean_size(rng):
+    losses = descending_losses(rng)
+    raw = decrements(losses)
+    weights = 0.9 ** np.arange(len(raw))
+    sizes = [(weights[: t + 1, None] * abs(raw[t::-1])).sum(0) / weights[: t + 1].sum() for t in range(len(raw))]
+    rewards = measured_rewards(RewardMeter(normaliser="ratio", gamma=0.9), losses)
+    np.testing.assert_allclose(rewards, raw / sizes, rtol=1e-9)
+
+
+@pytest.mark.parametrize("normaliser", ["ratio", "zscore", "quantile"])
+def test_losses_that_stand_still_earn_nothing(normaliser):
+    meter = RewardMeter(normaliser=normaliser)
+    reward, _ = meter.measure(meter.init(torch.ones(1, 2)), torch.ones(1, 2))
+    assert reward.item() == 0.0
 
 
 def test_zscore_divides_by_the_discounted_standard_deviation(rng):
@@ -145,7 +163,7 @@ def test_training_losses_are_smoothed_over_the_steps(rng):
 
 def test_compiled_rewards_equal_eager_rewards(rng):
     # One graph for all normalisers, because compiling is what takes time.
-    meters = [RewardMeter(baseline=True, normaliser=kind, window=8) for kind in ("none", "zscore", "quantile")]
+    meters = [RewardMeter(baseline=True, normaliser=kind, window=8) for kind in ("none", "ratio", "zscore", "quantile")]
 
     def measure_all(states, losses):
         return [meter.measure(state, losses) for meter, state in zip(meters, states, strict=True)]

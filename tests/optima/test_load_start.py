@@ -1,13 +1,14 @@
 """Where a distillation's student starts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
-from optima.distill import INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
+from optima.distill import ASSETS, INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
 from optima.run import main
 from optima.tasks.pictograms import PictogramTask
 
@@ -36,6 +37,19 @@ def test_a_student_starts_as_asked_every_time(teacher_file: Path, student_file: 
         found = start(init)
         assert all(torch.equal(found[name], tensor) for name, tensor in student.state_dict().items())
         assert not torch.equal(found["heads.vqa.classifier.weight"], scratch["heads.vqa.classifier.weight"])
+
+
+def test_the_start_follows_from_what_the_student_is(student_file: Path) -> None:
+    data = PictogramTask("captioning", 3, torch.device("cpu"))
+    teacher = load_coca(ASSETS / "teacher.safetensors")
+
+    def start(**given: Any) -> dict[str, torch.Tensor]:
+        return load_start(DistillConfig(seed=3, **given), teacher, data).state_dict()
+
+    checkpoint = load_coca(student_file).state_dict()
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in start(student=student_file).items())
+    shipped = start(init="teacher_pca")
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in start().items())
 
 
 @pytest.mark.parametrize("init", ["teacher_truncate", "teacher_pca"])

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from optima_core.bandit.baselines import AllModules, EpsilonGreedy, FixedArm, RoundRobin, Uniform
 from optima_core.bandit.exp3 import Exp3S
 from optima_core.bandit.policy import Policy
+from optima_core.bandit.statistics import DiscountedBelief
 from optima_core.bandit.thompson import (
     DiscountedThompson,
     KalmanThompson,
@@ -53,6 +54,11 @@ def describe_hyper_parameters(name: str) -> dict[str, str]:
         for parameter in fields(POLICIES[name])
         if "doc" in parameter.metadata
     }
+
+
+def discounts_rewards(name: str) -> bool:
+    """Whether the policy `name` has a hyper-parameter gamma that discounts past rewards."""
+    return issubclass(POLICIES[name], DiscountedBelief) and "gamma" in describe_hyper_parameters(name)
 
 
 def _unknown(what: str, given: str, known: list[str]) -> str:

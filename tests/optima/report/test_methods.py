@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ def test_methods_are_ranked_and_judged_by_paired_differences() -> None:
 @pytest.mark.parametrize(
     ("means", "expected"),
     [
-        ({"optima": 70.0, "uniform": 60.0, "everything": 80.0}, "optima does not win: better are everything."),
+        (
+            {"optima": 70.0, "uniform": 60.0, "everything": 80.0},
+            "optima does not win: better are everything; it is better than uniform.",
+        ),
         ({"optima": 70.0, "uniform": 60.0, "fixed": 50.0}, "optima is better than every other method."),
         (
             {"optima": 70.0, "uniform": 60.0, "twin": 70.0},
@@ -46,6 +50,15 @@ def test_methods_are_ranked_and_judged_by_paired_differences() -> None:
 )
 def test_conclusion_says_what_the_intervals_say(means: dict[str, float], expected: str) -> None:
     assert conclusion(method_rows(outcomes(**means))["captioning"]).startswith(expected)
+
+
+def test_several_tasks_have_their_mean_as_one_more() -> None:
+    captions = outcomes(optima=70.0, uniform=60.0, only_here=50.0)
+    answers = [replace(o, task="vqa", score=o.score / 2) for o in captions if o.method != "only_here" and o.seed != 3]
+    assert "mean_of_tasks" not in method_rows(captions)
+    rows = {row.method: row for row in method_rows([*captions, *answers])["mean_of_tasks"]}
+    assert set(rows) == {"optima", "uniform"}
+    assert rows["optima"].scores == {seed: pytest.approx(0.75 * (70.0 + NOISE[seed])) for seed in (0, 1, 2, 4)}
 
 
 def test_markdown_holds_a_line_a_method() -> None:
