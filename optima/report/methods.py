@@ -126,8 +126,8 @@ def conclusion(rows: Sequence[MethodRow], reference: str = "optima") -> str:
     better = [formatting.words(row.method) for row in rows if row.verdict == "better"]
     worse = [formatting.words(row.method) for row in rows if row.verdict == "worse"]
     if better:
-        beaten = f"; it is better than {_listed(worse)}" if worse else ""
-        return f"{name} does not win: better are {_listed(better)}{beaten}."
+        beaten = f"; {name} is better than {_listed(worse)}" if worse else ""
+        return f"{name} does not win: {_listed(better)} {'does' if len(better) == 1 else 'do'} better{beaten}."
     if len(worse) == len(rows) - 1 and worse:
         return f"{name} is better than every other method."
     if worse:

@@ -1,8 +1,6 @@
 """What holds for every policy, and what each of them is for, against numpy and against simple worlds."""
 
 import math
-import os
-import random
 
 import numpy as np
 import pytest
@@ -23,13 +21,6 @@ ADAPTIVE = (
     "epsilon_greedy",
 )
 every_policy = pytest.mark.parametrize("name", POLICIES)
-
-
-@pytest.fixture
-def seed() -> int:
-    value = int(os.environ.get("OPTIMA_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"OPTIMA_TEST_SEED={value} reproduces this")
-    return value
 
 
 def policy_for_test(name: str) -> Policy:

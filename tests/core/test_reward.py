@@ -1,5 +1,4 @@
 import math
-import random
 
 import numpy as np
 import pytest
@@ -9,9 +8,7 @@ from optima_core.reward import RewardMeter, absolute_decrement, relative_decreme
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
+def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 

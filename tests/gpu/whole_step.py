@@ -69,7 +69,7 @@ def make_whole_step(
     optimiser, schedule = make_optimiser(trained, options, 100)
     chooser = make_policy(policy, arms=len(names))
     table = arm_gates(len(names), device=device)
-    meter = RewardMeter(baseline=True)
+    meter = RewardMeter(kind="absolute", normaliser="ratio")
     student_forward, teacher_forward = TaskForward(student, "captioning"), TaskForward(teacher, "captioning")
     student_taps, teacher_taps = objective.wanted(names)
 

@@ -38,7 +38,7 @@ def test_methods_are_ranked_and_judged_by_paired_differences() -> None:
     [
         (
             {"optima": 70.0, "uniform": 60.0, "everything": 80.0},
-            "optima does not win: better are everything; it is better than uniform.",
+            "optima does not win: everything does better; optima is better than uniform.",
         ),
         ({"optima": 70.0, "uniform": 60.0, "fixed": 50.0}, "optima is better than every other method."),
         (

@@ -1,18 +1,10 @@
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 
 from optima.simulate.environments import ENVIRONMENTS, Abrupt, Distil, Sine
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    return value
 
 
 def one_hot(arm: int, seeds: int, arms: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 import io
 import json
-import random
 
 import pytest
 import torch
@@ -11,13 +10,6 @@ from optima.simulate.environments import ENVIRONMENTS
 from optima.simulate.run import run_trial
 from optima_core.bandit import count_arms, make_policy
 from optima_core.errors import OptimaError
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    return value
 
 
 def test_default_policy_meets_its_bars_on_fewer_seeds(seed):
