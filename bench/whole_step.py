@@ -98,7 +98,10 @@ class Problem:
         self.labels = torch.randint(sizes.classes, (sizes.batch,), device=device)
         self.pair = ModulePair(MODULE, sizes.student[0], sizes.teacher[0], sizes.student[1], sizes.teacher[1])
         self.config = ObjectiveConfig(
-            attention_heads=heads, relation_heads=sizes.relation_heads if heads == "relation" else None
+            hidden=1.0,
+            attention=1.0,
+            attention_heads=heads,
+            relation_heads=sizes.relation_heads if heads == "relation" else None,
         )
         self.objective = Objective([self.pair], self.config).to(device)
 
