@@ -63,8 +63,9 @@ class RewardConfig:
 
     Attributes:
         source: "probe" measures the losses of a held batch after each round, "training" smooths those of the steps.
-        kind: "absolute" is how far the losses fell together, as a share of their first sum; "relative" the mean over
-            losses of how far each fell from where it stood, for losses whose sizes differ by decades.
+        kind: "absolute" is how far the losses, each layer's among them, fell together, as a share of their first sum;
+            "relative" the mean over losses of how far each fell from where it stood, for losses whose sizes differ by
+            decades.
         floor: Of "relative": share of a loss's first value added to where it stood, so that a loss near zero does not
             rule; at least 0.
         clip: A reward is clipped to plus and minus this.
@@ -199,7 +200,7 @@ class Distiller(Generic[Batch]):
         self.step = 0
         self._probed_teacher = self._forward_teacher(probe, self.names)
         self.initial_probe = self._probe_terms()
-        self.reward = self.meter.init(self.objective.tracked(self.initial_probe)[None])
+        self.reward = self.meter.init(_stacked(self.initial_probe))
         if not self.ranks.first:
             # Dropout differs between slices of a batch; the first rank draws what a single process does.
             torch.manual_seed(torch.initial_seed() + self.ranks.rank)
@@ -260,7 +261,7 @@ class Distiller(Generic[Batch]):
         watch.stop()
         probe = self._probe_terms()
         if self.config.reward.source == "probe":
-            reward, self.reward = self.meter.measure(self.reward, self.objective.tracked(probe)[None])
+            reward, self.reward = self.meter.measure(self.reward, _stacked(probe))
         else:
             reward, self.reward = self.meter.finish(self.reward)
         self.bandit = self.policy.update(self.bandit, arm, reward)
@@ -370,12 +371,10 @@ class Distiller(Generic[Batch]):
     def _observe(self, terms: dict[str, Tensor], gates: Tensor) -> None:
         """Hands a step's losses to the reward; those of modules that were not distilled count as not measured."""
         losses, measured = [], []
-        groups = self.objective.groups(terms)
-        for name in self.objective.groups(self.initial_probe):
-            module = name.partition("/")[2]
-            found = groups.get(name)
+        for name in self.initial_probe:
+            found = terms.get(name)
             losses.append(torch.zeros((), device=self.device) if found is None else found.detach().float())
-            gate = gates[self.names.index(module)] if module else torch.ones_like(gates[0])
+            gate = gates[self.names.index(name.split("/")[1])] if "/" in name else torch.ones_like(gates[0])
             measured.append((gate > 0) & (found is not None))
         self.reward = self.meter.observe(self.reward, torch.stack(losses)[None], torch.stack(measured)[None])
 
@@ -445,6 +444,11 @@ def _told_in_a_line() -> Iterator[None]:
             f"compile: teacher, student and losses do not make one graph ({lines[0]}: {' '.join(context)}); "
             "take compile: false"
         ) from error
+
+
+def _stacked(terms: Mapping[str, Tensor]) -> Tensor:
+    """The losses that a reward is made of, those of every layer among them: float32 [1, losses]."""
+    return torch.stack(list(terms.values())).float()[None]
 
 
 def _averaged(student: nn.Module, decay: float) -> AveragedModel:

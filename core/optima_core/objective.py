@@ -180,17 +180,6 @@ class Objective(nn.Module):
             total = total + getattr(self.config, kind) / layers * term
         return total
 
-    def groups(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses that a reward is made of: "task", "logits", and "<kind>/<module>", a mean over layers."""
-        members: dict[str, list[Tensor]] = {}
-        for name, term in terms.items():
-            members.setdefault(name.rpartition("/")[0] or name, []).append(term)
-        return {name: torch.stack(found).mean() for name, found in members.items()}
-
-    def tracked(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """`groups` as one vector, float32 [losses]."""
-        return torch.stack(list(self.groups(terms).values())).float()
-
     def _prediction(
         self, student: LogitPrediction | LinearPrediction, teacher: LogitPrediction | LinearPrediction
     ) -> _Mean:

@@ -108,15 +108,6 @@ def test_terms_of_weight_zero_are_left_out(seed: int) -> None:
     assert list(objective(*forwards(objective), {"front": ON, "back": ON})) == ["task"]
 
 
-def test_groups_are_means_over_the_layers_of_a_module(seed: int) -> None:
-    objective = Objective(MODULES, ObjectiveConfig())
-    terms = objective(*forwards(objective), {"front": ON, "back": ON})
-    groups = objective.groups(terms)
-    assert list(groups) == ["task", "logits", "hidden/front", "attention/front", "hidden/back", "attention/back"]
-    torch.testing.assert_close(groups["hidden/front"], (terms["hidden/front/0"] + terms["hidden/front/1"]) / 2)
-    torch.testing.assert_close(objective.tracked(terms), torch.stack(list(groups.values())))
-
-
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_states_and_head_give_the_same_loss_as_their_logits(divergence: str, seed: int) -> None:
     objective = Objective((), ObjectiveConfig(divergence=divergence))  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def make_whole_step(
         with torch.no_grad():
             taught = teacher_forward(batch, teacher_taps)
         terms = objective(student_forward(batch, student_taps), taught, gates)
-        return objective.total(terms), objective.tracked(terms).detach(), arm, bandit
+        return objective.total(terms), torch.stack(list(terms.values())).float().detach(), arm, bandit
 
     def learn() -> None:
         clip_gradients(trained, options.clip)
