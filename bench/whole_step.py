@@ -132,7 +132,7 @@ class Problem:
             del taps, teacher, student_shows
             total = objective.total(terms)
             total.backward()
-            tracked = objective.tracked({name: term.detach() for name, term in terms.items()})[None]
+            tracked = torch.stack([term.detach() for term in terms.values()]).float()[None]
             rounds.setdefault("reward", meter.init(tracked))
             reward, rounds["reward"] = meter.measure(rounds["reward"], tracked)
             rounds["bandit"] = policy.update(rounds["bandit"], arm, reward)
