@@ -62,8 +62,8 @@ class RewardMeter:
         kind: `relative_decrement` or `absolute_decrement`.
         floor: share of each loss's first value in the denominator of a relative decrement.
         clip: bound on the size of a decrement, before baseline and normaliser.
-        baseline: subtract the discounted mean of all rewards so far. Early in a run every loss falls, so whichever arm
-            is pulled early looks good; this takes that away.
+        baseline: subtract the discounted mean of all rewards so far, for rewards that drift slowly. Where they shrink
+            fast the mean lags behind, and whichever arm was pulled last looks good; `ratio` takes that away.
         normaliser: `ratio` divides by the discounted mean size of rewards, so that 1 is an average round however slowly
             losses fall by now; `zscore` divides the deviation from the discounted mean by the discounted standard
             deviation; `quantile` maps the 20 % and 80 % quantiles of the last `window` rewards to -1 and 1 and clips,
