@@ -27,7 +27,7 @@ from optima.memory import peak_mib
 from optima.report import write_report
 from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import DataConfig, open_data
 from optima.tasks.data import HELD, Evaluation, TaskData, head_spec

@@ -11,9 +11,8 @@ from rich.table import Table
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
 from optima.coca.generate import GenerationConfig
-from optima.data.pictograms.stream import TASKS
 from optima.data.records import FORMATS
-from optima.tasks import Task
+from optima.task import TASKS, Task
 from optima.tasks.choose import DataConfig, open_data
 from optima.tasks.data import Held
 from optima.tasks.evaluate import evaluate

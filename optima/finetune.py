@@ -14,7 +14,7 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.memory import peak_mib
 from optima.run_directory import RunDirectory
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.choose import DataConfig, open_data
 from optima.tasks.data import HELD, TaskData, head_spec
 from optima.tasks.evaluate import evaluate

@@ -36,11 +36,10 @@ from optima.coca.presets import preset
 from optima.data.records import FORMATS
 from optima.distill import ASSETS, DistillConfig
 from optima.recipes.write_large import TEACHER, TEACHER_FILES
-from optima.tasks import Task
+from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.fit import refuse_misfit
 from optima.tasks.forward import TaskForward
-from optima.tasks.pictograms import PictogramTask
 from optima_core import DistillerConfig
 from optima_core.errors import OptimaError
 from optima_core.objective import Forward, LinearPrediction, Objective
@@ -187,7 +186,7 @@ def measure_needs(
 
     Raises ValueError if the two models cannot be paired or the losses refuse their heads.
     """
-    pictures = 2 if task == "nlvr2" else 1
+    pictures = TASKS[task].images
     heads: dict[str, HeadSpec] = {task: HeadSpec(classes, pictures)} if classes else {}
     with FakeTensorMode(), _Memory() as memory:
         teacher = CoCa(teacher_config, heads).eval().requires_grad_(False)
@@ -409,6 +408,8 @@ class _Shape(NamedTuple):
 def _shape_of_data(config: PlanConfig, models: dict[str, CoCaConfig]) -> _Shape:
     """What `distill` would find in the data; the official ones need not be there."""
     if config.data.name == "pictograms":
+        from optima.tasks.pictograms import PictogramTask
+
         pictograms = PictogramTask(config.task)
         for name, sizes in models.items():
             with torch.device("meta"):
@@ -421,8 +422,8 @@ def _shape_of_data(config: PlanConfig, models: dict[str, CoCaConfig]) -> _Shape:
     text_length = config.data.text_length or lengths[0]
     if text_length > min(lengths):
         raise OptimaError(f"data.text_length must be at most {min(lengths)}, which both models read, got {text_length}")
-    classes = {"captioning": 0, "vqa": config.data.answers, "nlvr2": 2, "snli_ve": 3}
-    return _Shape(text_length, classes[config.task])
+    classes = TASKS[config.task].classes
+    return _Shape(text_length, config.data.answers if classes is None else len(classes))
 
 
 def _needs(config: PlanConfig, teacher: CoCaConfig, student: CoCaConfig, shape: _Shape) -> Needs:

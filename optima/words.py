@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optima.data.tokenizer import Tokenizer, tokenizer_from_json
 from optima.run_directory import RunDirectory
-from optima.tasks import TASKS, Task
+from optima.task import TASKS, Task
 from optima.tasks.data import TaskData
 from optima_core.errors import OptimaError
 

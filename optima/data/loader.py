@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optima.data.draws import Draws
 from optima.data.images import Header, inspect
 from optima.data.order import Order, Place
 from optima.data.order import once as order_once
-from optima.data.pictograms.draws import Draws
 from optima.data.record import ImageSource, Records, Rejection, Unusable
 from optima.data.transform import (
     TransformConfig,

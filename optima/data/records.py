@@ -28,9 +28,9 @@ from optima.data.formats.snli_ve import SPLITS as SNLI_VE_SPLITS
 from optima.data.formats.snli_ve import read_snli_ve
 from optima.data.formats.vqav2 import SPLITS as VQAV2_SPLITS
 from optima.data.formats.vqav2 import read_vqav2
-from optima.data.pictograms.stream import Task
 from optima.data.record import ImageSource, Record, Records, Rejection, write_rejections
 from optima.data.shards import is_packed, read_packed, read_webdataset
+from optima.task import Task
 from optima_core.errors import OptimaError
 
 DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder", "webdataset"]

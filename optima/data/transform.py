@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optima.data.draws import Draws
 from optima.data.images import REDUCING_GAP, Header, decode
-from optima.data.pictograms.draws import Draws
-from optima.data.pictograms.stream import Task
 from optima.data.record import Record
+from optima.task import TASKS, Task
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -75,7 +75,7 @@ class Window(NamedTuple):
 
 def mirror_allowed(task: Task, record: Record) -> bool:
     """Whether a mirrored picture still fits the record: not for questions and pairs, nor beside a word for a side."""
-    return task in ("captioning", "snli_ve") and not any(_SIDES.search(text) for text in record.texts)
+    return TASKS[task].mirrors and not any(_SIDES.search(text) for text in record.texts)
 
 
 def evaluation_window(width: int, height: int, config: TransformConfig) -> Window:

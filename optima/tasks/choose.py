@@ -8,12 +8,11 @@ import torch
 
 from optima.coca import CoCaConfig
 from optima.data.loader import LoaderConfig
-from optima.data.pictograms.stream import Task
 from optima.data.records import ANSWERS, FORMATS
 from optima.data.tokenizer import named_tokenizer
+from optima.task import Task
 from optima.tasks.data import TaskData
 from optima.tasks.official import OfficialSplits, OfficialTask
-from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 
 CLIP_TOKENS = 49408
@@ -88,6 +87,8 @@ def open_data(
     Raises OptimaError if the data set does not serve the task, or cannot be read.
     """
     if config.name == "pictograms":
+        from optima.tasks.pictograms import PictogramTask
+
         return PictogramTask(task, seed, device, rank, world_size)
     served = FORMATS[config.name].task
     if served != task:

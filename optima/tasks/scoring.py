@@ -14,9 +14,6 @@ RIGHT_CIDER_D = 1.0
 RIGHT_ACCURACY = 0.6
 """Least VQA accuracy of an answer that counts as right there: what two of ten annotators said."""
 
-HEADLINES = {"captioning": "cider_d", "vqa": "accuracy", "nlvr2": "accuracy", "snli_ve": "accuracy"}
-"""The score that a task is judged by on official data."""
-
 
 def has_truth(records: Records) -> bool:
     """Whether predictions for these records can be scored: captions, answers or labels were published."""

@@ -12,7 +12,7 @@ from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
 from optima.run import main
 from optima.run_directory import RunDirectory
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
 from optima.use import load_student

@@ -10,7 +10,8 @@ from PIL import Image
 
 from optima.data.pictograms.captions import references
 from optima.data.pictograms.render import render
-from optima.data.pictograms.stream import Pictograms, Task
+from optima.data.pictograms.stream import Pictograms
+from optima.task import Task
 
 
 def save_picture(path: Path, scene: Any, size: tuple[int, int], **options: Any) -> None:
