@@ -21,6 +21,7 @@ from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import is_preset, preset
+from optima.data.config import HELD, DataConfig
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
 from optima.memory import peak_mib
@@ -29,8 +30,8 @@ from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
 from optima.task import Task
 from optima.tasks.batches import TaskBatch
-from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import HELD, Evaluation, TaskData, head_spec
+from optima.tasks.choose import open_data
+from optima.tasks.data import Evaluation, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from optima.coca import CoCa, CoCaConfig, captioning_loss, contrastive_loss
 from optima.coca.checkpoint import save_coca
+from optima.data.normalise import normalise
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
-from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.run_directory import RunDirectory
 from optima.task import TASKS, Task

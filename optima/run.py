@@ -18,7 +18,8 @@ from rich.table import Table
 
 from optima.command_line import Command, parse
 from optima.compare import CompareConfig, compare
-from optima.data.prepare import PrepareConfig, prepare
+from optima.data.config import PrepareConfig
+from optima.data.prepare import prepare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.evaluate import EvaluateConfig, run_evaluate

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from optima.data.tokenizer import Tokenizer, tokenizer_from_json
+from optima.data.tokenizer import Tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.run_directory import RunDirectory
 from optima.task import TASKS, Task
 from optima.tasks.data import TaskData

@@ -2,19 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optima.coca import HeadSpec
+from optima.data.config import Held
 from optima.data.tokenizer import Tokenizer
 from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
-
-Held = Literal["validation", "test"]
-HELD: tuple[Held, ...] = get_args(Held)
-"""The two roles that held-out items play: points of the learning curve, and final scores."""
 
 
 @dataclass(frozen=True)

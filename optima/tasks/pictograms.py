@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from optima.coca import HeadSpec
+from optima.data.config import Held
+from optima.data.normalise import normalise
 from optima.data.pictograms.captions import describe, parse_caption, references
 from optima.data.pictograms.render import render
 from optima.data.pictograms.stream import CLASSES, Example, Pictograms, collate
-from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
-from optima.tasks.data import Evaluation, Held, HeldBatch, Shown, percent
+from optima.tasks.data import Evaluation, HeldBatch, Shown, percent
 
 PICTURE_SIZE = 64
 """Side of the square pictures, pixels."""

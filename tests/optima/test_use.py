@@ -9,7 +9,8 @@ from PIL import Image
 
 from optima.coca.checkpoint import load_coca
 from optima.data.pictograms.stream import Pictograms
-from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
+from optima.data.tokenizer import word_tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.run import main
 from optima.run_directory import RunDirectory
 from optima.task import Task

@@ -45,7 +45,8 @@ assert not any("pictograms" in name for name in sys.modules), [name for name in 
 
 import torch
 from optima.coca import CoCa, CoCaConfig, HeadSpec, TextDecoderConfig
-from optima.tasks.choose import DataConfig, open_data
+from optima.data.config import DataConfig
+from optima.tasks.choose import open_data
 from optima.tasks.evaluate import evaluate
 from optima.tasks.forward import TaskForward
 

@@ -10,8 +10,8 @@ from miniatures import MAKERS
 
 from optima.coca import HeadSpec
 from optima.coca.checkpoint import save_coca
-from optima.data.loader import LoaderConfig
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.config import DataName, LoaderConfig
+from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
 from optima.tasks.official import OfficialSplits, OfficialTask

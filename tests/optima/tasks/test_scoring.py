@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from miniatures import MAKERS
 
-from optima.data.records import DataName, Records, open_records
+from optima.data.config import DataName
+from optima.data.records import Records, open_records
 from optima.task import TASKS
 from optima.tasks.scoring import has_truth, score, submission
 
