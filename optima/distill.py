@@ -18,9 +18,9 @@ import torch
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import is_preset, preset
+from optima.coca.start import project_teacher, truncate_teacher
 from optima.data.config import HELD, DataConfig
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
@@ -255,8 +255,7 @@ def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
         truncate_teacher(student, teacher, config.layer_map)
     elif init == "teacher_pca":
         batch = data.training_batch(0, INITIALISING_ITEMS)
-        device = next(teacher.parameters()).device
-        project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
+        project_teacher(student, teacher, batch.images, batch.tokens, config.layer_map)
     return student.eval()
 
 
