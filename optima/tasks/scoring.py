@@ -88,7 +88,7 @@ def submission(records: Records, indices: Sequence[int], predictions: Sequence[s
 
     COCO: the result JSON of the caption server and of pycocoevalcap, image_id and caption. VQAv2: the result JSON of
     the server, question_id and answer. NLVR2: the CSV of its eval/metrics.py, identifier and True or False. SNLI-VE has
-    no server: JSONL with pairID and gold_label as in its own files. A folder, or tars: JSONL with file_name and caption.
+    no server: JSONL with pairID and gold_label as in its own files. Folders and tars: JSONL with file_name and caption.
     """
     ids = [records[index].id for index in indices]
     if records.name in ("coco", "coco_karpathy"):
