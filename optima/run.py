@@ -31,7 +31,7 @@ from optima.report import write_comparison, write_report
 from optima.simulate import SimulateConfig, simulate
 from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
-from optima_core.parallel import leave, several, speaks
+from optima_core.processes import leave, several, speaks
 
 
 @dataclass(frozen=True)
