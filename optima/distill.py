@@ -36,9 +36,11 @@ from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
 from optima.words import write_words
-from optima_core.engine import Distiller, DistillerConfig
+from optima_core.config import DistillerConfig
+from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
-from optima_core.parallel import Ranks, Strategy, join_ranks
+from optima_core.parallel import Ranks, join_ranks
+from optima_core.processes import Strategy
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
 

@@ -23,8 +23,7 @@ from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
 from optima.training import train
 from optima.words import write_words
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
+from optima_core.config import OptimiserConfig, Precision
 
 
 @dataclass(frozen=True)

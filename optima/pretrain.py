@@ -23,8 +23,7 @@ from optima.task import TASKS, Task
 from optima.tasks.fit import refuse_misfit
 from optima.tasks.pictograms import HEADS, TEXT_LENGTH, PictogramTask
 from optima.training import train
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
+from optima_core.config import OptimiserConfig, Precision
 
 
 @dataclass(frozen=True)
