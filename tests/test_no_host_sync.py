@@ -30,7 +30,7 @@ from optima.tasks.forward import TaskForward
 from optima_core import Distiller, DistillerConfig, RewardConfig
 from optima_core.bandit import POLICIES
 from optima_core.objective import Objective, ObjectiveConfig
-from optima_kernels.dispatch import INTERPRETED
+from optima_kernels.shared.dispatch import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
 

@@ -3,5 +3,14 @@
 from optima_kernels.attention import attention_map_loss, attention_map_losses
 from optima_kernels.hidden import hidden_mse, hidden_mses
 from optima_kernels.logits import linear_kl, prediction_kl
+from optima_kernels.shared.cpu_products import linear
 
-__all__ = ["attention_map_loss", "attention_map_losses", "hidden_mse", "hidden_mses", "linear_kl", "prediction_kl"]
+__all__ = [
+    "attention_map_loss",
+    "attention_map_losses",
+    "hidden_mse",
+    "hidden_mses",
+    "linear",
+    "linear_kl",
+    "prediction_kl",
+]

@@ -13,7 +13,7 @@ from optima.tasks.forward import TaskForward
 from optima_core import BanditConfig, Distiller, DistillerConfig, RewardConfig
 from optima_core.bandit import POLICIES, make_policy
 from optima_core.objective import ObjectiveConfig
-from optima_kernels import selfcheck
+from optima_kernels.shared import selfcheck
 
 CONFIGS = {
     "default": ObjectiveConfig(),

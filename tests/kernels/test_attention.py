@@ -56,7 +56,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_tiles_that_do_not_divide_the_problem(
     kind: str, heads: str, seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optima_kernels.blocked import attention
+    from optima_kernels.attention import blocked as attention
 
     case = Case(
         seed, batch=3, heads_s=5, heads_t=5, mask="bool", options={"kind": kind, "heads": heads, "causal": True}
@@ -203,7 +203,7 @@ def test_closed_gate_gives_exact_zeros(kind: str, backend: str, seed: int, devic
 
 
 def test_a_closed_gate_costs_nothing_on_a_cpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.blocked.attention.attention_map_sums", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("optima_kernels.attention.blocked.attention_map_sums", lambda *_: pytest.fail("worked"))
     result = loss_and_gradients(attention_map_loss, Case(seed, gate=0.0).tensors(), backend="blocked")
     assert all((x == 0).all() for x in result)
 

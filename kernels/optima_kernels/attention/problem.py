@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from optima_kernels.dispatch import compute_dtype
+from optima_kernels.shared.dispatch import compute_dtype
 
 Kind = Literal["kl", "mse"]
 HeadMatching = Literal["match", "mean", "relation"]
@@ -59,3 +59,9 @@ def empty_gradients(layer: MapLayer, keys_last: bool = False) -> tuple[Tensor, T
     if keys_last:
         return grad_q, k_s.new_empty(k_s.transpose(2, 3).shape, dtype=dtype).transpose(2, 3)
     return grad_q, k_s.new_empty(k_s.shape, dtype=dtype)
+
+
+def regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:
+    """[B, H, N, d] -> [B, R, N, H * d / R]: the concatenated heads cut anew, as MiniLMv2 does (arXiv 2012.15828)."""
+    x_BNHd = x_BHNd.transpose(1, 2)
+    return x_BNHd.reshape(*x_BNHd.shape[:2], relation_heads, -1).transpose(1, 2)

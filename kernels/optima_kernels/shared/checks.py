@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optima_kernels.reference import PerLayer
+from optima_kernels.shared.layers import PerLayer
 
 
 def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:

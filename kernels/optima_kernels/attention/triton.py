@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.attention_problem import MapLayer, MapOptions, MapSums, empty_gradients
-from optima_kernels.blocked import attention as blocked
-from optima_kernels.dispatch import INTERPRETED
-from optima_kernels.triton.shipped import MULTIPLE_OF_16, POINTER, ShippedKernel, on_matrix_units, target_of
+from optima_kernels.attention import blocked
+from optima_kernels.attention.problem import MapLayer, MapOptions, MapSums, empty_gradients
+from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.target import target_of
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -580,84 +580,3 @@ def _mask_kind(mask: Tensor | None) -> int:
 def _padded(width: int) -> int:
     """Head width as a tile has it: a power of two that a matrix instruction takes."""
     return max(16, int(triton.next_power_of_2(width)))
-
-
-def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel for heads of width 64 and 128 in bf16 and float32, two layers a launch, plain and with all masks."""
-    return [
-        _shipped(kernel, target, width, dtype, masked, constants)
-        for dtype in (torch.bfloat16, torch.float32)
-        for width in (64, 128)
-        for masked in (False, True)
-        for kernel, constants in (
-            (lse_kernel, {}),
-            (query_kernel, {"MSE": False, "LOSS": True, "GRAD": True}),
-            (query_kernel, {"MSE": True, "LOSS": True, "GRAD": False}),
-            (query_kernel, {"MSE": True, "LOSS": False, "GRAD": True}),
-            (key_kernel, {"MSE": False}),
-            (key_kernel, {"MSE": True}),
-        )
-    ]
-
-
-def _shipped(
-    kernel: triton.JITFunction[Any],
-    target: str,
-    width: int,
-    dtype: torch.dtype,
-    masked: bool,
-    constants: dict[str, bool],
-) -> ShippedKernel:
-    layers = 2
-    walk: Literal["keys", "queries"] = "queries" if kernel is key_kernel else "keys"
-    tile = tiling(walk, width, dtype, target, masked, not constants.get("GRAD", True))
-    options: dict[str, Any] = {
-        "LAYERS": layers,
-        **dict.fromkeys(("D", "D_S", "D_T", "BD", "BD_S", "BD_T"), width),
-        "BI": tile.queries,
-        "BJ": tile.keys,
-        "CAUSAL": masked,
-        "LENGTHS": masked,
-        "MASK": BOOL_MASK if masked else NO_MASK,
-        "LOWEST": 0.0,
-        "GATED": True,
-        "WIDEN": False,
-        **constants,
-    }
-    absent = {"mask", "s_mask", "key_lengths"} if not masked else set()
-    absent |= {"row_term"} if not constants.get("MSE") else set()
-    absent |= {"total", "count"} if not constants.get("LOSS", True) else set()
-    absent |= {"grad_q"} if not constants.get("GRAD", True) else set()
-    types: dict[str, str | tuple[str, ...]] = {
-        **dict.fromkeys(("q", "k", "q_s", "k_s", "q_t", "k_t"), (POINTER[dtype],) * layers),
-        **dict.fromkeys(("grad_q", "grad_k"), ("*fp32",) * layers),
-        **dict.fromkeys(
-            ("s_q", "s_k", "s_q_s", "s_k_s", "s_q_t", "s_k_t", "s_mask"), ("i32", "i32", "i32", "constexpr")
-        ),
-        **dict.fromkeys(("gate", "lse", "lse_s", "lse_t", "row_term", "total", "count"), "*fp32"),
-        **dict.fromkeys(("H", "N", "M", "TILES"), "i32"),
-        **dict.fromkeys(("scale", "scale_s", "scale_t", "grad_scale"), "fp32"),
-        "mask": ("*u8",) * layers,
-        "key_lengths": ("*i64",) * layers,
-    }
-    signature: dict[str, str | tuple[str, ...]] = {}
-    constexprs: dict[str | tuple[str, int], Any] = {}
-    attrs: dict[str | tuple[str, int], Any] = {}
-    for name in kernel.arg_names:
-        if name in options or name in absent:
-            signature[name] = "constexpr"
-            constexprs[name] = options.get(name)
-            continue
-        signature[name] = types[name]
-        if name.startswith("s_"):
-            constexprs[name, 3] = 1
-        if isinstance(types[name], tuple) and name != "s_mask":
-            attrs |= {(name, i): MULTIPLE_OF_16 for i in range(min(3, len(types[name])))}
-        elif types[name] == "*fp32":
-            attrs[name] = MULTIPLE_OF_16
-    words = [kernel.__name__.removesuffix("_kernel"), "mse" if constants.get("MSE") else "kl" if constants else "any"]
-    words += ["loss"] * constants.get("LOSS", False) + ["grad"] * constants.get("GRAD", False)
-    words += [f"d{width}", "masked" if masked else "plain"] + ["fp32"] * (dtype == torch.float32)
-    name = "attention " + " ".join(words)
-    uses_dot = on_matrix_units(dtype, target)
-    return ShippedKernel(name, kernel, signature, constexprs, attrs, tile.warps, tile.stages, uses_dot)

@@ -17,12 +17,28 @@ import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.attention_problem import HeadMatching, Kind, MapLayer, MapOptions, MapSums, empty_gradients
-from optima_kernels.blocked import attention as blocked
-from optima_kernels.checks import check_choice, check_device, check_floating, check_gate, check_layers, check_shape
-from optima_kernels.dispatch import choose_backend, closed_gates, compute_dtype
-from optima_kernels.reference import PerLayer, apply_gate, per_layer, regroup_heads
-from optima_kernels.registration import FusedOperator, multiply
+from optima_kernels.attention import blocked
+from optima_kernels.attention.problem import (
+    HeadMatching,
+    Kind,
+    MapLayer,
+    MapOptions,
+    MapSums,
+    empty_gradients,
+    regroup_heads,
+)
+from optima_kernels.shared.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_gate,
+    check_layers,
+    check_shape,
+)
+from optima_kernels.shared.dispatch import choose_backend, compute_dtype
+from optima_kernels.shared.gates import apply_gate, closed_gates
+from optima_kernels.shared.layers import PerLayer, per_layer
+from optima_kernels.shared.registration import FusedOperator, multiply
 
 
 def attention_map_loss(
@@ -247,7 +263,7 @@ def _forward(
     layers, gate = problem.layers(tensors), problem.gate(tensors)
     options = MapOptions(cast(Kind, kind), mean_heads, causal)
     if backend == "triton":
-        from optima_kernels.triton import attention as triton
+        from optima_kernels.attention import triton
 
         sums = triton.attention_map_sums(layers, options, with_grad, gate)
     else:

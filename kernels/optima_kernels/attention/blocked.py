@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima_kernels.attention_problem import MapLayer, MapOptions, MapSums, empty_gradients
-from optima_kernels.cpu_products import add_product, is_faster, product
-from optima_kernels.dispatch import compute_dtype
+from optima_kernels.attention.problem import MapLayer, MapOptions, MapSums, empty_gradients
+from optima_kernels.shared.cpu_products import add_product, is_faster, product
+from optima_kernels.shared.dispatch import compute_dtype
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
