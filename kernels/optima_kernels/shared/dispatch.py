@@ -47,8 +47,8 @@ def _is_trusted(loss: str, device: torch.device) -> bool:
     return selfcheck.is_trusted(loss, device)
 
 
-# What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, a second and a half,
-# in every process that never compiles.
+# What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a
+# half, in every process that never compiles.
 _is_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
