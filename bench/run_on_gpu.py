@@ -28,7 +28,7 @@ from bench import attention, hidden, logits, report, whole_step  # noqa: E402
 from bench.contest import Contest  # noqa: E402
 from bench.measure import failed, measure  # noqa: E402
 from bench.suites import SUITES  # noqa: E402
-from optima_kernels import selfcheck  # noqa: E402
+from optima_kernels.shared import selfcheck  # noqa: E402
 
 
 def contests(device: torch.device, rehearse: bool) -> Iterator[Contest]:

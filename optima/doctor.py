@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from optima_kernels import selfcheck
-from optima_kernels.dispatch import HAS_TRITON, INTERPRETED
+from optima_kernels.shared import selfcheck
+from optima_kernels.shared.dispatch import HAS_TRITON, INTERPRETED
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from optima_core.bandit import POLICIES
 from optima_core.objective import Losses, Objective, as_vector
 from optima_core.records import Sent
 from optima_core.terms import LossGroup
-from optima_kernels.dispatch import INTERPRETED
+from optima_kernels.shared.dispatch import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
 

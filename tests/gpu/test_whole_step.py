@@ -8,7 +8,7 @@ from whole_step import make_distiller, make_whole_step, random_batch
 
 from optima_core import BanditConfig, DistillerConfig, ObjectiveConfig
 from optima_core.bandit import POLICIES, make_policy
-from optima_kernels import selfcheck
+from optima_kernels.shared import selfcheck
 
 CONFIGS = {
     "default": ObjectiveConfig(),

@@ -41,7 +41,7 @@ ASSEMBLY = """
 def run_aot(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own: what is interpreted here is compiled there."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "optima_kernels.aot", *arguments]
+    command = [sys.executable, "-m", "optima_kernels.inspect.aot", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -107,7 +107,7 @@ def test_figures_are_those_of_the_committed_table(compiled: list[aot.Figures]) -
     if f"triton {triton.__version__})" not in text:
         pytest.skip(f"bench/AOT.md was made by another triton than {triton.__version__}")
     found = aot.differences(compiled, text)
-    assert found == [], "run `python -m optima_kernels.aot --write bench/AOT.md` and look at what changed"
+    assert found == [], "run `python -m optima_kernels.inspect.aot --write bench/AOT.md` and look at what changed"
 
 
 def test_the_committed_table_has_every_kernel_for_every_target() -> None:

@@ -16,7 +16,7 @@ EVERYTHING = os.environ.get("OPTIMA_TEST_AOT") == "all"
 
 COMPILE = """
 import sys
-from optima_kernels.triton.attention import shipped_kernels
+from optima_kernels.attention.triton import shipped_kernels
 
 target, folder, everything = sys.argv[1:]
 for kernel in shipped_kernels(target):

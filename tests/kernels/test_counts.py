@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from optima_kernels import attention_map_loss, hidden_mse, linear_kl
-from optima_kernels.dispatch import INTERPRETED
+from optima_kernels.shared.dispatch import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from optima_kernels.counts import OUTSIDE, Launch, counting, tilings_of  # noqa: E402
-from optima_kernels.triton import hidden as hidden_kernels  # noqa: E402
+from optima_kernels.hidden import triton as hidden_kernels  # noqa: E402
+from optima_kernels.inspect.counts import OUTSIDE, Launch, counting, tilings_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 
@@ -195,7 +195,7 @@ def doubled_exp(b_p_s, b_p_t, b_row_term, MSE: tl.constexpr):
 
 
 def test_a_planted_exponential_and_a_read_past_the_end_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optima_kernels.triton import attention as attention_kernels
+    from optima_kernels.attention import triton as attention_kernels
 
     monkeypatch.setattr(attention_kernels, "_score_gradient", doubled_exp)
     with counting() as launches:

@@ -100,7 +100,7 @@ def test_loss_and_gradients_match_the_float64_reference(backend: str, arguments:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_beyond_one_tile(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.blocked.hidden.TILE_ELEMENTS", 256)
+    monkeypatch.setattr("optima_kernels.hidden.blocked.TILE_ELEMENTS", 256)
     for normalize in (None, "layernorm", "l2"):
         assert_right(backend, Problem((3, 67), 33, 45, normalize=normalize, masked=True, weighted=True), f"seed {seed}")
 
@@ -194,7 +194,7 @@ def test_a_closed_gate_gives_zero_loss_and_gradients(backend: str, seed: int) ->
 
 
 def test_a_closed_gate_costs_nothing_on_a_cpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.blocked.hidden.hidden_mse", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("optima_kernels.hidden.blocked.hidden_mse", lambda *_: pytest.fail("worked"))
     problem = Problem()
     problem.options["gate"] = torch.zeros(())
     assert all(not value.any() for value in problem.solve("blocked").values()), f"seed {seed}"

@@ -97,9 +97,9 @@ def test_losses_and_gradients_match_the_float64_reference(backend: str, argument
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_beyond_one_block(divergence: str, backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.blocked.logits.BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr("optima_kernels.blocked.logits.BLOCK_TOKENS", 16)
-    monkeypatch.setattr("optima_kernels.blocked.logits.CACHED_ELEMENTS", 3 * 203)
+    monkeypatch.setattr("optima_kernels.logits.blocked.BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("optima_kernels.logits.blocked.BLOCK_TOKENS", 16)
+    monkeypatch.setattr("optima_kernels.logits.blocked.CACHED_ELEMENTS", 3 * 203)
     for labelled in (False, True):
         problem = Problem(41, 203, divergence=divergence, biased=True, masked=True, labelled=labelled)
         assert_right(backend, problem, f"labelled {labelled}, seed {seed}")
@@ -223,7 +223,7 @@ def test_a_closed_gate_gives_zero_losses_and_gradients(labelled: bool, backend: 
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_closed_gate_costs_nothing_on_a_cpu(labelled: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.blocked.logits.sweep", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("optima_kernels.logits.blocked.sweep", lambda *_: pytest.fail("worked"))
     solution = Problem(labelled=labelled, gate=torch.zeros(())).solve("blocked")
     assert all(not value.any() for value in solution.values()), f"seed {seed}"
 

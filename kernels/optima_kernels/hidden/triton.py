@@ -18,21 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.dispatch import INTERPRETED
-from optima_kernels.hidden_problem import NARROW, HiddenLayer, HiddenTensors, Solution
-from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
-from optima_kernels.triton.products import (
+from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, HiddenLayer, HiddenTensors, Solution
+from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.products import (
     is_closed,
     load_tile,
     of_layer,
     project_tile,
-    shipped,
     state_kernel,
     store_tile,
     tiling,
     weight_kernel,
 )
-from optima_kernels.triton.shipped import POINTER, ShippedKernel, on_matrix_units, target_of
+from optima_kernels.shared.target import target_of
 
 # A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
 MOST_LAYERS_PER_LAUNCH = 32
@@ -268,46 +266,3 @@ def row_tiling(width: int) -> dict[str, int]:
     columns = triton.next_power_of_2(width)
     elements = 1024 if columns <= NARROW else 4096
     return {"BR": max(elements // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
-
-
-def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel with a gate and token weights, two layers a launch: products in bf16 and float32, rows in bf16.
-
-    Rows of 1024 and 4096 features, and of 8, which are compared in float64.
-    """
-    layers = 2
-    compare = {"BIASED": True, "COMPARE": True, "STORE": True}
-    spend = {"WEIGHT": True, "BIAS": True, "ACCUMULATE": False}
-    kernels = []
-    for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, " fp32")):
-        uses_dot, types = on_matrix_units(dtype, target), _pointers(dtype, layers)
-        tile = tiling(target, dtype != torch.float32)
-        dots = {"LAYERS": layers, "GATED": True, "WIDEN": False, "WEIGHTED": True, **tile.options()}
-        projection, state = dots | compare | {"COMPARE": False}, {**types, "out": types["x"]}
-        weight = {**types, "out": ("*fp32",) * layers}
-        kernels += [
-            shipped(f"hidden difference{suffix}", difference_kernel, types, dots | compare, uses_dot),
-            shipped(f"hidden projection{suffix}", difference_kernel, types, projection, uses_dot),
-            shipped(f"product state{suffix}", state_kernel, state, dots, uses_dot),
-            shipped(f"product weight{suffix}", weight_kernel, weight, dots | spend, uses_dot),
-        ]
-    types = _pointers(torch.bfloat16, layers)
-    for kind, number in NORMALIZE.items():
-        for width in (8, 1024, 4096):
-            rows = {"LAYERS": layers, "GATED": True, "WEIGHTED": True, "KIND": number, "EPS": LAYERNORM_EPS}
-            rows |= {"STORE": True, "OWES": kind is None, "DOUBLE": kind is not None and width <= NARROW}
-            rows |= {"num_stages": 1, **row_tiling(width)}
-            tensors = {**types, "gradient": types["x"]}
-            name = f"hidden rows {kind or 'plain'} d{width}"
-            kernels.append(shipped(name, row_kernel, tensors, rows, uses_dot=False, aligned=width > NARROW))
-    return kernels
-
-
-def _pointers(dtype: torch.dtype, layers: int) -> dict[str, str | tuple[str, ...]]:
-    """The types of tensors, by argument."""
-    return {
-        **dict.fromkeys(("g", "x", "h_s", "h_t", "weight", "bias", "difference"), (POINTER[dtype],) * layers),
-        **dict.fromkeys(("token_weight", "bias_out"), ("*fp32",) * layers),
-        "gate": "*fp32",
-        "loss": "*fp32",
-    }

@@ -13,17 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from optima_kernels.triton.shipped import MULTIPLE_OF_16, ShippedKernel
-
-# Arguments of the kernels that build on this module, by kind.
-POINTERS = {
-    *("g", "x", "weight", "out", "bias_out", "gate", "token_weight"),
-    *("h_s", "h_t", "bias", "difference", "gradient", "loss"),
-    *("h", "counts", "z", "shares", "lse", "z_s", "z_t", "lse_s", "lse_t"),
-    *("divergence_weight", "labels", "label_weight", "row_value", "value"),
-}
-FLOATS = {"inverse_temperature", "log_beta", "log_rest"}
-
 
 class Tiling(NamedTuple):
     """Rows and columns of an output tile, steps of the summed dimension, and how a program runs."""
@@ -187,38 +176,3 @@ def weight_kernel(
         if ACCUMULATE:
             b_bias += tl.load(p_bias, mask=m_r & (i_c == 0), other=0.0)
         tl.store(p_bias, b_bias, mask=m_r & (i_c == 0))
-
-
-def shipped(
-    name: str,
-    kernel: Any,
-    types: dict[str, str | tuple[str, ...]],
-    constants: dict[str, Any],
-    uses_dot: bool,
-    aligned: bool = True,
-) -> ShippedKernel:
-    """A kernel as a launch on aligned tensors compiles it: `types` of its tensors, `constants` with the launch options.
-
-    Tensors in neither are absent. Sizes and strides are multiples of 16 if `aligned`, except the number of tokens.
-    """
-    signature: dict[str, str | tuple[str, ...]] = {}
-    constexprs: dict[str | tuple[str, int], Any] = {}
-    attrs: dict[str | tuple[str, int], Any] = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument], constexprs[argument] = "constexpr", constants[argument]
-        elif argument in types:
-            signature[argument] = types[argument]
-            layers = types[argument]
-            keys = [argument] if isinstance(layers, str) else [(argument, i) for i in range(len(layers))]
-            attrs |= dict.fromkeys(keys, MULTIPLE_OF_16)
-        elif argument in POINTERS:
-            signature[argument], constexprs[argument] = "constexpr", None
-        elif argument in FLOATS:
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = "i32"
-            attrs |= {argument: MULTIPLE_OF_16} if aligned and argument not in ("T", "TILES") else {}
-    return ShippedKernel(
-        name, kernel, signature, constexprs, attrs, constants["num_warps"], constants["num_stages"], uses_dot
-    )

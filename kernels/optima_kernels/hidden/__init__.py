@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.blocked import hidden as blocked
-from optima_kernels.checks import (
+from optima_kernels.hidden import blocked
+from optima_kernels.hidden.problem import Gradients, HiddenLayer, HiddenTensors, Solution
+from optima_kernels.shared.checks import (
     check_choice,
     check_device,
     check_floating,
@@ -23,11 +24,11 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import Backend, choose_backend, closed_gates, compute_dtype
-from optima_kernels.hidden_problem import Gradients, HiddenLayer, HiddenTensors, Solution
-from optima_kernels.reference import PerLayer, apply_gate, per_layer
-from optima_kernels.registration import FusedOperator, multiply
-from optima_kernels.tokens import token_weight
+from optima_kernels.shared.dispatch import Backend, choose_backend, compute_dtype
+from optima_kernels.shared.gates import apply_gate, closed_gates
+from optima_kernels.shared.layers import PerLayer, per_layer
+from optima_kernels.shared.registration import FusedOperator, multiply
+from optima_kernels.shared.tokens import token_weight
 
 NORMALIZATIONS = (None, "layernorm", "l2")
 
@@ -161,7 +162,7 @@ def _forward(
     """The losses [L], not yet multiplied by the gate, and three gradients a layer."""
     layers = _layers(tensors, slots, wants)
     if backend == "triton" and all(layer.dtype != torch.float64 for layer in layers):
-        from optima_kernels.triton import hidden as triton
+        from optima_kernels.hidden import triton
 
         solutions = triton.hidden_mses(layers, normalize, gate)
     else:

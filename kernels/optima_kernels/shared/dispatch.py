@@ -10,7 +10,6 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 Backend = Literal["reference", "blocked", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -23,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
     """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
 
-    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.selfcheck`.
+    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.shared.selfcheck`.
 
     Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
     """
@@ -43,7 +42,7 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
 
 
 def _is_trusted(loss: str, device: torch.device) -> bool:
-    from optima_kernels import selfcheck
+    from optima_kernels.shared import selfcheck
 
     return selfcheck.is_trusted(loss, device)
 
@@ -56,13 +55,3 @@ _is_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that sums are kept in: float32, or float64 when any of `tensors` is float64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def closed_gates(gate: Tensor | None, losses: int) -> list[bool]:
-    """Which gates of `losses` losses are 0, as far as that can be seen without waiting: on a CPU, and not in a trace.
-
-    The Triton kernels see it themselves.
-    """
-    if gate is None or gate.device.type != "cpu" or isinstance(gate, FakeTensor):
-        return [False] * losses
-    return [value == 0 for value in gate.flatten().tolist()]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima_kernels.dispatch import compute_dtype
+from optima_kernels.shared.dispatch import compute_dtype
 
 
 class Problem(NamedTuple):

@@ -21,18 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.dispatch import INTERPRETED
-from optima_kernels.logits_problem import Gradients, Problem
-from optima_kernels.triton.products import (
+from optima_kernels.logits.problem import Gradients, Problem
+from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.products import (
     is_closed,
     project_tile,
-    shipped,
     state_kernel,
     store_tile,
     tiling,
     weight_kernel,
 )
-from optima_kernels.triton.shipped import POINTER, ShippedKernel, on_matrix_units, target_of
+from optima_kernels.shared.target import target_of
 
 # Logits of one model in a chunk: 64 MB of float32. A chunk has a multiple of 128 tokens where that leaves any.
 CHUNK_ELEMENTS = 2**24
@@ -356,35 +355,3 @@ def _spend(
             **gated,
             **dots,
         )
-
-
-def shipped_kernels(target: str) -> list[ShippedKernel]:
-    """Every kernel with a gate and labels, in bf16; the product in float32, too, which is all that differs there."""
-    kernels = []
-    for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, " fp32")):
-        tile = tiling(target, dtype != torch.float32)
-        dots = {"GATED": True, "WIDEN": False, "BIASED": True, **tile.options()}
-        uses_dot = on_matrix_units(dtype, target)
-        kernels.append(shipped(f"vocabulary logits{suffix}", logits_kernel, _pointers(dtype), dots, uses_dot))
-    types = _pointers(torch.bfloat16)
-    join = {"GATED": True, "BR": 128, "num_warps": 4, "num_stages": 1}
-    compare = {"GATED": True, "LABELS": True, "BC": VOCABULARY_TILE, "num_warps": 8, "num_stages": 1}
-    kernels.append(shipped("vocabulary lse", lse_kernel, types, join, uses_dot=False))
-    for kind, number in DIVERGENCE.items():
-        launches = [(True, True)] if kind == "forward" else [(True, False), (False, True)]
-        for value, gradient in launches:
-            constants = {**compare, "KIND": number, "VALUE": value, "GRADIENT": gradient}
-            name = f"vocabulary {kind}" + " value" * value + " gradient" * gradient
-            kernels.append(shipped(name, divergence_kernel, types, constants, uses_dot=False))
-    return kernels
-
-
-def _pointers(dtype: torch.dtype) -> dict[str, str | tuple[str, ...]]:
-    """The types of tensors, by argument."""
-    return {
-        **dict.fromkeys(("h", "weight", "bias", "gradient"), POINTER[dtype]),
-        **dict.fromkeys(("gate", "z", "shares", "lse", "z_s", "z_t", "lse_s", "lse_t"), "*fp32"),
-        **dict.fromkeys(("divergence_weight", "label_weight", "row_value", "value"), "*fp32"),
-        "counts": "*u8",
-        "labels": "*i64",
-    }

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.blocked import logits as blocked
-from optima_kernels.checks import (
+from optima_kernels.logits import blocked
+from optima_kernels.logits.problem import Gradients, Problem
+from optima_kernels.shared.checks import (
     check_choice,
     check_device,
     check_floating,
@@ -26,11 +27,10 @@ from optima_kernels.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.dispatch import choose_backend, closed_gates, compute_dtype
-from optima_kernels.logits_problem import Gradients, Problem
-from optima_kernels.reference import apply_gate
-from optima_kernels.registration import FusedOperator, multiply
-from optima_kernels.tokens import token_weight
+from optima_kernels.shared.dispatch import choose_backend, compute_dtype
+from optima_kernels.shared.gates import apply_gate, closed_gates
+from optima_kernels.shared.registration import FusedOperator, multiply
+from optima_kernels.shared.tokens import token_weight
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -237,7 +237,7 @@ def _sweep(
     arguments = (divergence_weight, labels, label_weight, wants)
     with torch.autocast(problem.h_s.device.type, enabled=False):
         if backend == "triton" and problem.dtype != torch.float64:
-            from optima_kernels.triton import logits as triton
+            from optima_kernels.logits import triton
 
             return triton.sweep(problem, *arguments, gate)
         if closed_gates(gate, 1)[0]:

@@ -234,7 +234,7 @@ def _in_clean_thread(function: Callable[[], dict[str, float]], device: torch.dev
     if initialized:
         torch.cuda.set_sync_debug_mode(0)
     try:
-        thread = threading.Thread(target=run, name="optima_kernels.selfcheck")
+        thread = threading.Thread(target=run, name="optima_kernels.shared.selfcheck")
         thread.start()
         thread.join()
     finally:

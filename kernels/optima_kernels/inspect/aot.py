@@ -1,6 +1,6 @@
 """What the compilers make of our kernels, for GPUs that this machine does not have.
 
-    python -m optima_kernels.aot [--target sm_90 ...] [--kernel TEXT ...] [--json] [--check TABLE] [--write TABLE]
+    python -m optima_kernels.inspect.aot [--target sm_90 ...] [--kernel TEXT ...] [--json] [--check TABLE] [--write TABLE]
 
 Triton needs no driver to compile. So every configuration that a family of kernels ships (its `shipped_kernels`) is
 compiled here, and what decides its speed is read from the result: registers, spilled bytes, shared memory, the
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from optima_kernels import triton as families
-from optima_kernels.dispatch import HAS_TRITON, INTERPRETED
+from optima_kernels.shared.dispatch import HAS_TRITON, INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def markdown(figures: Sequence[Figures]) -> str:
     lines = [
         "# What the compilers make of the kernels",
         "",
-        f"Made without a GPU by `python -m optima_kernels.aot --write bench/AOT.md` (torch {torch.__version__}, triton "
+        f"Made without a GPU by `python -m optima_kernels.inspect.aot --write bench/AOT.md` (torch {torch.__version__}, triton "
         f"{triton.__version__}). Registers and spilled bytes are a thread's, shared memory a block's; blocks are those "
         "that fit on a multiprocessor (compute unit) at once, occupancy the share of its warps that they fill. "
         "Accesses are instructions for global memory, width x number. Products of float32 have no matrix instruction "
@@ -264,7 +264,7 @@ def _print(figures: Iterator[Figures]) -> list[Figures]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m optima_kernels.aot", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m optima_kernels.inspect.aot", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--target", nargs="+", default=list(CHIPS), choices=CHIPS, help="GPUs; all if not given")
     parser.add_argument(
         "--kernel", nargs="+", default=[""], metavar="TEXT", help="only kernels with this in their name"

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima_kernels.dispatch import compute_dtype
+from optima_kernels.shared.dispatch import compute_dtype
+
+LAYERNORM_EPS = 1e-5
+L2_EPS = 1e-12
 
 # Normalised rows of at most so many features are compared in float64. Normalisation takes the part along the row (and,
 # for layernorm, along the mean) from a gradient. In a row of two features that leaves a rounding error, since there is

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from optima_kernels.logits_problem import Gradients, Problem
+from optima_kernels.logits.problem import Gradients, Problem
 
 # A block of tokens has about this many logits of each model (32 MB of float32), but not fewer tokens than BLOCK_TOKENS,
 # below which the products are bound by reading the heads.

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optima_kernels.cpu_products import add_product, linear, product
-from optima_kernels.hidden_problem import NARROW, HiddenLayer, Solution
-from optima_kernels.reference import L2_EPS, LAYERNORM_EPS
+from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, HiddenLayer, Solution
+from optima_kernels.shared.cpu_products import add_product, linear, product
 
 # 2 MB of float32: large enough for matrix products at full speed, small enough to stay in the cache. Measured on one
 # core at 4 x 577 tokens, 768 -> 1024, layer-normalised: 52 ms so, 74 ms in tiles of 2^21, 54 ms in tiles of 2^18.
