@@ -337,7 +337,7 @@ def test_layers_with_and_without_a_projection(compiled: bool, backend: str, seed
     h_s = [torch.randn(5, 7, requires_grad=True) for _ in range(3)]
     h_t = [torch.randn(5, 7) for _ in range(3)]
     weight = [torch.randn(7, 7, requires_grad=True), None, torch.randn(7, 7, requires_grad=True)]
-    bias = [None, None, torch.randn(7, requires_grad=True)]
+    bias = [torch.randn(7, requires_grad=True), None, torch.randn(7, requires_grad=True)]
     leaves = [*h_s, *(x for x in (*weight, *bias) if x is not None)]
 
     def total() -> Tensor:

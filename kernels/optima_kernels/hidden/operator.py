@@ -89,7 +89,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    ctx.wants = wants
+    ctx.wants, ctx.backend = wants, inputs[8]
     ctx.dtypes = [None if x is None else x.dtype for x in chain.from_iterable(zip(h_s, weight, bias, strict=True))]
     ctx.given = [xs[0] is not None for xs in inputs[:5]]
     ctx.scales = [2.0 / max(teacher.numel(), 1) for teacher in h_t]
@@ -98,26 +98,57 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
 def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     gradients: list[Tensor | None] = [None] * len(ctx.wants)
     if d_losses is not None:
-        factors = [d_losses[i : i + 1] * scale for i, scale in enumerate(ctx.scales)]
-        for i, gradient in enumerate(ctx.saved_tensors):
-            if ctx.wants[i]:
-                gradients[i] = _scaled(gradient, factors[i // 3], ctx.dtypes[i], in_graph)
+        traced = in_graph or torch._C._functorch.maybe_get_level(d_losses) >= 0
+        if ctx.backend == "triton" and not traced:
+            _scale_together(gradients, ctx, d_losses)
+        else:
+            for i, saved in enumerate(ctx.saved_tensors):
+                if ctx.wants[i]:
+                    factor = d_losses[i // 3] * ctx.scales[i // 3]
+                    gradients[i] = _scaled(saved, factor, ctx.dtypes[i], traced)
     none: list[None] = [None] * len(ctx.scales)
     lists = (gradients[::3], none, gradients[1::3], gradients[2::3], none)
     return *(xs if given else None for xs, given in zip(lists, ctx.given, strict=True)), *[None] * 5
 
 
-def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool) -> Tensor:
-    """`saved * factor`, `factor` being [1], in `dtype`, and in the memory of `saved` where nobody else needs that.
+def _is_needed_again() -> bool:
+    """Whether another backward pass may come to read what was saved, which autograd alone knows."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
-    Multiplied in the dtype of `factor`: one without dimensions would first be rounded to that of `saved`, which may be
-    off by 0.2 % in bfloat16, and lost in float16.
+
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
+    """`saved * factor` in `dtype`, multiplied in the dtype of `factor`, and in the memory of `saved` where that may be.
+
+    A factor without dimensions would first be rounded to the dtype of `saved`: off by 0.2 % in bfloat16, and lost in
+    float16. What lies behind a closed gate is 0 already, so that no product with 0 has to end it.
     """
-    if in_graph or torch._C._functorch.maybe_get_level(factor) >= 0:
-        return (saved * factor).to(dtype)
-    again = torch._C._autograd._get_current_graph_task_keep_graph()  # a second backward pass may come to read `saved`
-    out = saved if dtype == saved.dtype and not again else torch.empty_like(saved, dtype=dtype)
-    return torch.mul(saved, factor, out=out)
+    if traced:
+        return (saved * factor[None]).to(dtype)
+    fits = dtype == saved.dtype and not _is_needed_again()
+    return torch.mul(saved, factor[None], out=saved if fits else torch.empty_like(saved, dtype=dtype))
+
+
+def _scale_together(gradients: list[Tensor | None], ctx: Any, d_losses: Tensor) -> None:
+    """Fills `gradients`, those of one size and dtype in one launch."""
+    from optima_kernels.shared.scaling import scale_into
+
+    again = _is_needed_again()
+    saved = ctx.saved_tensors
+    groups: dict[Any, list[int]] = {}
+    for i, wanted in enumerate(ctx.wants):
+        if wanted:
+            key = (i % 3, saved[i].shape, saved[i].dtype, ctx.dtypes[i], ctx.scales[i // 3])
+            groups.setdefault(key, []).append(i)
+    for (_, _, found, dtype, scale), members in groups.items():
+        factors = d_losses
+        if len(members) < d_losses.numel():
+            factors = torch.stack([d_losses[i // 3] for i in members])
+        of_members = [saved[i] for i in members]
+        fits = found == dtype and not again
+        out = of_members if fits else [torch.empty_like(x, dtype=dtype) for x in of_members]
+        scale_into(out, of_members, factors, scale)
+        for i, gradient in zip(members, out, strict=True):
+            gradients[i] = gradient
 
 
 def without_gaps(xs: Sequence[Tensor | None]) -> list[Tensor | None]:

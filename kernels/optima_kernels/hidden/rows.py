@@ -22,7 +22,7 @@ def _normalized(b_x, m_x, D, EPS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    x, bias, h_t, token_weight, gate, gradient, loss, shares, T, D, s_x, s_h_t,
+    x, bias, h_t, token_weight, gate, gradient, loss, sums, T, D, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr,
     EPS: tl.constexpr, STORE: tl.constexpr, OWES: tl.constexpr, SUMS: tl.constexpr, DOUBLE: tl.constexpr,
     TURNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -34,13 +34,13 @@ def row_kernel(
     o_c = tl.arange(0, BC)
     m_c = o_c < D
     p_gradient = of_layer(gradient, i_l, LAYERS)
-    p_shares = shares + i_share.to(tl.int64) * D + o_c if SUMS else None
+    p_sums = sums + i_share.to(tl.int64) * D + o_c if SUMS else None
     b_loss = tl.zeros((BR,), tl.float32)
     b_sums = tl.zeros((BR, BC), tl.float32)
     if is_closed(gate, i_l, GATED):
         tl.store(loss + i_share, 0.0)
         if SUMS:
-            tl.store(p_shares, tl.zeros((BC,), tl.float32), mask=m_c)
+            tl.store(p_sums, tl.zeros((BC,), tl.float32), mask=m_c)
         if OWES:
             for i in range(TURNS):
                 o_r = (i_p * TURNS + i) * BR + tl.arange(0, BR)
@@ -87,7 +87,7 @@ def row_kernel(
 
     tl.store(loss + i_share, tl.sum(b_loss, 0))
     if SUMS:
-        tl.store(p_shares, tl.sum(b_sums, 0), mask=m_c)
+        tl.store(p_sums, tl.sum(b_sums, 0), mask=m_c)
 
 
 @triton.jit
@@ -177,3 +177,28 @@ def wide_row_kernel(
             b_d = b_x - (b_t - mean_t) * scale_t
             b_d = (b_d - mean - b_x * along) * (scale_x * b_count)
             tl.store(p_gradient + o_c, b_d.to(gradient[0].dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def join_rows_kernel(
+    shares, column_shares, losses, biases, scale, PROGRAMS, D,
+    LAYERS: tl.constexpr, SUMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """losses [L] = scale * the sums of shares [L, PROGRAMS], and biases [D] a layer those of [L, PROGRAMS, D]."""
+    i_l, i_c = tl.program_id(1), tl.program_id(0)
+    if i_c == 0:
+        b_loss = tl.zeros((BP * BC,), tl.float32)
+        for i_p in range(0, PROGRAMS, BP * BC):
+            o_p = i_p + tl.arange(0, BP * BC)
+            b_loss += tl.load(shares + i_l * PROGRAMS + o_p, mask=o_p < PROGRAMS, other=0.0)
+        tl.store(losses + i_l, tl.sum(b_loss, 0) * scale)
+
+    if SUMS:
+        o_c = i_c * BC + tl.arange(0, BC)
+        m_c = o_c < D
+        p_shares = column_shares + i_l.to(tl.int64) * PROGRAMS * D
+        b_sums = tl.zeros((BP, BC), tl.float32)
+        for i_p in tl.range(0, PROGRAMS, BP, num_stages=3):
+            o_p = i_p + tl.arange(0, BP)
+            b_sums += load_tile(p_shares, o_p, o_c, D, o_p < PROGRAMS, m_c, True)  # [BP, BC]
+        tl.store(of_layer(biases, i_l, LAYERS) + o_c, tl.sum(b_sums, 0), mask=m_c)

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
-from optima_kernels.hidden.rows import row_kernel, wide_row_kernel
+from optima_kernels.hidden.rows import join_rows_kernel, row_kernel, wide_row_kernel
 from optima_kernels.shared.products import multiply_into, project, state_gradients, tiling, weight_gradients
 from optima_kernels.shared.target import target_of
 
@@ -28,7 +28,8 @@ NORMALIZE = {None: 0, "layernorm": 1, "l2": 2}
 WIDEST_ROW = 8192
 WIDE_COLUMNS = 4096
 # Rows of a program, after another: fewer make more column sums to be joined, more leave a chip idle.
-TURNS = 4
+TURNS = 8
+JOINED_PROGRAMS, JOINED_COLUMNS = 32, 32
 
 
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
@@ -65,12 +66,17 @@ def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
 def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Of layers that look alike."""
     first, (wants_state, wants_weight, wants_bias) = layers[0], layers[0].wants
-    solutions = [layer.empty_solution() for layer in layers]
-    h_s, states, weights = [x.h_s for x in layers], [x.state for x in solutions], [x.weight for x in solutions]
+    h_s = [x.h_s for x in layers]
+    states = [x.new_empty(x.shape if wants_state else 0) for x in h_s]
     if first.weight is None:
         losses, _ = _rows(layers, h_s, states, options, gate)
-        return [x._replace(loss=loss) for x, loss in zip(solutions, losses, strict=True)]
+        return [
+            Solution(loss, state, *(state.new_empty(0, dtype=torch.float32) for _ in range(2)))
+            for loss, state in zip(losses, states, strict=True)
+        ]
 
+    shape = first.weight.shape if wants_weight else 0
+    weights = [x.new_empty(shape, dtype=torch.float32) for x in h_s]
     weight = [x.weight for x in layers if x.weight is not None]
     token_weight = [x.token_weight for x in layers if x.token_weight is not None]
     projected = first.h_s.new_empty((len(layers), *first.h_t.shape)).unbind()
@@ -96,8 +102,9 @@ def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> li
                 multiply_into(states[i], g, weight[i])
             if wants_weight:
                 multiply_into(weights[i], g.t(), h_s[i])
-    found = zip(losses, states, weights, biases if wants_bias else [x.bias for x in solutions], strict=True)
-    return [Solution(*x) for x in found]
+    if not wants_bias:
+        biases = [x.new_empty(0, dtype=torch.float32) for x in h_s]
+    return [Solution(*x) for x in zip(losses, states, weights, biases, strict=True)]
 
 
 def _rows(
@@ -133,20 +140,19 @@ def _rows(
         "STORE": any(first.wants),
     }
     if width > WIDEST_ROW:
-        loss = first.h_s.new_empty((count, tokens), dtype=torch.float32)
+        shares = first.h_s.new_empty((count, tokens), dtype=torch.float32)
         owes = sums or (first.wants[0] and not is_projected)
-        wide_row_kernel[(tokens, count)](loss=loss, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
-        biases = [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
-        return loss.sum(1).mul_(1.0 / (tokens * width)).unbind(), biases
+        wide_row_kernel[(tokens, count)](loss=shares, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
+        return _finished(shares, None, layers), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
 
     tile = row_tiling(width)
     turns = TURNS if sums else 1
-    grid = (triton.cdiv(tokens, tile["BR"] * turns), count)
-    loss = first.h_s.new_empty((count, grid[0]), dtype=torch.float32)
-    shares = first.h_s.new_empty((count, grid[0], width), dtype=torch.float32) if sums else None
-    row_kernel[grid](
-        loss=loss,
-        shares=shares,
+    programs = triton.cdiv(tokens, tile["BR"] * turns)
+    shares = first.h_s.new_empty((count, programs), dtype=torch.float32)
+    column_shares = first.h_s.new_empty((count, programs, width), dtype=torch.float32) if sums else None
+    row_kernel[(programs, count)](
+        loss=shares,
+        sums=column_shares,
         OWES=first.wants[0] and not is_projected,
         SUMS=sums,
         DOUBLE=kind != 0 and width <= NARROW,
@@ -154,7 +160,31 @@ def _rows(
         **tile,
         **arguments,
     )
-    return loss.sum(1).mul_(1.0 / (tokens * width)).unbind(), () if shares is None else shares.sum(1).unbind()
+    biases = [first.h_s.new_empty(width, dtype=torch.float32) for _ in layers] if sums else []
+    return _finished(shares, column_shares, layers, biases), biases
+
+
+def _finished(
+    shares: Tensor, column_shares: Tensor | None, layers: Sequence[Layer], biases: Sequence[Tensor] = ()
+) -> Sequence[Tensor]:
+    """The losses, of programs' shares [L, programs]; and fills `biases`, of shares [L, programs, D]."""
+    count, programs = shares.shape
+    width = layers[0].h_t.shape[1]
+    losses = shares.new_empty(count)
+    join_rows_kernel[(1 if column_shares is None else triton.cdiv(width, JOINED_COLUMNS), count)](
+        shares=shares,
+        column_shares=column_shares,
+        losses=losses,
+        biases=tuple(biases) if biases else None,
+        scale=1.0 / layers[0].h_t.numel(),
+        PROGRAMS=programs,
+        D=width,
+        LAYERS=count,
+        SUMS=column_shares is not None,
+        BP=JOINED_PROGRAMS,
+        BC=JOINED_COLUMNS,
+    )
+    return losses.unbind()
 
 
 def row_tiling(width: int) -> dict[str, int]:
