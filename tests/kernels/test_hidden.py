@@ -1,6 +1,8 @@
 """`hidden_mse`: every backend against the float64 reference, and how it behaves as a torch loss."""
 
 import re
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from kernel_support import Fenced, assert_agree, assert_close
 from torch import Tensor
 
 from optima_kernels import hidden_mse, hidden_mses, reference
+from optima_kernels.hidden import operator
+from optima_kernels.hidden.problem import Layer
 
 BACKENDS = ["blocked", "triton"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -194,7 +198,7 @@ def test_a_closed_gate_gives_zero_loss_and_gradients(backend: str, seed: int) ->
 
 
 def test_a_closed_gate_costs_nothing_on_a_cpu(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima_kernels.hidden.blocked.hidden_mse", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("optima_kernels.hidden.blocked._difference", lambda *_: pytest.fail("worked"))
     problem = Problem()
     problem.options["gate"] = torch.zeros(())
     assert all(not value.any() for value in problem.solve("blocked").values()), f"seed {seed}"
@@ -244,7 +248,7 @@ def test_gradcheck_in_float64(normalize: str | None, seed: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("transform", ["compile", "functorch", "autocast"])
+@pytest.mark.parametrize("transform", ["compile", "functorch"])
 def test_gradients_under(transform: str, backend: str, seed: int) -> None:
     problem = Problem(masked=True)
     expected = problem.solve("oracle")["h_s"] / 3.0
@@ -252,26 +256,55 @@ def test_gradients_under(transform: str, backend: str, seed: int) -> None:
     def loss(h_s: Tensor) -> Tensor:
         return hidden_mse(h_s, problem.h_t, problem.weight, problem.bias, **problem.options, backend=backend)
 
-    leaf = problem.h_s.clone().requires_grad_()
     if transform == "compile":
+        leaf = problem.h_s.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
-    elif transform == "functorch":
-        gradient = torch.func.grad(loss)(problem.h_s)
     else:
-        with torch.autocast("cpu", torch.bfloat16):
-            (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        gradient = torch.func.grad(loss)(problem.h_s)
     assert_close(gradient, expected, 1e-5, f"{transform}, seed {seed}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_autocast_rounds_the_operands_of_products_and_nothing_else(
+    gated: bool, backend: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would for `F.mse_loss(F.linear(h_s, weight, bias), h_t)`, but summed in float32."""
+    problem = Problem((3, 11), 9, 13, masked=True, gated=gated)
+    module = import_module(f"optima_kernels.hidden.{backend}")
+    reached: list[Layer] = []
+
+    def spy(layers: Sequence[Layer], *arguments: Any) -> Any:
+        reached.extend(layers)
+        return solve(layers, *arguments)
+
+    solve = module.solve
+    monkeypatch.setattr(module, "solve", spy)
+    operator._solver.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = problem.solve(backend)
+    operator._solver.cache_clear()
+    assert [None if x is None else x.dtype for x in reached[0][:4]] == [torch.bfloat16, torch.float32] * 2
+    assert all(x.dtype == torch.float32 for x in actual.values())
+
+    for name in ("h_s", "weight"):
+        setattr(problem, name, getattr(problem, name).bfloat16().float())
+    expected = problem.solve("oracle")
+    assert_agree(actual, expected, 2e-2, lambda: problem.solve("oracle"), torch.bfloat16, f"seed {seed}")
+    if backend == "blocked":  # which does not round the projected state either
+        assert_close(actual["loss"], expected["loss"], 1e-6, f"loss, seed {seed}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [None, "layernorm"])
 def test_operator_passes_opcheck(normalize: str | None, backend: str, seed: int) -> None:
     problem = Problem((6,), normalize=normalize)
-    tensors = [problem.h_s, problem.h_t, problem.weight, problem.bias, torch.rand(6)]
-    for i in (0, 2, 3):
-        tensors[i].requires_grad_()  # type: ignore[union-attr]
-    arguments = (tensors, [0, 1, 2, 3, 4, 0, 1, 2, -1, -1], [True, True, True, True, False, False], normalize, backend)
-    torch.library.opcheck(torch.ops.optima_kernels.hidden_mses.default, (*arguments, torch.ones(2)))
+    h_s, weight, bias = (x.requires_grad_() for x in (problem.h_s, problem.weight, problem.bias) if x is not None)
+    alone = torch.randn(6, 11, requires_grad=True)
+    none = torch.empty(0)
+    lists = [[h_s, alone], [problem.h_t, torch.randn(6, 11)], [weight, none], [bias, none], [None, None]]
+    arguments = (*lists, [True, True, True, True, False, False], None, normalize, backend, torch.ones(2))
+    torch.library.opcheck(torch.ops.optima_kernels.hidden_mses.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -296,3 +329,22 @@ def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments = {"h_s": problem.h_s, "h_t": problem.h_t, "weight": problem.weight, "bias": problem.bias, **change}
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         hidden_mse(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_with_and_without_a_projection(compiled: bool, backend: str, seed: int) -> None:
+    h_s = [torch.randn(5, 7, requires_grad=True) for _ in range(3)]
+    h_t = [torch.randn(5, 7) for _ in range(3)]
+    weight = [torch.randn(7, 7, requires_grad=True), None, torch.randn(7, 7, requires_grad=True)]
+    bias = [torch.randn(7, requires_grad=True), None, torch.randn(7, requires_grad=True)]
+    leaves = [*h_s, *(x for x in (*weight, *bias) if x is not None)]
+
+    def total() -> Tensor:
+        return hidden_mses(h_s, h_t, weight, bias, backend=backend).square().sum()
+
+    function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
+    gradients = torch.autograd.grad(function(), leaves)
+    expected = torch.autograd.grad(reference.hidden_mses(h_s, h_t, weight, bias).square().sum(), leaves)
+    for a, e in zip(gradients, expected, strict=True):
+        assert_close(a, e, 1e-5, f"seed {seed}")
