@@ -33,12 +33,17 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="blocked"')
-        if not (tensor.is_cuda or INTERPRETED):
+        if not runs_triton(tensor):
             raise ValueError(
                 f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
                 "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
             )
     return cast(Backend, backend)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can be launched on the tensor."""
+    return tensor.is_cuda or INTERPRETED
 
 
 def _is_trusted(loss: str, device: torch.device) -> bool:
