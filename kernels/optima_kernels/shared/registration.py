@@ -81,12 +81,18 @@ def _nested(sizes: Sizes, flat: Sequence[Any]) -> list[Any]:
     return [next(rest) if size is None else list(islice(rest, size)) for size in sizes]
 
 
-def multiply(saved: Tensor, factor: Tensor, in_graph: bool) -> Tensor:
-    """`saved * factor`, in the memory of `saved` unless a second backward pass may come to read it.
+def multiply(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """`saved * factor`, factor being 0-d, in `dtype` or else that of `saved`.
 
+    It is made in the memory of `saved` where the dtype is the same, unless a second backward pass may come to read it.
     Of that autograd alone knows; AOTAutograd asks it by the same call before it donates buffers. `saved` is an output
     that never leaves this package, so that nobody else sees it change.
     """
-    if in_graph or torch._C._autograd._get_current_graph_task_keep_graph():
-        return saved * factor
-    return saved.mul_(factor)
+    dtype = saved.dtype if dtype is None else dtype
+    if saved.dim() > 0:
+        factor = factor.reshape(1)  # a 0-d factor would first be rounded to the dtype of `saved`
+    if in_graph:
+        return (saved * factor).to(dtype)
+    may_be_read_again = torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(saved, dtype=dtype) if may_be_read_again or dtype != saved.dtype else saved
+    return torch.mul(saved, factor, out=out)
