@@ -7,8 +7,9 @@ Everything that decides anything is a tensor on the device. The host reads once 
 that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
@@ -135,13 +136,15 @@ class Distiller(Generic[Batch]):
         """
         choice = self._next or self._choose()
         self.bandit = choice.after
+        batches: Iterator[Batch] = map(self.load, itertools.count(self.step * self.config.accumulate))
+        # Loaded while a GPU ends the round before, whose end tells the arm.
+        batches = itertools.chain([next(batches)], batches)
         gates = self._gates(choice)
         watch = Stopwatch(self.device)
         steps: list[LossVector] = []
         run = self.training.run if self._replayed is None else self._replayed.run
         for _ in range(self.config.steps_per_round):
-            first = self.step * self.config.accumulate
-            steps.append(run(map(self.load, range(first, first + self.config.accumulate)), gates))
+            steps.append(run(batches, gates))
             if self.config.reward.source == "training":
                 self._observe(steps[-1], choice.gates)
             self.step += 1

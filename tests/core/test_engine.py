@@ -29,6 +29,7 @@ from optima_core import (
     WantedTaps,
 )
 from optima_core.bandit import POLICIES, make_policy
+from optima_core.records import Sent
 
 CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
 
@@ -329,6 +330,26 @@ def test_models_are_asked_for_the_arms_modules_alone() -> None:
     for _ in range(2):
         distiller.run_round()
     assert asked == [("front", "back"), *[("front",)] * 3, *[("back",)] * 3]
+
+
+def test_a_batch_is_loaded_before_the_arm_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    value = Sent.value
+
+    def told(sent: Sent) -> Tensor:
+        done.append("arm")
+        return value(sent)
+
+    def noted(number: int) -> Batch:
+        done.append(str(number))
+        return load(number)
+
+    distiller = make_distiller(replace(CONFIG, accumulate=2), load=noted)
+    done.clear()
+    monkeypatch.setattr(Sent, "value", told)
+    for _ in range(2):
+        distiller.launch_round()
+    assert done == ["0", "arm", *map(str, range(1, 6)), "6", "arm", *map(str, range(7, 12))]
 
 
 def test_rounds_may_be_launched_before_the_records_of_those_before_are_read(seed: int) -> None:

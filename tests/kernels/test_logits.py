@@ -117,6 +117,7 @@ def test_tokens_beyond_one_block(
     gated: bool, divergence: str, backend: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optima_kernels.logits.blocked.CACHED_ELEMENTS", 3 * 203)
+    monkeypatch.setattr("optima_kernels.logits.triton.PART_TOKENS", 3)
     for labelled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         problem = Problem(
             41, 203, divergence=divergence, biased=True, masked=True, labelled=labelled, gated=gated, dtype=dtype
@@ -136,12 +137,12 @@ def test_logits_of_a_chunk_stay_within_the_budget(
     def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         made = scratch(*arguments)
         taken.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in made})
-        assert len(made[0]) in (1, 50) or sum(taken.values()) > 0.6 * budget
+        assert len(made[0]) in (1, 50) or sum(taken.values()) > 0.5 * budget
         return made
 
     monkeypatch.setattr(triton_logits, "_scratch", counted)
     assert_right("triton", Problem(50, 203, dtype=dtype, budget_bytes=budget), f"seed {seed}")
-    assert sum(taken.values()) <= max(budget, 256 * 10)
+    assert sum(taken.values()) <= max(budget, 256 * 10)  # of one token, however small the budget
 
 
 @pytest.mark.parametrize("gated", [False, True])

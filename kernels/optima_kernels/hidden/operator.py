@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optima_kernels.hidden import blocked
 from optima_kernels.hidden.problem import Layer, Options, Solution
-from optima_kernels.shared.registration import FusedOperator
+from optima_kernels.shared.registration import FusedOperator, multiply
 
 
 def _layers(
@@ -105,34 +105,17 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
             for i, saved in enumerate(ctx.saved_tensors):
                 if ctx.wants[i]:
                     factor = d_losses[i // 3] * ctx.scales[i // 3]
-                    gradients[i] = _scaled(saved, factor, ctx.dtypes[i], traced)
+                    gradients[i] = multiply(saved, factor, traced, ctx.dtypes[i])
     none: list[None] = [None] * len(ctx.scales)
     lists = (gradients[::3], none, gradients[1::3], gradients[2::3], none)
     return *(xs if given else None for xs, given in zip(lists, ctx.given, strict=True)), *[None] * 5
-
-
-def _is_needed_again() -> bool:
-    """Whether another backward pass may come to read what was saved, which autograd alone knows."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
-    """`saved * factor` in `dtype`, multiplied in the dtype of `factor`, and in the memory of `saved` where that may be.
-
-    A factor without dimensions would first be rounded to the dtype of `saved`: off by 0.2 % in bfloat16, and lost in
-    float16. What lies behind a closed gate is 0 already, so that no product with 0 has to end it.
-    """
-    if traced:
-        return (saved * factor[None]).to(dtype)
-    fits = dtype == saved.dtype and not _is_needed_again()
-    return torch.mul(saved, factor[None], out=saved if fits else torch.empty_like(saved, dtype=dtype))
 
 
 def _scale_together(gradients: list[Tensor | None], ctx: Any, d_losses: Tensor) -> None:
     """Fills `gradients`, those of one size and dtype in one launch."""
     from optima_kernels.shared.scaling import scale_into
 
-    again = _is_needed_again()
+    again = torch._C._autograd._get_current_graph_task_keep_graph()  # to read what was saved
     saved = ctx.saved_tensors
     groups: dict[Any, list[int]] = {}
     for i, wanted in enumerate(ctx.wants):

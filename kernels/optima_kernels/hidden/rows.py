@@ -38,9 +38,6 @@ def row_kernel(
     b_loss = tl.zeros((BR,), tl.float32)
     b_sums = tl.zeros((BR, BC), tl.float32)
     if is_closed(gate, i_l, GATED):
-        tl.store(loss + i_share, 0.0)
-        if SUMS:
-            tl.store(p_sums, tl.zeros((BC,), tl.float32), mask=m_c)
         if OWES:
             for i in range(TURNS):
                 o_r = (i_p * TURNS + i) * BR + tl.arange(0, BR)
@@ -104,6 +101,13 @@ def _columns(
 
 
 @triton.jit
+def _clear(p_row, D, BC: tl.constexpr):
+    for i_c in range(0, D, BC):
+        o_c = i_c + tl.arange(0, BC)
+        tl.store(p_row + o_c, tl.zeros((BC,), tl.float32).to(p_row.dtype.element_ty), mask=o_c < D)
+
+
+@triton.jit
 def wide_row_kernel(
     x, bias, h_t, token_weight, gate, gradient, loss, T, D, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr,
@@ -114,22 +118,18 @@ def wide_row_kernel(
     i_l, i_r = tl.program_id(1), tl.program_id(0)
     p_loss = loss + i_l * T + i_r
     p_gradient = of_layer(gradient, i_l, LAYERS) + i_r.to(tl.int64) * D
-    closed = is_closed(gate, i_l, GATED)
-    zeros = OWES
+    if is_closed(gate, i_l, GATED):
+        if OWES:
+            _clear(p_gradient, D, BC)
+        return
     b_count = 1.0
     if WEIGHTED:
         b_count = tl.load(of_layer(token_weight, i_l, LAYERS) + i_r)
-        if not closed:
-            zeros = STORE
-        closed = closed | (b_count == 0)
-    if closed:
-        tl.store(p_loss, 0.0)
-        if zeros:
-            for i_c in range(0, D, BC):
-                o_c = i_c + tl.arange(0, BC)
-                b_zeros = tl.zeros((BC,), tl.float32)
-                tl.store(p_gradient + o_c, b_zeros.to(gradient[0].dtype.element_ty), mask=o_c < D)
-        return
+        if b_count == 0:
+            tl.store(p_loss, 0.0)
+            if STORE:
+                _clear(p_gradient, D, BC)
+            return
 
     p_x = of_layer(x, i_l, LAYERS) + i_r.to(tl.int64) * s_x
     p_h_t = of_layer(h_t, i_l, LAYERS) + i_r.to(tl.int64) * s_h_t
@@ -181,11 +181,21 @@ def wide_row_kernel(
 
 @triton.jit
 def join_rows_kernel(
-    shares, column_shares, losses, biases, scale, PROGRAMS, D,
-    LAYERS: tl.constexpr, SUMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    shares, column_shares, losses, biases, gate, scale, PROGRAMS, D,
+    LAYERS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """losses [L] = scale * the sums of shares [L, PROGRAMS], and biases [D] a layer those of [L, PROGRAMS, D]."""
+    """losses [L] = scale * the sums of shares [L, PROGRAMS], and biases [D] a layer those of [L, PROGRAMS, D]; zeros if
+    closed."""
     i_l, i_c = tl.program_id(1), tl.program_id(0)
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < D
+    if is_closed(gate, i_l, GATED):
+        if i_c == 0:
+            tl.store(losses + i_l, 0.0)
+        if SUMS:
+            tl.store(of_layer(biases, i_l, LAYERS) + o_c, tl.zeros((BC,), tl.float32), mask=m_c)
+        return
+
     if i_c == 0:
         b_loss = tl.zeros((BP * BC,), tl.float32)
         for i_p in range(0, PROGRAMS, BP * BC):
@@ -194,8 +204,6 @@ def join_rows_kernel(
         tl.store(losses + i_l, tl.sum(b_loss, 0) * scale)
 
     if SUMS:
-        o_c = i_c * BC + tl.arange(0, BC)
-        m_c = o_c < D
         p_shares = column_shares + i_l.to(tl.int64) * PROGRAMS * D
         b_sums = tl.zeros((BP, BC), tl.float32)
         for i_p in tl.range(0, PROGRAMS, BP, num_stages=3):

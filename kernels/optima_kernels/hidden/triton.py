@@ -143,7 +143,7 @@ def _rows(
         shares = first.h_s.new_empty((count, tokens), dtype=torch.float32)
         owes = sums or (first.wants[0] and not is_projected)
         wide_row_kernel[(tokens, count)](loss=shares, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
-        return _finished(shares, None, layers), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
+        return _finished(shares, None, layers, gate), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
 
     tile = row_tiling(width)
     turns = TURNS if sums else 1
@@ -161,11 +161,15 @@ def _rows(
         **arguments,
     )
     biases = [first.h_s.new_empty(width, dtype=torch.float32) for _ in layers] if sums else []
-    return _finished(shares, column_shares, layers, biases), biases
+    return _finished(shares, column_shares, layers, gate, biases), biases
 
 
 def _finished(
-    shares: Tensor, column_shares: Tensor | None, layers: Sequence[Layer], biases: Sequence[Tensor] = ()
+    shares: Tensor,
+    column_shares: Tensor | None,
+    layers: Sequence[Layer],
+    gate: Tensor | None,
+    biases: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """The losses, of programs' shares [L, programs]; and fills `biases`, of shares [L, programs, D]."""
     count, programs = shares.shape
@@ -176,10 +180,12 @@ def _finished(
         column_shares=column_shares,
         losses=losses,
         biases=tuple(biases) if biases else None,
+        gate=gate,
         scale=1.0 / layers[0].h_t.numel(),
         PROGRAMS=programs,
         D=width,
         LAYERS=count,
+        GATED=gate is not None,
         SUMS=column_shares is not None,
         BP=JOINED_PROGRAMS,
         BC=JOINED_COLUMNS,

@@ -31,6 +31,11 @@ def _layer(
     return Layer(*heads, *tokens)  # type: ignore[arg-type]
 
 
+def _head_dtype(student: Sequence[Tensor], backend: str) -> torch.dtype | None:
+    """A bfloat16 gradient is made in its own memory by Triton's backend, whose few chunks add few roundings to it."""
+    return torch.bfloat16 if backend == "triton" and student[1].dtype == torch.bfloat16 else None
+
+
 @cache
 def _solver(backend: str) -> Any:
     if backend == "blocked":
@@ -65,7 +70,9 @@ def _forward(
     `student` and `teacher` are state, head and, if there is one, bias; `tokens` are counts, labels and factors, see
     `Layer`.
     """
-    options = Options(temperature, divergence, beta, label_weight, (wants[0], wants[1], wants[2]), budget_bytes)
+    wanted = (wants[0], wants[1], wants[2])
+    head_dtype = _head_dtype(student, backend)
+    options = Options(temperature, divergence, beta, label_weight, wanted, head_dtype, budget_bytes)
     losses, *rest = _solved(_layer(student, teacher, tokens, operands), options, backend, gate)
     of_divergence, of_labels = losses.clone().unbind()
     total = of_divergence if tokens[1] is None else of_divergence + label_weight * of_labels
@@ -79,9 +86,10 @@ def _fake(
     gate: Tensor | None,
     wants: Sequence[bool],
     operands: torch.dtype | None,
-    *_: Any,
+    *options_and_backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = Options(1.0, "forward", 0.5, 0.0, (wants[0], wants[1], wants[2]))
+    head_dtype = _head_dtype(student, options_and_backend[-1])
+    options = Options(1.0, "forward", 0.5, 0.0, (wants[0], wants[1], wants[2]), head_dtype)
     losses, scale, state, head, bias = Solution.empty(_layer(student, teacher, tokens, operands), options)
     return losses.new_empty(()), losses.new_empty(()), scale, state, head, bias
 
@@ -127,7 +135,7 @@ def _forward_apart(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy; arguments as those of `_forward`."""
-    options = Options(temperature, divergence, beta, label_weight, (False, False, False), budget_bytes)
+    options = Options(temperature, divergence, beta, label_weight, (False, False, False), None, budget_bytes)
     of_divergence, of_labels = _solved(_layer(student, teacher, tokens, operands), options, backend, gate).losses
     return of_divergence.clone(), of_labels.clone()
 

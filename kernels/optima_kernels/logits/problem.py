@@ -18,8 +18,8 @@ class Options:
     """`temperature`, `divergence` and `beta` as in `linear_kl`.
 
     `label_weight` is what a cross entropy counts beside a divergence, `wants` says which of the student's state, head
-    and bias get gradients, and `budget_bytes` is how much the logits of a chunk of tokens may take, None for what the
-    backend finds best.
+    and bias get gradients, `head_dtype` what that of the head is summed in, None for the dtype of the sums, and
+    `budget_bytes` how much the logits of a chunk of tokens may take, None for what the backend finds best.
     """
 
     temperature: float
@@ -27,6 +27,7 @@ class Options:
     beta: float
     label_weight: float
     wants: tuple[bool, bool, bool]
+    head_dtype: torch.dtype | None = None
     budget_bytes: int | None = None
 
 
@@ -57,7 +58,7 @@ class Layer(NamedTuple):
 class Solution(NamedTuple):
     """`losses` [2]: the divergence times temperature squared, and the cross entropy (0 without labels), each a mean
     over the tokens that it counts. The gradients of the student's state, head and bias, empty where not wanted, are
-    still to be multiplied by `scale`, 0-d. All in the dtype of the sums.
+    still to be multiplied by `scale`, 0-d. All but the head's are in the dtype of the sums.
     """
 
     losses: Tensor
@@ -68,9 +69,14 @@ class Solution(NamedTuple):
 
     @classmethod
     def empty(cls, layer: Layer, options: Options) -> "Solution":
-        shapes = (layer.h_s.shape, layer.w_s.shape, layer.w_s.shape[:1])
-        of_all = [shape if wanted else 0 for shape, wanted in zip(shapes, options.wants, strict=True)]
-        return cls(*(layer.h_s.new_empty(shape, dtype=layer.dtype) for shape in (2, (), *of_all)))
+        h_s, sums = layer.h_s, layer.dtype
+        shapes = (h_s.shape, layer.w_s.shape, layer.w_s.shape[:1])
+        dtypes = (sums, options.head_dtype or sums, sums)
+        gradients = (
+            h_s.new_empty(shape if wanted else 0, dtype=dtype)
+            for shape, dtype, wanted in zip(shapes, dtypes, options.wants, strict=True)
+        )
+        return cls(h_s.new_empty(2, dtype=sums), h_s.new_empty((), dtype=sums), *gradients)
 
     @classmethod
     def zero(cls, layer: Layer, options: Options) -> "Solution":

@@ -23,18 +23,18 @@ import triton
 from torch import Tensor
 
 from optima_kernels.logits.problem import Layer, Options, Solution
-from optima_kernels.logits.triton_products import GatedProducts, VendorProducts
+from optima_kernels.logits.triton_products import PADDING, GatedProducts, VendorProducts
 from optima_kernels.logits.triton_rows import row_kernel
 
-# Rows of logits are padded to a multiple of this many columns, for aligned rows of any vocabulary.
-PADDING = 64
-# Chunks have a multiple of so many tokens, where they have that many: the rows of a tile of the products.
-ALIGNED = 128
 DIVERGENCE = {"forward": 0, "reverse": 1, "jsd": 2}
 # What float16 gradients of logits are multiplied by, and what they are cut off at.
 NARROW_SCALE, NARROW_LIMIT = 2.0**10, 60000
-# Logits of both models in a chunk, unless the caller says otherwise.
-BUDGET_BYTES = 2**28
+# Unless the caller says otherwise a chunk has a quarter of the tokens, within these bounds, or more if it takes no more
+# bytes than that. Bounds and parts are by measurement on an H100, see `bench/logits.py`.
+CHUNK_TOKENS, LEAST_BYTES = (1024, 2048), 2**26
+# The teacher's logits are made for a quarter of a chunk at a time, but at least for so many tokens: with fewer the
+# product waits for its head to be read.
+PARTS, PART_TOKENS = 4, 256
 
 
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
@@ -56,29 +56,29 @@ def _dense(layer: Layer) -> Layer:
 
 def _solve(layer: Layer, options: Options, gate: Tensor | None) -> Solution:
     tokens, vocabulary = len(layer.h_s), len(layer.w_s)
-    products = VendorProducts() if gate is None else GatedProducts(gate, layer.h_s.device)
+    columns = math.ceil(vocabulary / PADDING) * PADDING
+    products = VendorProducts(layer, columns) if gate is None else GatedProducts(layer, gate)
     solution = Solution.empty(layer, options)
     share, factors = _shares(layer, options, solution.scale)
-    columns = triton.cdiv(vocabulary, PADDING) * PADDING
-    chunk = chunk_tokens(layer, options, columns)
-    z_s, z_t, gradient = _scratch(layer, options, chunk, columns)
+    chunk, part = chunk_tokens(layer, options, columns)
+    z_s, z_t, gradient = _scratch(layer, options, (chunk, part), columns)
     values = layer.h_s.new_empty((2, tokens), dtype=torch.float32)
     biases = [_padded(bias, columns) for bias in (layer.bias_s, layer.bias_t)]
 
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
         size = rows.stop - start
-        products.logits(layer.h_s[rows], layer.w_s, z_s[:size])
-        products.logits(layer.h_t[rows], layer.w_t, z_t[:size])
-        _compare(layer, options, gate, rows, (z_s, z_t), biases, factors, values, gradient)
+        products.student_logits(layer.h_s[rows], z_s[:size])
+        for first in range(start, rows.stop, part):
+            of_part = slice(first, min(first + part, rows.stop))
+            within = slice(first - start, of_part.stop - start)
+            products.teacher_logits(layer.h_t[of_part], z_t[: of_part.stop - first])
+            _compare(layer, options, gate, of_part, (z_s[within], z_t), biases, factors, values, gradient[within])
         d_logits = gradient[:size]
         if options.wants[0]:
-            products.state(d_logits, layer.w_s, solution.state[rows])
+            products.state(d_logits, solution.state[rows])
         if options.wants[1]:
-            state = layer.h_s[rows]
-            if layer.counts is not None:
-                state = state.masked_fill(~layer.counts[rows, None], 0.0)
-            products.head(d_logits, state, solution.head, accumulate=start > 0)
+            products.head(d_logits, _counted(layer, rows), solution.head, accumulate=start > 0)
         if options.wants[2]:
             products.bias(d_logits, solution.bias, accumulate=start > 0)
     torch.mul(values.sum(1), share, out=solution.losses)
@@ -86,20 +86,44 @@ def _solve(layer: Layer, options: Options, gate: Tensor | None) -> Solution:
     return solution
 
 
-def chunk_tokens(layer: Layer, options: Options, columns: int) -> int:
-    """As many tokens as the budget allows, in chunks of about the same size."""
+def _counted(layer: Layer, rows: slice) -> Tensor:
+    """The student's state, 0 where a token does not count: 0 times what it holds there might be NaN."""
+    state = layer.h_s[rows]
+    return state if layer.counts is None else state.masked_fill(~layer.counts[rows, None], 0.0)
+
+
+def chunk_tokens(layer: Layer, options: Options, columns: int) -> tuple[int, int]:
+    """Tokens of a chunk, and of the part of it that is compared at a time."""
     tokens = len(layer.h_s)
-    budget = BUDGET_BYTES if options.budget_bytes is None else options.budget_bytes
-    most = max(budget // (columns * sum(_bytes_a_logit(layer, options))), 1)
-    chunks = math.ceil(tokens / most)
-    return min(math.ceil(tokens / chunks / ALIGNED) * ALIGNED, most, tokens)
+    of_chunk, of_part = (columns * size for size in _bytes_a_logit(layer, options))
+    least = min(max(tokens // 4, CHUNK_TOKENS[0]), CHUNK_TOKENS[1]) * (of_chunk + of_part / PARTS)
+    budget = max(least, LEAST_BYTES) if options.budget_bytes is None else options.budget_bytes
+    most = budget / (of_chunk + of_part)
+    if most > PART_TOKENS:
+        most = min((budget - PART_TOKENS * of_part) / of_chunk, PARTS * PART_TOKENS)
+    if most == PARTS * PART_TOKENS:
+        most = budget / (of_chunk + of_part / PARTS)
+    chunk = _even(tokens, max(int(most), 1))
+    part = min(max(chunk // PARTS, PART_TOKENS), chunk)
+    return (chunk, part) if any(options.wants) else (part, part)  # for values alone nothing is kept of a whole chunk
 
 
-def _bytes_a_logit(layer: Layer, options: Options) -> tuple[int, int, int]:
-    """Of the student's logits, the teacher's, and the gradient where it cannot lie in the student's."""
+def _even(tokens: int, most: int) -> int:
+    """At most `most`, so that the last chunk is not much smaller than the others; a multiple of what `PARTS` tiles of a
+    product have for rows."""
+    even = math.ceil(tokens / math.ceil(tokens / most))
+    return min(math.ceil(even / 512) * 512, most, tokens)
+
+
+def _bytes_a_logit(layer: Layer, options: Options) -> tuple[int, int]:
+    """Of the student's, with the gradient where that cannot lie in its place, and of the teacher's."""
     of_student, of_teacher = (_stored(h.dtype).itemsize for h in (layer.h_s, layer.h_t))
-    apart = any(options.wants) and _stored(layer.h_s.dtype) != layer.h_s.dtype
-    return of_student, of_teacher, layer.h_s.dtype.itemsize if apart else 0
+    return of_student + (layer.h_s.dtype.itemsize if _is_apart(layer, options) else 0), of_teacher
+
+
+def _is_apart(layer: Layer, options: Options) -> bool:
+    """Whether the gradient of the logits has another dtype than they, that of the operands of a product."""
+    return any(options.wants) and _stored(layer.h_s.dtype) != layer.h_s.dtype
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
@@ -107,11 +131,14 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _scratch(layer: Layer, options: Options, chunk: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's logits, teacher's, and the gradient in the student's: in their place, if its dtype is theirs."""
-    z_s, z_t = (h.new_empty((chunk, columns), dtype=_stored(h.dtype)) for h in (layer.h_s, layer.h_t))
-    apart = _bytes_a_logit(layer, options)[2] > 0
-    return z_s, z_t, layer.h_s.new_empty((chunk, columns)) if apart else z_s
+def _scratch(layer: Layer, options: Options, tokens: tuple[int, int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's logits of a chunk, the teacher's of a part of it, and the gradient of the student's: in their
+    place, if its dtype is theirs."""
+    z_s, z_t = (
+        h.new_empty((size, columns), dtype=_stored(h.dtype))
+        for h, size in zip((layer.h_s, layer.h_t), tokens, strict=True)
+    )
+    return z_s, z_t, layer.h_s.new_empty((tokens[0], columns)) if _is_apart(layer, options) else z_s
 
 
 def _padded(bias: Tensor | None, columns: int) -> Tensor | None:
@@ -157,7 +184,6 @@ def _compare(
     """Launches `row_kernel` on a chunk."""
     (z_s, z_t), (bias_s, bias_t), labels = logits, biases, layer.labels
     vocabulary, columns, narrow = len(layer.w_s), z_s.shape[1], gradient.dtype == torch.float16
-    jsd = options.divergence == "jsd"
     row_kernel[(rows.stop - rows.start,)](
         z_s=z_s,
         z_t=z_t,
@@ -170,8 +196,7 @@ def _compare(
         values=values[:, rows],
         gradient=gradient,
         inverse_temperature=1.0 / options.temperature,
-        log_beta=math.log(options.beta) if jsd else 0.0,
-        log_rest=math.log1p(-options.beta) if jsd else 0.0,
+        beta=options.beta,
         part=NARROW_SCALE if narrow else 1.0,
         T=values.shape[1],
         V=vocabulary,

@@ -13,29 +13,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optima_kernels.logits.problem import Layer
 from optima_kernels.shared.dispatch import INTERPRETED
 from optima_kernels.shared.target import target_of
 
+# Rows of logits are padded to a multiple of this many columns, for aligned rows of any vocabulary.
+PADDING = 64
+
 
 class VendorProducts:
-    """Products of 16-bit operands are summed in float32, and written in the dtype of `out` without another rounding."""
+    """Products of 16-bit operands are summed in float32, and rounded once if that is not the dtype of `out`.
 
-    def logits(self, h: Tensor, weight: Tensor, z: Tensor) -> None:
-        """z [T, S] = h [T, D] weight^T [D, V], but for its padding."""
-        _multiply(h, weight.t(), z[:, : len(weight)], False)
+    A vendor's library is many times slower where a vocabulary is odd. So what is beyond a multiple of 64 words has
+    products of its own, with 64 rows of a head, zeros at its end, and the padding of the logits.
+    """
 
-    def state(self, g: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out [T, D] = g [T, S] weight [V, D]."""
-        _multiply(g[:, : len(weight)], weight, out, False)
+    def __init__(self, layer: Layer, columns: int) -> None:
+        vocabulary = len(layer.w_s)
+        self.words = vocabulary if vocabulary % 8 == 0 else columns - PADDING
+        self.rest = vocabulary - self.words
+        self.student, self.teacher = (self._halves(w) for w in (layer.w_s, layer.w_t))
+
+    def _halves(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a head that make a multiple of 64, and the rest with zeros below."""
+        rest = weight.new_zeros((PADDING if self.rest else 0, weight.shape[1]))
+        rest[: self.rest] = weight[self.words :]
+        return weight[: self.words], rest
+
+    def student_logits(self, h: Tensor, z: Tensor) -> None:
+        """z [T, S] = h [T, D] head^T [D, V], and something finite or nothing in the padding."""
+        self._logits(h, self.student, z)
+
+    def teacher_logits(self, h: Tensor, z: Tensor) -> None:
+        self._logits(h, self.teacher, z)
+
+    def _logits(self, h: Tensor, head: tuple[Tensor, Tensor], z: Tensor) -> None:
+        _multiply(h, head[0].t(), z[:, : self.words], False)
+        if self.rest:
+            _multiply(h, head[1].t(), z[:, self.words :], False)
+
+    def state(self, g: Tensor, out: Tensor) -> None:
+        """out [T, D] = g [T, S] head [V, D]; the padding of g must hold zeros."""
+        _multiply(g[:, : self.words], self.student[0], out, False)
+        if self.rest:
+            _multiply(g[:, self.words :], self.student[1], out, True)
 
     def head(self, g: Tensor, h: Tensor, out: Tensor, accumulate: bool) -> None:
         """out [V, D] = g^T [S, T] h [T, D], plus what is there if `accumulate`."""
-        _multiply(g[:, : len(out)].t(), h, out, accumulate)
+        _multiply(g[:, : self.words].t(), h, out[: self.words], accumulate)
+        if self.rest:
+            rest = out.new_empty((PADDING, out.shape[1]))
+            _multiply(g[:, self.words :].t(), h, rest, False)
+            _put(rest[: self.rest], out[self.words :], accumulate)
 
     def bias(self, g: Tensor, out: Tensor, accumulate: bool) -> None:
         """out [V] = the column sums of g [T, S], plus what is there if `accumulate`."""
-        sums = g[:, : len(out)].sum(0, dtype=out.dtype)
-        out.add_(sums) if accumulate else out.copy_(sums)
+        _put(g[:, : len(out)].sum(0, dtype=out.dtype), out, accumulate)
+
+
+def _put(x: Tensor, out: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        out.add_(x)
+    else:
+        out.copy_(x)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -55,15 +95,19 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 class GatedProducts:
     """The same, of operands of one dtype, and no work behind a closed gate, where gradients are 0."""
 
-    def __init__(self, gate: Tensor, device: torch.device) -> None:
-        self.gate, self.device = gate, device
+    def __init__(self, layer: Layer, gate: Tensor) -> None:
+        self.student, self.teacher, self.gate, self.device = layer.w_s, layer.w_t, gate, layer.h_s.device
 
-    def logits(self, h: Tensor, weight: Tensor, z: Tensor) -> None:
-        """As `VendorProducts.logits`, with zeros for padding; unwritten behind a closed gate."""
-        self._launch(h, weight.t(), z, columns=z.shape[1], ROWS_FIRST=True)
+    def student_logits(self, h: Tensor, z: Tensor) -> None:
+        """Nothing is written behind a closed gate."""
+        self._launch(h, self.student.t(), z, columns=z.shape[1], ROWS_FIRST=True)
 
-    def state(self, g: Tensor, weight: Tensor, out: Tensor) -> None:
-        """As `VendorProducts.state`, the sum over the vocabulary split among as many programs as fill the chip."""
+    def teacher_logits(self, h: Tensor, z: Tensor) -> None:
+        self._launch(h, self.teacher.t(), z, columns=z.shape[1], ROWS_FIRST=True)
+
+    def state(self, g: Tensor, out: Tensor) -> None:
+        """The sum over the vocabulary is split among as many programs as fill the chip."""
+        weight = self.student
         (tokens, padded), d, tile = g.shape, weight.shape[1], self._tile(g.dtype)
         tiles = triton.cdiv(tokens, tile["BR"]) * triton.cdiv(d, tile["BC"])
         parts = max(2 * self._processors() // tiles, 1)

@@ -5,80 +5,185 @@ its gradient needs) lane by lane, without a word between threads until the end; 
 divergence, which do not cancel, and the gradient, which may lie where the student's logits do. It goes backwards: what
 the first walk read last is still in the cache. Jensen-Shannon needs a walk between the two for its mean.
 
-Rows of logits are padded to a multiple of 64 columns, so that every access is a vector whatever the vocabulary. What
-the padding holds does not matter; it gets zeros for a gradient.
+Exponentials are powers of two of `(z - maximum) scale`, scale being log2(e) over temperature: beside a maximum of 1e4,
+`z scale` would keep three digits after the point.
 
-Names: i_ indices, o_ offsets, m_ masks, b_ tiles, l_ one number a lane, s_ strides.
+Rows of logits are padded to a multiple of 64 columns, so that every access is a vector whatever the vocabulary. What
+the padding holds does not matter; it gets zeros for a gradient. Only the last tile has to look where a row ends.
+
+Names: i_ indices, o_ offsets, m_ masks, b_ tiles [R, BC], l_ one number a lane [BC], p_ pointers.
 """
 
 import triton
 import triton.language as tl
 
-# Below every logit, and finite, so that a difference of two of them is 0 and not NaN.
-LOWEST = tl.constexpr(-1.0e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# A logit outside of the vocabulary, and the maximum of a lane before its first: finite, so that no difference is NaN.
+NO_LOGIT, NO_MAXIMUM = tl.constexpr(-1.0e30), tl.constexpr(-1.0e38)
+# Logarithms (to base 2) of ratios nearer to 0 than this are treated by series.
+NEAR = tl.constexpr(0.43)
 
 
 @triton.jit
-def _exp_beyond_line(b_x):
-    """e^x - 1 - x by its series, for |x| <= 0.3: what is left out is 4e-8 of it."""
-    b_series = 1.0 / 120.0 + b_x * (1.0 / 720.0 + b_x * (1.0 / 5040.0))
-    return b_x * b_x * (0.5 + b_x * (1.0 / 6.0 + b_x * (1.0 / 24.0 + b_x * b_series)))
+def _load_logits(p_z, p_bias, o_c, V, S, BIASED: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        b_z = tl.load(p_z + o_c, mask=o_c < S, other=0.0).to(tl.float32)
+        if BIASED:
+            b_z += tl.load(p_bias + o_c, mask=o_c < S, other=0.0)
+        b_z = tl.where(o_c < V, b_z, NO_LOGIT)
+    else:
+        b_z = tl.load(p_z + o_c).to(tl.float32)
+        if BIASED:
+            b_z += tl.load(p_bias + o_c)
+    return b_z
 
 
 @triton.jit
-def _divergence_terms(b_p, b_q, b_log):
-    """Terms of KL(p || q) that are not negative, with log = log(q / p): p (e^log - 1 - log), which is q - p - p log.
-
-    Their sum is that of -p log, since p and q both sum to 1. But those are of first order where p and q are alike, and
-    their sum of second: it would be lost in their rounding.
-    """
-    return tl.where(tl.abs(b_log) <= 0.3, b_p * _exp_beyond_line(b_log), b_q - b_p - b_p * b_log)
-
-
-@triton.jit
-def _log_mixture(b_log, log_beta, log_rest):
-    """log(beta + rest e^log), beta + rest being 1, as accurate near 0 as elsewhere."""
-    b_max = tl.maximum(log_beta, b_log + log_rest)
-    b_far = b_max + tl.log(tl.exp(log_beta - b_max) + tl.exp(b_log + log_rest - b_max))
-    b_x = tl.exp(log_rest) * (b_log + _exp_beyond_line(b_log))
-    b_half = b_x / (2.0 + b_x)  # log(1 + x) = 2 artanh(x / (2 + x))
-    b_square = b_half * b_half
-    b_near = 2.0 * b_half * (1.0 + b_square * (1.0 / 3.0 + b_square * (1.0 / 5.0 + b_square * (1.0 / 7.0))))
-    return tl.where(tl.abs(b_log) <= 0.3, b_near, b_far)
-
-
-@triton.jit
-def _mixture_terms(b_p_s, b_p_t, b_ratio, log_beta, log_rest):
-    """Terms of the generalised Jensen-Shannon divergence, and log(P_s / M), with ratio = log(P_s / P_t)."""
-    b_over_teacher = _log_mixture(b_ratio, log_beta, log_rest)  # log(M / P_t)
-    b_over_student = -_log_mixture(-b_ratio, log_rest, log_beta)  # not the ratio less the other: both may be of 1e4
-    beta, rest = tl.exp(log_beta), tl.exp(log_rest)
-    b_far = rest * b_p_s * b_over_student - beta * b_p_t * b_over_teacher
-    b_near = beta * b_p_t * _exp_beyond_line(b_over_teacher) + rest * b_p_s * _exp_beyond_line(-b_over_student)
-    return tl.where(tl.abs(b_ratio) <= 0.3, b_near, b_far), b_over_student
-
-
-@triton.jit
-def _load_logits(p_z, p_bias, o_c, m_loaded, m_c, BIASED: tl.constexpr):
-    """Logits in float32, LOWEST outside of the vocabulary."""
-    b_z = tl.load(p_z + o_c, mask=m_loaded, other=0.0).to(tl.float32)
-    if BIASED:
-        b_z += tl.load(p_bias + o_c, mask=m_loaded, other=0.0)
-    return tl.where(m_c, b_z, LOWEST)
+def _add_powers(b_z, l_max, l_sum, scale):
+    """Adds 2^((z - max) scale) to the sum of each lane, whose maximum may rise; also how much the sum fell then, and
+    the powers."""
+    l_next = tl.maximum(l_max, tl.max(b_z, 0))
+    b_power = tl.exp2((b_z - l_next[None, :]) * scale)
+    l_fall = tl.exp2((l_max - l_next) * scale)
+    return l_next, l_sum * l_fall + tl.sum(b_power, 0), l_fall, b_power
 
 
 @triton.jit
 def _join_lanes(l_max, l_sum, scale):
-    """The maximum of a row, and the sum of exp2((z - max) scale) over it."""
+    """The maximum of a row, and its sum. Lanes that never met a word do not count."""
     row_max = tl.max(l_max, 0)
-    return row_max, tl.sum(tl.where(l_max > LOWEST, l_sum * tl.exp2((l_max - row_max) * scale), 0.0), 0)
+    return row_max, tl.sum(tl.where(l_max > NO_LOGIT, l_sum * tl.exp2((l_max - row_max) * scale), 0.0), 0)
+
+
+@triton.jit
+def _exp_beyond_line(b_x):
+    """2^x - 1 - x ln(2) by its series, for |x| <= NEAR: what is left out is 1e-6 of it."""
+    b_series = 1.3333558146428443e-3 + b_x * 1.5403530393381606e-4
+    b_series = 5.5504108664821576e-2 + b_x * (9.618129107628477e-3 + b_x * b_series)
+    return b_x * b_x * (0.24022650695910072 + b_x * b_series)
+
+
+@triton.jit
+def _divergence_terms(b_p, b_q, b_log):
+    """Terms of KL(p || q) that are not negative, with log = log2(q / p): p (q/p - 1 - ln(q/p)), which is q - p - p ln.
+
+    Their sum is that of -p ln, since p and q both sum to 1. But those are of first order where p and q are alike, and
+    their sum of second: it would be lost in their rounding.
+    """
+    return tl.where(tl.abs(b_log) <= NEAR, b_p * _exp_beyond_line(b_log), (b_q - b_p) - b_p * (b_log * LN2))
+
+
+@triton.jit
+def _log_mixture(b_log, beta):
+    """ln(M / P_t) and ln(P_s / M) from log2(P_s / P_t), M = beta P_t + (1 - beta) P_s.
+
+    The smaller in size is the logarithm of 1 less a part of (1 - smaller ratio), as accurate near 0 as elsewhere; the
+    other is what it leaves of ln(P_s / P_t), which has its sign and is larger.
+    """
+    b_part, b_rest = tl.where(b_log > 0, beta, 1.0 - beta), tl.where(b_log > 0, 1.0 - beta, beta)
+    b_below = -tl.abs(b_log)
+    b_power = tl.exp2(b_below)
+    b_x = b_part * tl.where(b_below >= -NEAR, b_below * LN2 + _exp_beyond_line(b_below), b_power - 1.0)
+    b_half = b_x / (2.0 + b_x)  # ln(1 + x) = 2 artanh(x / (2 + x))
+    b_square = b_half * b_half
+    b_series = 1.0 / 3.0 + b_square * (1.0 / 5.0 + b_square * (1.0 / 7.0 + b_square * (1.0 / 9.0)))
+    b_small = tl.where(b_x > -0.4, 2.0 * b_half * (1.0 + b_square * b_series), tl.log(b_rest + b_part * b_power))
+    b_large = b_log * LN2
+    return tl.where(b_log > 0, b_large + b_small, b_small), tl.where(b_log > 0, -b_small, b_large - b_small)
+
+
+@triton.jit
+def _mixture_terms(b_p_s, b_p_t, b_log, beta):
+    """Terms of the generalised Jensen-Shannon divergence, and ln(P_s / M)."""
+    b_over_teacher, b_over_student = _log_mixture(b_log, beta)
+    b_far = (1.0 - beta) * b_p_s * b_over_student - beta * b_p_t * b_over_teacher
+    b_near = beta * b_p_t * _exp_beyond_line(b_over_teacher * LOG2E)
+    b_near += (1.0 - beta) * b_p_s * _exp_beyond_line(-b_over_student * LOG2E)
+    return tl.where(tl.abs(b_log) <= NEAR, b_near, b_far), b_over_student
+
+
+@triton.jit
+def _first_tile(
+    p_s, p_t, bias_s, bias_t, o_c, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean,
+    KIND: tl.constexpr, BIASED_S: tl.constexpr, BIASED_T: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to the sums of the student, the teacher, the student at a temperature of 1, and of the differences of
+    the logits under the student."""
+    b_s = _load_logits(p_s, bias_s, o_c, V, S, BIASED_S, MASKED)
+    b_t = _load_logits(p_t, bias_t, o_c, V, S, BIASED_T, MASKED)
+    if PLAIN:
+        _, l_sum, _, _ = _add_powers(b_s, l_max_s, l_sum, LOG2E)
+    l_max_s, l_sum_s, l_fall, b_power = _add_powers(b_s, l_max_s, l_sum_s, scale)
+    if KIND == 1:
+        l_mean = l_mean * l_fall + tl.sum(b_power * (b_s - b_t), 0)
+    l_max_t, l_sum_t, _, _ = _add_powers(b_t, l_max_t, l_sum_t, scale)
+    return l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean
+
+
+@triton.jit
+def _middle_tile(
+    p_s, p_t, bias_s, bias_t, o_c, V, S, scale, max_s, max_t, inverse_s, inverse_t, shift, beta,
+    BIASED_S: tl.constexpr, BIASED_T: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What a tile adds to the Jensen-Shannon divergence, and to the mean of ln(P_s / M) under the student."""
+    b_s = _load_logits(p_s, bias_s, o_c, V, S, BIASED_S, MASKED)
+    b_t = _load_logits(p_t, bias_t, o_c, V, S, BIASED_T, MASKED)
+    b_s, b_t = b_s - max_s, b_t - max_t
+    b_p_s, b_p_t = tl.exp2(b_s * scale) * inverse_s, tl.exp2(b_t * scale) * inverse_t
+    b_terms, b_over = _mixture_terms(b_p_s, b_p_t, (b_s - b_t) * scale - shift, beta)
+    b_over *= b_p_s
+    if MASKED:
+        b_terms, b_over = tl.where(o_c < V, b_terms, 0.0), tl.where(o_c < V, b_over, 0.0)
+    return tl.sum(b_terms, 0), tl.sum(b_over, 0)
+
+
+@triton.jit
+def _last_tile(
+    p_s, p_t, p_g, bias_s, bias_t, o_c, V, S, scale, max_s, max_t, inverse_s, inverse_t, shift, mean,
+    inverse_temperature, beta, part, label, label_part, inverse,
+    KIND: tl.constexpr, BIASED_S: tl.constexpr, BIASED_T: tl.constexpr, LABELS: tl.constexpr, PLAIN: tl.constexpr,
+    GRADIENT: tl.constexpr, LIMIT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of a tile; what it adds to the divergence, but for Jensen-Shannon's."""
+    b_s = _load_logits(p_s, bias_s, o_c, V, S, BIASED_S, MASKED)
+    b_t = _load_logits(p_t, bias_t, o_c, V, S, BIASED_T, MASKED)
+    b_s, b_t = b_s - max_s, b_t - max_t
+    b_p_s, b_p_t = tl.exp2(b_s * scale) * inverse_s, tl.exp2(b_t * scale) * inverse_t
+    # log2(P_s / P_t): one rounded number a row is taken from a difference of logits, not two logarithms apart.
+    b_log = (b_s - b_t) * scale - shift
+    b_terms = tl.zeros_like(b_log)
+    if KIND == 0:
+        b_terms = _divergence_terms(b_p_t, b_p_s, b_log)
+        b_slope = b_p_s - b_p_t
+    if KIND == 1:
+        b_terms = _divergence_terms(b_p_s, b_p_t, -b_log)
+        b_slope = b_p_s * (((b_s - b_t) - mean) * inverse_temperature)
+    if KIND == 2:
+        b_slope = (1.0 - beta) * b_p_s * (_log_mixture(b_log, beta)[1] - mean)
+    if MASKED:
+        b_terms = tl.where(o_c < V, b_terms, 0.0)
+    if GRADIENT:
+        b_slope *= part
+        if LABELS:
+            b_q = b_p_s
+            if PLAIN:
+                b_q = tl.exp2(b_s * LOG2E) * inverse
+            b_slope += (b_q - tl.where(o_c == label, 1.0, 0.0)) * label_part
+        if LIMIT:
+            b_slope = tl.minimum(tl.maximum(b_slope, -LIMIT), LIMIT)
+        if MASKED:
+            b_slope = tl.where(o_c < V, b_slope, 0.0)
+            tl.store(p_g + o_c, b_slope.to(p_g.dtype.element_ty), mask=o_c < S)
+        else:
+            tl.store(p_g + o_c, b_slope.to(p_g.dtype.element_ty))
+    return tl.sum(b_terms, 0)
 
 
 @triton.jit
 def row_kernel(
     z_s, z_t, bias_s, bias_t, counts, labels, factors, gate, values, gradient,
-    inverse_temperature, log_beta, log_rest, part, T, V, S,
+    inverse_temperature, beta, part, T, V, S,
     GATED: tl.constexpr, KIND: tl.constexpr, BIASED_S: tl.constexpr, BIASED_T: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, PLAIN: tl.constexpr, GRADIENT: tl.constexpr, LIMIT: tl.constexpr,
     R: tl.constexpr, BC: tl.constexpr,
@@ -92,25 +197,24 @@ def row_kernel(
     gradient to what its dtype holds.
     """
     i_r = tl.program_id(0).to(tl.int64)
-    p_value = values + i_r
-    p_ce = values + T + i_r
+    p_value, p_cross_entropy = values + i_r, values + T + i_r
+    p_s, p_t, p_g = z_s + i_r * S, z_t + i_r * S, gradient + i_r * S
+    o_tile = tl.arange(0, R)[:, None] * BC + tl.arange(0, BC)[None, :]  # [R, BC]
+    full = V // (R * BC)  # tiles; one more is not, and may be empty
     closed, ignored = False, False
     if GATED:
         closed = tl.load(gate) == 0
     if closed:
         tl.store(p_value, 0.0)
-        tl.store(p_ce, 0.0)
+        tl.store(p_cross_entropy, 0.0)
         return
-    p_s, p_t, p_g = z_s + i_r * S, z_t + i_r * S, gradient + i_r * S
-    o_tile = tl.arange(0, R)[:, None] * BC + tl.arange(0, BC)[None, :]  # [R, BC]
-    tiles = tl.cdiv(S, R * BC)
     if COUNTED:
         ignored = tl.load(counts + i_r) == 0
     if ignored:
         tl.store(p_value, 0.0)
-        tl.store(p_ce, 0.0)
+        tl.store(p_cross_entropy, 0.0)
         if GRADIENT:
-            for i_c in range(0, tiles):
+            for i_c in range(0, full + 1):
                 o_c = i_c * R * BC + o_tile
                 tl.store(p_g + o_c, tl.zeros((R, BC), gradient.dtype.element_ty), mask=o_c < S)
         return
@@ -123,85 +227,65 @@ def row_kernel(
         if BIASED_S:
             label_logit += tl.load(bias_s + o_label)
 
-    l_max_s, l_max_t = tl.full((BC,), LOWEST, tl.float32), tl.full((BC,), LOWEST, tl.float32)
-    l_sum_s, l_sum_t = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    l_plain, l_mean = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    for i_c in range(0, tiles):
-        o_c = i_c * R * BC + o_tile
-        m_c, m_loaded = o_c < V, o_c < S
-        b_s = _load_logits(p_s, bias_s, o_c, m_loaded, m_c, BIASED_S)
-        b_t = _load_logits(p_t, bias_t, o_c, m_loaded, m_c, BIASED_T)
-        l_next = tl.maximum(l_max_s, tl.max(b_s, 0))
-        b_exp = tl.exp2((b_s - l_next[None, :]) * scale)
-        l_old = tl.exp2((l_max_s - l_next) * scale)
-        l_sum_s = l_sum_s * l_old + tl.sum(b_exp, 0)
-        if KIND == 1:
-            l_mean = l_mean * l_old + tl.sum(b_exp * (b_s - b_t), 0)
-        if PLAIN:
-            l_plain *= tl.exp2((l_max_s - l_next) * LOG2E)
-            l_plain += tl.sum(tl.exp2((b_s - l_next[None, :]) * LOG2E), 0)
-        l_max_s = l_next
-        l_next = tl.maximum(l_max_t, tl.max(b_t, 0))
-        l_sum_t = l_sum_t * tl.exp2((l_max_t - l_next) * scale) + tl.sum(tl.exp2((b_t - l_next[None, :]) * scale), 0)
-        l_max_t = l_next
+    l_max_s = tl.full((BC,), NO_MAXIMUM, tl.float32)
+    l_max_t = l_max_s
+    l_sum_s = tl.zeros((BC,), tl.float32)
+    l_sum_t, l_sum, l_mean = l_sum_s, l_sum_s, l_sum_s
+    for i_c in range(0, full):
+        l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean = _first_tile(
+            p_s, p_t, bias_s, bias_t, i_c * R * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
+            l_mean, KIND, BIASED_S, BIASED_T, PLAIN, False,
+        )  # fmt: skip
+    l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean = _first_tile(
+        p_s, p_t, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
+        l_mean, KIND, BIASED_S, BIASED_T, PLAIN, True,
+    )  # fmt: skip
     max_s, sum_s = _join_lanes(l_max_s, l_sum_s, scale)
     max_t, sum_t = _join_lanes(l_max_t, l_sum_t, scale)
-    log_s, log_t = tl.log(sum_s), tl.log(sum_t)
+    inverse_s, inverse_t = 1.0 / sum_s, 1.0 / sum_t
+    shift = tl.log2(sum_s) - tl.log2(sum_t)
     mean = 0.0
-    if KIND == 1:  # of the difference of the logits, under the student
-        mean = tl.sum(tl.where(l_max_s > LOWEST, l_mean * tl.exp2((l_max_s - max_s) * scale), 0.0), 0) / sum_s
-    log_plain = log_s
+    if KIND == 1:
+        mean = _join_lanes(l_max_s, l_mean, scale)[1] * inverse_s - (max_s - max_t)
+    cross_entropy, sum = 0.0, sum_s
     if LABELS:
         if PLAIN:
-            log_plain = tl.log(_join_lanes(l_max_s, l_plain, LOG2E)[1])
-        tl.store(p_ce, tl.where(label >= 0, log_plain - (label_logit - max_s), 0.0))
-    else:
-        tl.store(p_ce, 0.0)
+            sum = _join_lanes(l_max_s, l_sum, LOG2E)[1]
+        cross_entropy = tl.where(label >= 0, tl.log(sum) - (label_logit - max_s), 0.0)
+    tl.store(p_cross_entropy, cross_entropy)
+    inverse = 1.0 / sum
 
     l_value = tl.zeros((BC,), tl.float32)
     if KIND == 2:
-        for i_c in range(0, tiles):
-            o_c = i_c * R * BC + o_tile
-            m_c, m_loaded = o_c < V, o_c < S
-            b_s = _load_logits(p_s, bias_s, o_c, m_loaded, m_c, BIASED_S) - max_s
-            b_t = _load_logits(p_t, bias_t, o_c, m_loaded, m_c, BIASED_T) - max_t
-            b_p_s, b_p_t = tl.exp(b_s * inverse_temperature - log_s), tl.exp(b_t * inverse_temperature - log_t)
-            b_ratio = tl.where(m_c, (b_s - b_t) * inverse_temperature - (log_s - log_t), 0.0)
-            b_terms, b_slope = _mixture_terms(b_p_s, b_p_t, b_ratio, log_beta, log_rest)
-            l_value += tl.sum(tl.where(m_c, b_terms, 0.0), 0)
-            l_mean += tl.sum(tl.where(m_c, b_p_s * b_slope, 0.0), 0)
-        mean = tl.sum(l_mean, 0)
+        l_mean = tl.zeros((BC,), tl.float32)
+        for i_c in range(0, full):
+            l_terms, l_over = _middle_tile(
+                p_s, p_t, bias_s, bias_t, i_c * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+                inverse_t, shift, beta, BIASED_S, BIASED_T, False,
+            )  # fmt: skip
+            l_value += l_terms
+            l_mean += l_over
+        l_terms, l_over = _middle_tile(
+            p_s, p_t, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+            inverse_t, shift, beta, BIASED_S, BIASED_T, True,
+        )  # fmt: skip
+        l_value += l_terms
+        mean = tl.sum(l_mean + l_over, 0)
+
     label_part = part
     if LABELS:
         label_part = tl.where(label >= 0, part * tl.load(factors + 1), 0.0)
         part *= tl.load(factors)
     if KIND != 2 or GRADIENT:
-        for i_c in range(0, tiles):
-            o_c = (tiles - 1 - i_c) * R * BC + o_tile
-            m_c, m_loaded = o_c < V, o_c < S
-            b_s = _load_logits(p_s, bias_s, o_c, m_loaded, m_c, BIASED_S) - max_s
-            b_t = _load_logits(p_t, bias_t, o_c, m_loaded, m_c, BIASED_T) - max_t
-            b_p_s, b_p_t = tl.exp(b_s * inverse_temperature - log_s), tl.exp(b_t * inverse_temperature - log_t)
-            # log(P_s / P_t): one rounded number a row is taken from a difference of logits, not two logarithms apart.
-            b_ratio = (b_s - b_t) * inverse_temperature - (log_s - log_t)
-            if KIND == 0:
-                l_value += tl.sum(tl.where(m_c, _divergence_terms(b_p_t, b_p_s, b_ratio), 0.0), 0)
-                b_slope = b_p_s - b_p_t
-            if KIND == 1:
-                l_value += tl.sum(tl.where(m_c, _divergence_terms(b_p_s, b_p_t, -b_ratio), 0.0), 0)
-                b_slope = b_p_s * ((b_s - b_t) - (mean - (max_s - max_t))) * inverse_temperature
-            if KIND == 2:
-                b_slope = -_log_mixture(-b_ratio, log_rest, log_beta)
-                b_slope = tl.exp(log_rest) * b_p_s * (b_slope - mean)
-            if GRADIENT:
-                b_slope *= part
-                if LABELS:
-                    b_q = b_p_s
-                    if PLAIN:
-                        b_q = tl.exp(b_s - log_plain)
-                    b_slope += (b_q - tl.where(o_c == label, 1.0, 0.0)) * label_part
-                if LIMIT:
-                    b_slope = tl.minimum(tl.maximum(b_slope, -LIMIT), LIMIT)
-                b_slope = tl.where(m_c, b_slope, 0.0)
-                tl.store(p_g + o_c, b_slope.to(gradient.dtype.element_ty), mask=m_loaded)
+        l_value += _last_tile(
+            p_s, p_t, p_g, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+            inverse_t, shift, mean, inverse_temperature, beta, part, label, label_part, inverse,
+            KIND, BIASED_S, BIASED_T, LABELS, PLAIN, GRADIENT, LIMIT, True,
+        )  # fmt: skip
+        for i_c in range(0, full):
+            l_value += _last_tile(
+                p_s, p_t, p_g, bias_s, bias_t, (full - 1 - i_c) * R * BC + o_tile, V, S, scale, max_s,
+                max_t, inverse_s, inverse_t, shift, mean, inverse_temperature, beta, part, label, label_part,
+                inverse, KIND, BIASED_S, BIASED_T, LABELS, PLAIN, GRADIENT, LIMIT, False,
+            )  # fmt: skip
     tl.store(p_value, tl.sum(l_value, 0))
