@@ -29,12 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from optima.assets import STUDENT
+from optima.assets import TEACHER as TEACHER_FILE
 from optima.coca import CoCa, CoCaConfig, HeadSpec
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import preset
+from optima.commands.distill import DistillConfig
 from optima.data.records import FORMATS
-from optima.distill import ASSETS, DistillConfig
 from optima.recipes.write_large import TEACHER, TEACHER_FILES
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
@@ -389,7 +391,7 @@ def _sizes(
     A teacher that a shipped recipe still waits for has the sizes of the model that the recipe says to finetune.
     """
     if path is None:
-        return load_coca(ASSETS / f"{role}.safetensors").config, f"the shipped {role}"
+        return load_coca({"teacher": TEACHER_FILE, "student": STUDENT}[role]).config, f"the shipped {role}"
     if path.suffix != ".safetensors":
         return preset(str(path), teacher), str(path)
     if path.exists():

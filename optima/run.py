@@ -16,20 +16,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from optima.command_line import Command, parse
-from optima.compare import CompareConfig, compare
-from optima.data.prepare import PrepareConfig, prepare
-from optima.distill import DistillConfig, distill
-from optima.doctor import DoctorConfig, doctor
-from optima.evaluate import EvaluateConfig, run_evaluate
-from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
-from optima.finetune import FinetuneConfig, run_finetune
-from optima.interruption import terminate_as_interrupt
+from optima.commands.compare import CompareConfig, compare
+from optima.commands.distill import DistillConfig, distill
+from optima.commands.doctor import DoctorConfig, doctor
+from optima.commands.evaluate import EvaluateConfig, run_evaluate
+from optima.commands.exchange import ExportConfig, ImportConfig, run_export, run_import
+from optima.commands.finetune import FinetuneConfig, run_finetune
+from optima.commands.parse import Command, parse
+from optima.commands.prepare import PrepareConfig, prepare
+from optima.commands.pretrain import PretrainConfig, pretrain
 from optima.plan import PlanConfig, plan
-from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
+from optima.runs.interruption import terminate_as_interrupt
+from optima.runs.student import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima.simulate import SimulateConfig, simulate
-from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
 from optima_core.parallel import leave, several, speaks
 

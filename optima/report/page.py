@@ -12,8 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from optima.report import formatting, pictures, plots
-from optima.report.run_directory import Round, Run, Sample, Summary, read_run
 from optima.report.svg import ARM_COLOURS, HEAT_LEVELS, RISE_LEVELS, inline
+from optima.runs.reading import Round, Run, Sample, Summary, read_run
 
 SHOWN_AT_ONCE = 6
 

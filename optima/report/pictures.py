@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from optima.report.run_directory import CrossAttention
+from optima.runs.reading import CrossAttention
 
 SPOTLIGHT_SIDE = 128
 # Share of a pixel's own light that stays where a word does not look at all.

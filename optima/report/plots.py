@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from optima.report.formatting import label, words
-from optima.report.run_directory import Round, Summary
 from optima.report.svg import HEAT_LEVELS, RISE_LEVELS, Layout, arm_colour, colour
+from optima.runs.reading import Round, Summary
 
 PIXELS_PER_INCH = 72
 LINE = 1.8

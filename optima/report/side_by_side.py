@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
 from optima.report.page import Bar, Fact, facts, hero, render
-from optima.report.run_directory import Run, read_run
 from optima.report.svg import Layout, arm_colour, colour, inline
+from optima.runs.reading import Run, read_run
 
 SHOWN_SAMPLES = 12
 
@@ -42,7 +42,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     }
     panels = _shared_panels(runs)
     return render(
-        "comparison.html",
+        "side_by_side.html",
         title=f"{len(runs)} runs compared",
         rows=[_row(name, run) for name, run in zip(names, runs, strict=True)],
         fact_names=list(dict.fromkeys(fact.name for run in runs for fact in facts(run.summary))),

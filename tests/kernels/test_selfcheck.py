@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from optima.doctor import DoctorConfig, doctor
+from optima.commands.doctor import DoctorConfig, doctor
 from optima_kernels import selfcheck
 from optima_kernels.dispatch import INTERPRETED, choose_backend
 

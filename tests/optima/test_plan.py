@@ -13,10 +13,10 @@ import pytest
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import config_from_dict
 from optima.coca.presets import preset
-from optima.distill import DistillConfig
+from optima.commands.distill import DistillConfig
 from optima.plan import GPUS, Needs, PlanConfig, largest_batch, measure_needs, predicted_seconds
 from optima.run import main
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
 
 MIB = 2**20

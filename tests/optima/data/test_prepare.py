@@ -9,8 +9,8 @@ import pytest
 import torch
 from miniatures import MAKERS, make_coco, make_vqav2
 
+from optima.commands.prepare import PrepareConfig, prepare
 from optima.data.loader import LoaderConfig, make_loader
-from optima.data.prepare import PrepareConfig, prepare
 from optima.data.records import FORMATS, DataName, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer

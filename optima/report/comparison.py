@@ -221,7 +221,7 @@ def write_methods(
     ]
     headings = [heading.format(formatting.words(reference)) for heading in HEADINGS]
     page = render(
-        "methods.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
+        "comparison.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,17 +16,19 @@ from typing import Any, Literal
 
 import torch
 
+from optima.assets import STUDENT, TEACHER
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import is_preset, preset
-from optima.display import Display, WithEvents, make_display
-from optima.interruption import StopRequest
-from optima.memory import peak_mib
 from optima.report import write_report
-from optima.run_directory import RunDirectory, fingerprint
-from optima.samples import write_cross_attention, write_samples
+from optima.runs.directory import RunDirectory, fingerprint
+from optima.runs.display import Display, WithEvents, make_display
+from optima.runs.interruption import StopRequest
+from optima.runs.memory import peak_mib
+from optima.runs.samples import write_cross_attention, write_samples
+from optima.runs.words import write_words
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import DataConfig, open_data
@@ -34,14 +36,11 @@ from optima.tasks.data import HELD, Evaluation, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima.words import write_words
 from optima_core.engine import Distiller, DistillerConfig
 from optima_core.errors import OptimaError
 from optima_core.parallel import Ranks, Strategy, join_ranks
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
-
-ASSETS = Path(__file__).with_name("assets")
 
 Initialisation = Literal["checkpoint", "scratch", "teacher_truncate", "teacher_pca"]
 INITIALISING_ITEMS = 256
@@ -129,7 +128,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with join_ranks(config.parallel) as ranks:
-        teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors")
+        teacher = load_coca(config.teacher or TEACHER)
         data = open_data(
             config.data,
             config.task,
@@ -178,7 +177,7 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
     if directory is None:
         return {}
     if ranks.sharded:
-        teacher = load_coca(config.teacher or ASSETS / "teacher.safetensors").to(device)
+        teacher = load_coca(config.teacher or TEACHER).to(device)
     before = load_start(config, teacher, data).to(device)
 
     save_coca(student, directory.path / "student.safetensors")
@@ -218,7 +217,7 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
 
 def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     """The student start, after both models have been checked against the data and each other."""
-    name = f"teacher {config.teacher or ASSETS / 'teacher.safetensors'}"
+    name = f"teacher {config.teacher or TEACHER}"
     refuse_misfit(teacher, name, data)
     refuse_headless(teacher, name, data)
     for split in HELD:
@@ -228,7 +227,7 @@ def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
 
 def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
-    path = config.student or ASSETS / "student.safetensors"
+    path = config.student or STUDENT
     has_weights = path.exists() or not is_preset(str(path))
     init = config.init or ("checkpoint" if config.student and has_weights else "teacher_pca")
     if init == "checkpoint" and not has_weights:

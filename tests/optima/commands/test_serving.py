@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from optima.coca import CoCa
+from optima.commands.serving import Served, onnx_program, torch_program
 from optima.run import main
-from optima.run_directory import RunDirectory
-from optima.serving import Served, onnx_program, torch_program
+from optima.runs.directory import RunDirectory
+from optima.runs.words import read_words, write_words
 from optima.tasks.pictograms import PictogramTask
-from optima.words import read_words, write_words
 from optima_core.errors import OptimaError
 
 LENGTH = 7

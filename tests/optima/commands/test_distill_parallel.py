@@ -121,6 +121,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     def three(strategy: str) -> Iterator[Ranks]:
         yield Ranks(0, 3)
 
-    monkeypatch.setattr("optima.distill.join_ranks", three)
+    monkeypatch.setattr("optima.commands.distill.join_ranks", three)
     assert main([*brief, "--run", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "optima: batch_size must be a multiple of the 3 ranks, got 4\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from page_reader import Page
 
-from optima.report.methods import Outcome, conclusion, markdown, method_rows, write_methods
+from optima.report.comparison import Outcome, conclusion, markdown, method_rows, write_methods
 
 NOISE = (0.0, 1.1, -0.8, 0.6, -0.9)
 WOBBLE = (0.4, -0.5, 0.1, 0.3, -0.3)

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from optima.coca.presets import preset
-from optima.command_line import RECIPES, parse
+from optima.commands.distill import DistillConfig
+from optima.commands.parse import RECIPES, parse
 from optima.data.records import FORMATS
-from optima.distill import DistillConfig
 from optima.recipes.write_large import EPOCHS, TASKS, write
 from optima.run import COMMANDS, DEFAULT
 

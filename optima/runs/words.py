@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optima.data.tokenizer import Tokenizer, tokenizer_from_json
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
 from optima.tasks import TASKS, Task
 from optima.tasks.data import TaskData
 from optima_core.errors import OptimaError

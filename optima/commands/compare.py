@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.coca import MODULES
-from optima.distill import DistillConfig
-from optima.report.formatting import task_title
-from optima.report.methods import (
+from optima.commands.distill import DistillConfig
+from optima.report.comparison import (
     HEADINGS,
     MEAN_OF_TASKS,
     Outcome,
@@ -34,7 +33,8 @@ from optima.report.methods import (
     row_texts,
     write_methods,
 )
-from optima.run_directory import flat, plain
+from optima.report.formatting import task_title
+from optima.runs.directory import flat, plain
 from optima.tasks import TASKS, Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError

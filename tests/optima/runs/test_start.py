@@ -8,7 +8,8 @@ import torch
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
-from optima.distill import ASSETS, INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
+from optima.assets import TEACHER
+from optima.commands.distill import INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
 from optima.run import main
 from optima.tasks.pictograms import PictogramTask
 
@@ -41,7 +42,7 @@ def test_a_student_starts_as_asked_every_time(teacher_file: Path, student_file: 
 
 def test_the_start_follows_from_what_the_student_is(student_file: Path) -> None:
     data = PictogramTask("captioning", 3, torch.device("cpu"))
-    teacher = load_coca(ASSETS / "teacher.safetensors")
+    teacher = load_coca(TEACHER)
 
     def start(**given: Any) -> dict[str, torch.Tensor]:
         return load_start(DistillConfig(seed=3, **given), teacher, data).state_dict()

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optima.command_line import parse
-from optima.compare import METHODS, CompareConfig, Method, compare, run_command
-from optima.distill import DistillConfig
+from optima.commands.compare import METHODS, CompareConfig, Method, compare, run_command
+from optima.commands.distill import DistillConfig
+from optima.commands.parse import parse
 from optima.run import COMMANDS, DEFAULT, main
-from optima.run_directory import flat, plain
+from optima.runs.directory import flat, plain
 
 SHARED = {
     "engine.rounds": 2, "engine.steps_per_round": 1, "batch_size": 4, "probe_size": 4, "evaluate_every": 2,

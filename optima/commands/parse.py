@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from optima_core.errors import OptimaError
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).parent.with_name("recipes")
 
 
 @dataclass(frozen=True)

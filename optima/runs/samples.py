@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from optima.coca import CoCa
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
 from optima.tasks.data import Evaluation, TaskData
 
 

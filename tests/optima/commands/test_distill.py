@@ -16,8 +16,8 @@ import yaml
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import PRESETS
+from optima.commands.distill import DistillConfig
 from optima.data.pictograms.stream import TASKS
-from optima.distill import DistillConfig
 from optima.run import main
 from optima.tasks import HEADLINE
 from optima_core import CheckpointStore
@@ -47,7 +47,7 @@ def finished(teacher_file: Path, student_file: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(autouse=True)
 def no_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the finished run draws its report, which takes longer than all the rest of a tiny run."""
-    monkeypatch.setattr("optima.distill.write_report", lambda run: run)
+    monkeypatch.setattr("optima.commands.distill.write_report", lambda run: run)
 
 
 def test_a_run_directory_holds_everything(finished: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_at_the_end_is_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "samples/0000-0.png")
 
-    monkeypatch.setattr("optima.distill.write_samples", full)
+    monkeypatch.setattr("optima.commands.distill.write_samples", full)
     assert main([*brief, "--run", str(tmp_path / "run")]) == 2
     message = "optima: samples/0000-0.png cannot be read or written: No space left on device\n"
     assert capsys.readouterr().err == message

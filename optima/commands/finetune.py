@@ -12,16 +12,16 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.memory import peak_mib
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
+from optima.runs.memory import peak_mib
+from optima.runs.training import train
+from optima.runs.words import write_words
 from optima.tasks import Task
 from optima.tasks.choose import DataConfig, open_data
 from optima.tasks.data import HELD, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima.training import train
-from optima.words import write_words
 from optima_core.optimiser import OptimiserConfig
 from optima_core.precision import Precision
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from optima.interruption import StopRequest, terminate_as_interrupt
+from optima.runs.interruption import StopRequest, terminate_as_interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -24,7 +24,7 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(number: signal.Sign
 def test_under_torchrun_a_request_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     now = 100.0
-    monkeypatch.setattr("optima.interruption.time.monotonic", lambda: now)
+    monkeypatch.setattr("optima.runs.interruption.time.monotonic", lambda: now)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         now += 0.2

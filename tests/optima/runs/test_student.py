@@ -11,12 +11,12 @@ from optima.coca.checkpoint import load_coca
 from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
 from optima.run import main
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
 from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
-from optima.use import load_student
-from optima.words import write_words
+from optima.runs.student import load_student
+from optima.runs.words import write_words
 
 ITEMS = 6
 

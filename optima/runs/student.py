@@ -1,6 +1,6 @@
 """What a distilled student is for: captions of one's own pictures, and answers about them.
 
->>> from optima.use import load_student
+>>> from optima.runs.student import load_student
 >>> load_student("runs/distill").caption(["picture.png"])  # doctest: +SKIP
 ['two pizzas to the right of a dog']
 """
@@ -20,7 +20,7 @@ from optima.data.images import inspect
 from optima.data.pictures import normalise
 from optima.data.record import Unusable
 from optima.data.transform import TransformConfig, evaluation_window, picture
-from optima.words import Words, read_words
+from optima.runs.words import Words, read_words
 from optima_core.errors import OptimaError
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from optima.distill import DistillConfig
-from optima.pretrain import PretrainConfig
+from optima.commands.distill import DistillConfig
+from optima.commands.pretrain import PretrainConfig
 from optima.run import COMMANDS, main
 
 

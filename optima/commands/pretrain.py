@@ -18,11 +18,11 @@ from optima.coca.checkpoint import save_coca
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
 from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
-from optima.run_directory import RunDirectory
+from optima.runs.directory import RunDirectory
+from optima.runs.training import train
 from optima.tasks import HEADS, TASKS, TEXT_LENGTH
 from optima.tasks.fit import refuse_misfit
 from optima.tasks.pictograms import PictogramTask
-from optima.training import train
 from optima_core.optimiser import OptimiserConfig
 from optima_core.precision import Precision
 
