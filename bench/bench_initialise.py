@@ -17,7 +17,8 @@ import torch
 from optima.assets import TEACHER
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
-from optima.commands.distill import DistillConfig, Initialisation, load_start
+from optima.runs.config import DistillConfig, Initialisation
+from optima.runs.start import make_start
 from optima.tasks.evaluate import evaluate
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
@@ -32,7 +33,7 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
     torch.manual_seed(seed)
     teacher = load_coca(TEACHER).requires_grad_(False)
     data = PictogramTask(config.task, seed, torch.device("cpu"))
-    student = load_start(config, teacher, data).train()
+    student = make_start(config, teacher, data).train()
     distiller = Distiller(
         student,
         TaskForward(student, config.task),

@@ -35,9 +35,9 @@ from optima.coca import CoCa, CoCaConfig, HeadSpec
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import preset
-from optima.commands.distill import DistillConfig
 from optima.data.records import FORMATS
-from optima.recipes.write_large import TEACHER, TEACHER_FILES
+from optima.recipes.coca_large import TEACHER, TEACHER_FILES
+from optima.runs.config import DistillConfig, told_in_a_line
 from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.fit import refuse_misfit
@@ -374,7 +374,8 @@ def plan(config: PlanConfig) -> None:
     teacher, teacher_name = _sizes("teacher", config.teacher, None)
     student, student_name = _sizes("student", config.student, teacher)
     shape = _shape_of_data(config, {teacher_name: teacher, student_name: student})
-    needs = _needs(config, teacher, student, shape)
+    with told_in_a_line():
+        needs = _needs(config, teacher, student, shape)
     advice = _advice(config, teacher, student, shape, needs)
     if config.json:
         figures = {"teacher": teacher_name, "student": student_name} | _figures(config, needs, advice)

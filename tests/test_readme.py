@@ -10,6 +10,7 @@ from PIL import Image
 
 from optima.assets import TEACHER
 from optima.data.pictograms import KINDS, Pictograms, describes, render
+from optima.data.transform import TransformConfig
 from optima.runs.directory import RunDirectory
 from optima.runs.words import write_words
 from optima.tasks import Task
@@ -65,7 +66,7 @@ def test_a_student_is_used_as_shown(
     for task, name in runs:
         directory = RunDirectory(tmp_path / "runs" / name, resume=False, keep=1)
         (directory.path / "student.safetensors").write_bytes((TEACHER).read_bytes())
-        write_words(directory, PictogramTask(task, 0, torch.device("cpu")))
+        write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
     scene = next(s for s in map(Pictograms("test").scene, range(100)) if s.content.total == 1)
     Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

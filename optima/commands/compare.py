@@ -11,31 +11,31 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from optima.coca import MODULES
-from optima.commands.distill import DistillConfig
+from optima.commands.console import make_console, make_table
+from optima.commands.options import CompareConfig
 from optima.report.comparison import (
     HEADINGS,
-    MEAN_OF_TASKS,
     Outcome,
     conclusion,
     markdown,
     method_rows,
     row_texts,
-    write_methods,
+    write_comparison,
 )
 from optima.report.formatting import task_title
-from optima.runs.directory import flat, plain
-from optima.tasks import TASKS, Task
+from optima.runs.directory import flat
+from optima.runs.reading import CONFIG, SUMMARY, read_summary
+from optima.runs.rows import Summary, plain
+from optima.tasks import Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -57,61 +57,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Method -> the options in which its runs differ from the settings that all share."""
 
-Method = Literal[
-    "task_loss",
-    "task_loss_and_logits",
-    "all_modules",
-    "only_image_encoder",
-    "only_text_decoder",
-    "only_multimodal_decoder",
-    "uniform",
-    "discounted_ucb",
-    "optima",
-]
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Distils by every method over several seeds and compares the scores.
-
-    Attributes:
-        run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
-            command continues; more tasks, methods and seeds may be asked for later.
-        task: The tasks; all four by default.
-        method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
-            module in every round, uniform a random one; discounted_ucb and optima are bandits. optima runs the
-            settings under `distill` as they are. All methods by default.
-        seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
-        split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
-            counts (distill.evaluate_items); report "test" once.
-        jobs: Runs at once. Give distill.threads too: threads times jobs should not exceed the cores.
-        distill: Settings that all runs share; task, run, seed, resume and quiet are the comparison's.
-    """
-
-    run: Path = Path("runs/compare")
-    task: list[Task] = field(default_factory=lambda: list(TASKS))
-    method: list[Method] = field(default_factory=lambda: list(METHODS))  # type: ignore[arg-type]
-    seeds: int = 5
-    split: Literal["validation", "test"] = "test"
-    jobs: int = 1
-    distill: DistillConfig = field(default_factory=DistillConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("task", "method"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must name one or more, each once, got {getattr(self, name)}")
-        if "optima" not in self.method:
-            raise ValueError(f"method must include optima, which the others are compared with, got {self.method}")
-        every, rounds = self.distill.evaluate_every, self.distill.engine.rounds
-        if self.split == "validation" and (not every or rounds % every or not self.distill.evaluate_items):
-            raise ValueError(
-                f"split validation needs a learning curve that ends with the run: distill.evaluate_every {every} "
-                f"must divide distill.engine.rounds {rounds}, and distill.evaluate_items must not be 0"
-            )
-
 
 @dataclass(frozen=True)
 class _Cell:
@@ -126,13 +71,13 @@ class _Cell:
 
 
 def run_command(root: Path, task: Task, method: str, seed: int) -> list[str]:
-    """The command of one run of the comparison in `root`."""
+    """The command of one run of the comparison in `root`; modules in the current folder do not take part (-P)."""
     path = _Cell(task, method, seed).path(root)
-    words = [sys.executable, "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
+    words = [sys.executable, "-P", "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
     words += ["--task", task, "--seed", str(seed), "--run", str(path), "--quiet", "true"]
     for name, value in METHODS[method].items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words + (["--resume", "true"] if (path / "config.yaml").exists() else [])
+    return words + (["--resume", "true"] if (path / CONFIG).exists() else [])
 
 
 def compare(config: CompareConfig) -> None:
@@ -141,12 +86,12 @@ def compare(config: CompareConfig) -> None:
     cells = [
         _Cell(task, method, seed) for task in config.task for seed in range(config.seeds) for method in config.method
     ]
-    _run_missing([cell for cell in cells if not (cell.path(config.run) / "summary.json").exists()], config)
+    _run_missing([cell for cell in cells if not (cell.path(config.run) / SUMMARY).exists()], config)
     outcomes = [_outcome(cell, config) for cell in cells]
-    command = "python -m optima.run " + shlex.join(sys.argv[1:])
+    command = "optima " + shlex.join(sys.argv[1:])
     text = f"{markdown(outcomes)}\n`{command}`\n"
     write_atomically(config.run / "comparison.md", text.encode())
-    page = write_methods(outcomes, config.run / "comparison.html", command=command, split=config.split)
+    page = write_comparison(outcomes, config.run / "comparison.html", command=command, split=config.split)
     _print(outcomes, config, page)
 
 
@@ -232,35 +177,31 @@ def _processes() -> Iterator[Any]:
 
 def _outcome(cell: _Cell, config: CompareConfig) -> Outcome:
     summary = _summary(cell, config)
-    metric = summary["headline_metric"]
-    score = (
-        summary["learning_curve"][-1][metric] if config.split == "validation" else summary["scores"]["after"][metric]
-    )
-    return Outcome(cell.task, cell.method, cell.seed, score, summary["seconds"], summary["peak_mib"])
+    metric = summary.headline_metric
+    score = summary.learning_curve[-1][metric] if config.split == "validation" else summary.scores["after"][metric]
+    return Outcome(cell.task, cell.method, cell.seed, score, summary.seconds, summary.peak_mib)
 
 
-def _summary(cell: _Cell, config: CompareConfig) -> Mapping[str, Any]:
-    summary: dict[str, Any] = json.loads((cell.path(config.run) / "summary.json").read_text(encoding="utf-8"))
-    return summary
+def _summary(cell: _Cell, config: CompareConfig) -> Summary:
+    return read_summary(cell.path(config.run) / SUMMARY)
 
 
-def _ends(config: CompareConfig, task: str) -> str:
+def _ends(config: CompareConfig, task: Task) -> str:
     """What the student scored before distillation, and the teacher."""
-    summary = _summary(_Cell(task, "optima", 0), config)  # type: ignore[arg-type]
-    metric = summary["headline_metric"]
-    before, teacher = (summary["scores"][model][metric] for model in ("before", "teacher"))
+    summary = _summary(_Cell(task, "optima", 0), config)
+    before, teacher = (summary.scores[model][summary.headline_metric] for model in ("before", "teacher"))
     return f"Student before {before:.1f}, teacher {teacher:.1f} (test)."
 
 
 def _print(outcomes: Sequence[Outcome], config: CompareConfig, page: Path) -> None:
-    console = Console()
+    console = make_console()
+    ends = {str(task): f" {_ends(config, task)}" for task in config.task}
     for task, rows in method_rows(outcomes).items():
-        table = Table(title=f"{task_title(task)}, {config.split} split", title_justify="left", header_style="bold")
-        for heading in HEADINGS:
-            table.add_column(heading.format("optima"), justify="left" if heading in ("method", "") else "right")
+        headings = [heading.format("optima") for heading in HEADINGS]
+        table = make_table(*headings, title=f"{task_title(task)}, {config.split} split")
+        table.columns[HEADINGS.index("")].justify = "left"
         for row in row_texts(rows):
             table.add_row(*astuple(row))
         console.print(table)
-        ends = "" if task == MEAN_OF_TASKS else f" {_ends(config, task)}"
-        console.print(f"{conclusion(rows)}{ends}", highlight=False)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        console.print(f"{conclusion(rows)}{ends.get(task, '')}")
+    console.print(f"Comparison: {page}", soft_wrap=True)

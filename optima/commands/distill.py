@@ -1,134 +1,86 @@
 """The main job: distils a CoCa teacher into a student on one task, scores both, and writes the run directory."""
 
 import contextlib
-import math
-import platform
+import copy
+import json
 import shlex
-import statistics
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from optima.assets import STUDENT, TEACHER
+from optima.assets import TEACHER
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
-from optima.coca.presets import is_preset, preset
+from optima.commands.console import make_console, make_table
 from optima.report import write_report
-from optima.runs.directory import RunDirectory, fingerprint
+from optima.runs.config import DistillConfig, told_in_a_line
+from optima.runs.directory import REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, WithEvents, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
+from optima.runs.reading import SUMMARY
+from optima.runs.rows import Model, Round, Summary
 from optima.runs.samples import write_cross_attention, write_samples
+from optima.runs.start import find_start
+from optima.runs.summary import count_parameters, environment, layer_work, score_models
 from optima.runs.words import write_words
-from optima.tasks import Task
 from optima.tasks.batches import TaskBatch
-from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import HELD, Evaluation, TaskData, head_spec
+from optima.tasks.choose import open_data
+from optima.tasks.data import HELD, TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima_core.engine import Distiller, DistillerConfig
+from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
-from optima_core.parallel import Ranks, Strategy, join_ranks
+from optima_core.parallel import Ranks, join_ranks
 from optima_core.recompute import recompute_activations
-from optima_core.records import PendingRecord, RoundRecord
-
-Initialisation = Literal["checkpoint", "scratch", "teacher_truncate", "teacher_pca"]
-INITIALISING_ITEMS = 256
-"""Training items whose activations show a teacher's principal components."""
+from optima_core.records import PendingRecord
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """One distillation run.
+class _Job:
+    """One distillation, as one of its ranks sees it; only the first has a directory."""
 
-    Attributes:
-        task: What the student is to learn.
-        data: Which pictures and texts.
-        run: Run directory, new or empty; see also resume.
-        teacher: Teacher weights (.safetensors); null takes the shipped teacher.
-        student: Weights (.safetensors), or the name of a preset, such as tiny12, which has sizes alone; null takes the
-            shipped student.
-        init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
-            features, or the teacher's principal components on a training batch; but for the first, `student` gives the
-            sizes alone. null takes the checkpoint of a `student` that is a file, else teacher_pca.
-        batch_size: Items a batch, over all ranks; a step takes engine.accumulate of them.
-        probe_size: Items of the held batch that rewards are measured on.
-        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
-            by module the teacher layer (from 0) of each student layer, as in "{text_decoder: [0, 3]}", the modules
-            left out being "uniform".
-        recompute: Keep no activations inside the student's layers, but compute them again in the backward pass: less
-            memory, about a third more time.
-        engine: Rounds, losses, optimiser, bandit and reward.
-        evaluate_every: Rounds between points of the learning curve; 0 draws none.
-        evaluate_items: Validation items a point of the learning curve.
-        evaluate_batch: Items a forward pass of an evaluation.
-        test_items: Test items that the final scores are measured on; 0 takes all.
-        samples: Sample predictions kept for the report.
-        report: Draw report.html at the end; `report` draws it later from the same files.
-        checkpoint_every: Rounds between checkpoints.
-        keep: Checkpoints that stay on disk.
-        seed: Seed of the data stream, the projections and the bandit.
-        threads: CPU threads; 0 takes what torch chooses.
-        resume: Continue the run in the run directory.
-        quiet: Show nothing but the final table.
-        parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
-            each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
-        tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
-    """
-
-    task: Task = "captioning"
-    data: DataConfig = field(default_factory=DataConfig)
-    run: Path = Path("runs/distill")
-    teacher: Path | None = None
-    student: Path | None = None
-    init: Initialisation | None = None
-    batch_size: int = 32
-    probe_size: int = 128
-    layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
-    recompute: bool = False
-    engine: DistillerConfig = field(default_factory=DistillerConfig)
-    evaluate_every: int = 10
-    evaluate_items: int = 250
-    evaluate_batch: int = 250
-    test_items: int = 0
-    samples: int = 24
-    report: bool = True
-    checkpoint_every: int = 5
-    keep: int = 2
-    seed: int = 0
-    threads: int = 0
-    resume: bool = False
-    quiet: bool = False
-    parallel: Strategy = "ddp"
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+    config: DistillConfig
+    ranks: Ranks
+    directory: RunDirectory | None
+    data: TaskData
+    started: float
 
 
-def distill(config: DistillConfig) -> dict[str, Any]:
-    """Runs the job and returns what summary.json holds; nothing on ranks other than the first, which write nothing."""
+@dataclass
+class _Progress:
+    """What a run has come to beside its weights; `seconds` and `command` are those of its earlier parts."""
+
+    curve: list[dict[str, float]]
+    rounds: list[Round]
+    seconds: float
+    command: str
+
+
+def distill(config: DistillConfig) -> Summary | None:
+    """Runs the job and returns what summary.json holds; None on ranks other than the first, which write nothing."""
     started = time.monotonic()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with join_ranks(config.parallel) as ranks:
-        teacher = load_coca(config.teacher or TEACHER)
+    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+        if config.batch_size % ranks.count:
+            raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
+        directory = None
+        if ranks.first:
+            directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
+        state = directory.checkpoints.load() if directory is not None else None
+        if directory is not None and state is not None:
+            _refuse_other_run(config, directory, state)
+
+        teacher = load_coca(config.teacher or TEACHER).to(ranks.device).requires_grad_(False)
         data = open_data(
             config.data,
             config.task,
@@ -137,31 +89,71 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.count,
-            report=config.run / "rejected.jsonl",
+            report=config.run / REJECTED,
         )
-        with contextlib.closing(data):
-            return _distill(config, ranks, teacher, data, started)
+        stack.enter_context(contextlib.closing(data))
+        return _distill(_Job(config, ranks, directory, data, started), teacher, state)
 
 
-def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData, started: float) -> dict[str, Any]:
-    device = ranks.device
-    if config.batch_size % ranks.count:
-        raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
-    student = fit_models(config, teacher, data)
-    directory = RunDirectory(config.run, resume=config.resume, keep=config.keep) if ranks.first else None
-    teacher.to(device).requires_grad_(False)
-    student.to(device).train()
+def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
+    config, ranks = job.config, job.ranks
+    _refuse_misfits(config, teacher, job.data)
+    with told_in_a_line():
+        student = find_start(config, teacher, job.data, job.directory, resumed=state is not None).train()
+    whole = copy.deepcopy(student) if ranks.sharded else None
     if config.recompute:
         recompute_activations(student.transformer_layers())
+    ranks.shard(teacher)
+    with told_in_a_line():
+        distiller = _make_distiller(job, student, teacher)
+    progress = _train(job, distiller, whole, state)
+    student = _result(distiller, whole)
+    if job.directory is None:
+        return None
+    if ranks.sharded:
+        teacher = load_coca(config.teacher or TEACHER).to(ranks.device)
+    before = find_start(config, teacher, job.data, job.directory, resumed=True)
+    return _finish(job, job.directory, {"teacher": teacher, "before": before, "after": student}, progress)
+
+
+def _refuse_misfits(config: DistillConfig, teacher: CoCa, data: TaskData) -> None:
+    name = f"teacher {config.teacher or TEACHER}"
+    refuse_misfit(teacher, name, data)
+    refuse_headless(teacher, name, data)
+    for split in HELD:
+        refuse_unscorable(data, split)
+
+
+def _refuse_other_run(config: DistillConfig, directory: RunDirectory, state: dict[str, Any]) -> None:
+    """Raises OptimaError if the directory's run had other options, but for more rounds where that changes nothing."""
+    saved, engine = json.loads(state["config"]), config.engine
+    before = saved["engine.rounds"]
+    if engine.rounds > before:
+        asked = f"cannot resume {directory.path} for {engine.rounds} rounds in place of {before}"
+        if engine.optimiser.schedule != "constant":
+            raise OptimaError(
+                f"{asked}: the learning rate follows a {engine.optimiser.schedule} over all rounds, so this is another "
+                "run; give a new directory with --run (a run with --engine.optimiser.schedule constant can go on)"
+            )
+        warmup = engine.optimiser.warmup * engine.rounds * engine.steps_per_round
+        if state["distiller"]["step"] < warmup:
+            raise OptimaError(
+                f"{asked}: the warm-up, a share of all steps, would be of {warmup:.0f} steps and has not ended; "
+                "give a new directory with --run"
+            )
+        saved["engine.rounds"] = engine.rounds
+    directory.refuse_other_run(config, json.dumps(saved))
+
+
+def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBatch]:
+    config, ranks = job.config, job.ranks
 
     def load(step: int) -> TaskBatch:
-        return data.training_batch(step, config.batch_size // ranks.count)
+        return job.data.training_batch(step, config.batch_size // ranks.count)
 
-    probe = data.probe_batch(config.probe_size)
+    probe = job.data.probe_batch(config.probe_size)
     first, size = ranks.share(0, len(probe.tokens))
-    whole = load_start(config, teacher, data).to(device) if ranks.sharded else None
-    ranks.shard(teacher)
-    distiller = Distiller(
+    return Distiller(
         student,
         TaskForward(student, config.task),
         TaskForward(teacher, config.task),
@@ -172,136 +164,23 @@ def _distill(config: DistillConfig, ranks: Ranks, teacher: CoCa, data: TaskData,
         config.seed,
         ranks,
     )
-    curve, spent = _train(config, distiller, directory, data, whole)
-    student = _result(distiller, whole)
-    if directory is None:
-        return {}
-    if ranks.sharded:
-        teacher = load_coca(config.teacher or TEACHER).to(device)
-    before = load_start(config, teacher, data).to(device)
-
-    save_coca(student, directory.path / "student.safetensors")
-    write_words(directory, data)
-    models = {"teacher": teacher, "before": before, "after": student}
-    evaluations: dict[str, Evaluation] = {}
-    seconds: dict[str, float] = {}
-    for name, model in models.items():
-        begun = time.monotonic()
-        evaluations[name] = evaluate(model, data, "test", limit=config.test_items, batch_size=config.evaluate_batch)
-        seconds[name] = time.monotonic() - begun
-    write_samples(directory, data, evaluations, config.samples)
-    if config.task == "captioning":
-        write_cross_attention(directory, student, data, evaluations["after"])
-    items = len(evaluations["after"].predictions)
-    summary = {
-        "task": config.task,
-        "scores": {name: evaluation.scores for name, evaluation in evaluations.items()},
-        "headline_metric": data.headline,
-        "parameters": {
-            name: count_parameters(models[key]) for name, key in (("teacher", "teacher"), ("student", "after"))
-        },
-        "images_per_second": {"teacher": items / seconds["teacher"], "student": items / seconds["after"]},
-        "test_items": items,
-        "seconds": spent + time.monotonic() - started,
-        "peak_mib": peak_mib(),
-        "command": "python -m optima.run " + shlex.join(sys.argv[1:]),
-        "environment": environment(device),
-        "layer_work": layer_work(directory.metrics_rows()),
-        "learning_curve": curve,
-    }
-    directory.write_json("summary.json", summary)
-    if config.report:
-        write_report(directory.path)
-    return summary
 
 
-def fit_models(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
-    """The student start, after both models have been checked against the data and each other."""
-    name = f"teacher {config.teacher or TEACHER}"
-    refuse_misfit(teacher, name, data)
-    refuse_headless(teacher, name, data)
-    for split in HELD:
-        refuse_unscorable(data, split)
-    return load_start(config, teacher, data)
-
-
-def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
-    """The student before distillation; it gets a fresh head if the task needs one that it lacks."""
-    path = config.student or STUDENT
-    has_weights = path.exists() or not is_preset(str(path))
-    init = config.init or ("checkpoint" if config.student and has_weights else "teacher_pca")
-    if init == "checkpoint" and not has_weights:
-        raise OptimaError(
-            f"student {path} is a preset, which has sizes but no weights; "
-            "give --init teacher_pca, teacher_truncate or scratch, or the path of weights"
-        )
-    start = load_coca(path) if has_weights else _sizes(str(path), teacher)
-    refuse_misfit(start, f"student {path}", data)
-    ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
-    if ours != theirs:
-        raise OptimaError(
-            f"student has a vocabulary of {ours} tokens and the teacher one of {theirs}; they must be equal"
-        )
-    head = head_spec(data)
-    missing = {data.task: head} if head is not None and data.task not in start.head_specs else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        student = CoCa(start.config, start.head_specs | missing)
-    if init == "checkpoint":
-        student.load_state_dict(student.state_dict() | start.state_dict())
-    elif init == "teacher_truncate":
-        truncate_teacher(student, teacher, config.layer_map)
-    elif init == "teacher_pca":
-        batch = data.training_batch(0, INITIALISING_ITEMS)
-        device = next(teacher.parameters()).device
-        project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
-    return student.eval()
-
-
-def _sizes(name: str, teacher: CoCa) -> CoCa:
-    """A model of the preset's sizes, without weights."""
-    with torch.device("meta"):
-        return CoCa(preset(name, teacher.config))
-
-
-def count_parameters(model: CoCa) -> int:
-    """Number of weights."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its configuration."""
-    return {
-        "optima": version("optima-distill"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-    }
-
-
-def _train(
-    config: DistillConfig,
-    distiller: Distiller[TaskBatch],
-    directory: RunDirectory | None,
-    data: TaskData,
-    whole: CoCa | None,
-) -> tuple[list[dict[str, float]], float]:
-    """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
-    curve: list[dict[str, float]] = []
-    spent, ranks = 0.0, distiller.ranks
-    state = directory.checkpoints.load() if directory is not None else None
-    if directory is not None and state is not None:
-        directory.refuse_other_run(config, state["config"])
-        curve, spent = state["learning_curve"], state["seconds"]
-    resumed, scored = ranks.broadcast((state is not None, bool(curve)))
+def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state: dict[str, Any] | None) -> _Progress:
+    """Runs the rounds that are left."""
+    config, ranks, directory = job.config, job.ranks, job.directory
+    progress = _Progress([], [], 0.0, "optima " + shlex.join(sys.argv[1:]))
+    if state is not None:
+        progress = _Progress(state["learning_curve"], [], state["seconds"], state["command"])
+    resumed, scored = ranks.broadcast((state is not None, bool(progress.curve)))
     if resumed:
-        distiller.load_state_dict({} if state is None else state["distiller"])
+        distiller.load_state_dict({} if state is None else state.pop("distiller"))
     rounds = config.engine.rounds
     names = distiller.arm_names[: distiller.policy.arms]
     display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
     if directory is not None:
         directory.write_config(config)
-        directory.cut_metrics(distiller.round)
+        progress.rounds = directory.rounds(distiller.round)
         if config.tensorboard:
             display = WithEvents(display, directory.path / "tensorboard", distiller.step)
     started = time.monotonic()
@@ -309,34 +188,37 @@ def _train(
         if resumed:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not scored:
-            _add_point(config, curve, distiller, whole, data, display)
+            _add_point(job, progress, distiller, whole, display)
         pending: deque[PendingRecord] = deque()
         while distiller.round < rounds:
             pending.append(distiller.launch_round())
             number = distiller.round
             stopping = ranks.any(stop.made)
             save = number % config.checkpoint_every == 0 or number == rounds or stopping
-            score = bool(config.evaluate_every) and number % config.evaluate_every == 0
+            score = bool(config.evaluate_every) and (number % config.evaluate_every == 0 or number == rounds)
             # A GPU works on the newest round while the one before is written down; what is saved has been looked at.
             while pending and (save or score or len(pending) > 1 or pending[0].ready()):
                 record = pending.popleft().result()
                 display.round(record)
                 if directory is not None:
-                    directory.append_metrics(_row(record, spent + time.monotonic() - started))
+                    row = Round.of(record, progress.seconds + time.monotonic() - started)
+                    directory.append_round(row)
+                    progress.rounds.append(row)
             if score:
-                _add_point(config, curve, distiller, whole, data, display)
+                _add_point(job, progress, distiller, whole, display)
             if save:
-                state = {
+                saved = {
                     "distiller": distiller.state_dict(),
                     "config": fingerprint(config),
-                    "learning_curve": curve,
-                    "seconds": spent + time.monotonic() - started,
+                    "learning_curve": progress.curve,
+                    "seconds": progress.seconds + time.monotonic() - started,
+                    "command": progress.command,
                 }
                 if directory is not None:
-                    directory.checkpoints.save(distiller.step, state)
+                    directory.checkpoints.save(distiller.step, saved)
             if stopping:
                 raise KeyboardInterrupt
-    return curve, spent
+    return progress
 
 
 def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
@@ -346,30 +228,11 @@ def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
     return found
 
 
-def layer_work(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What choosing modules saved, from the rows of metrics.jsonl.
-
-    layers_tapped: mean share of the student's layers that were tapped and went into layer losses; 1 would be all.
-    step_seconds: median over rounds of the mean time of a step, by the modules distilled.
-    """
-    seconds: dict[str, list[float]] = {}
-    for row in rows:
-        seconds.setdefault("+".join(row["modules"]), []).append(row["step_seconds"])
-    return {
-        "layers_tapped": statistics.fmean(row["tapped"] for row in rows),
-        "step_seconds": {modules: statistics.median(found) for modules, found in seconds.items()},
-    }
-
-
 def _add_point(
-    config: DistillConfig,
-    curve: list[dict[str, float]],
-    distiller: Distiller[TaskBatch],
-    whole: CoCa | None,
-    data: TaskData,
-    display: Display,
+    job: _Job, progress: _Progress, distiller: Distiller[TaskBatch], whole: CoCa | None, display: Display
 ) -> None:
-    """The first rank scores; the others wait for it in the next round."""
+    """A point of the learning curve. The first rank scores; the others wait for it in the next round."""
+    config, data = job.config, job.data
     if not config.evaluate_every or not config.evaluate_items:
         return
     student = _result(distiller, whole)
@@ -377,26 +240,58 @@ def _add_point(
         return
     scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
     headline = data.headline
-    curve.append({"step": distiller.step, headline: scores[headline]})
+    progress.curve.append({"step": distiller.step, headline: scores[headline]})
     display.score(distiller.step, headline, scores[headline])
 
 
-def _row(record: RoundRecord, seconds: float) -> dict[str, Any]:
-    def finite(values: dict[str, float]) -> dict[str, float | None]:
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progress: _Progress) -> Summary:
+    """Keeps the student, scores all models on the test split, and writes what the report is drawn from."""
+    config, data, student = job.config, job.data, models["after"]
+    save_coca(student, directory.path / "student.safetensors")
+    write_words(directory, data, config.data.loader.transform)
+    if not config.quiet:
+        print("scoring the teacher, and the student before and after, on the test split", flush=True)
+    evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch)
+    write_samples(directory, data, evaluations, config.samples)
+    if config.task == "captioning":
+        write_cross_attention(directory, student, data, evaluations["after"])
+    summary = Summary(
+        task=config.task,
+        scores={name: evaluation.scores for name, evaluation in evaluations.items()},
+        headline_metric=data.headline,
+        parameters={"teacher": count_parameters(models["teacher"]), "student": count_parameters(student)},
+        images_per_second={"teacher": speed["teacher"], "student": speed["after"]},
+        test_items=len(evaluations["after"].predictions),
+        seconds=progress.seconds + time.monotonic() - job.started,
+        peak_mib=peak_mib(),
+        command=progress.command,
+        environment=environment(job.ranks.device),
+        layer_work=layer_work(progress.rounds),
+        learning_curve=tuple(progress.curve),
+    )
+    directory.write_json(SUMMARY, summary)
+    if config.report and progress.rounds:
+        write_report(directory.path)
+    elif config.report:
+        warnings.warn(f"no report is drawn, since no row of {directory.metrics} is left", stacklevel=2)
+    return summary
 
-    return {
-        "round": record.round,
-        "step": record.step,
-        "arm": record.arm,
-        "modules": list(record.modules),
-        "reward": record.reward,
-        "posterior": {"mean": finite(record.mean), "std": finite(record.std)},
-        "losses": record.losses,
-        "probe": record.probe,
-        "learning_rate": record.learning_rate,
-        "tapped": record.tapped,
-        "step_seconds": record.step_seconds,
-        "seconds": seconds,
-        "steps_per_second": record.step / seconds,
-    }
+
+def run_distill(config: DistillConfig) -> None:
+    """Distils, then prints the scores."""
+    summary = distill(config)
+    if summary is None:
+        return
+    table = make_table(
+        "score, %",
+        *("teacher", "student before", "student after"),
+        title=f"{config.task}, {summary.test_items} test items",
+    )
+    for name in summary.scores["teacher"]:
+        table.add_row(name, *(f"{summary.scores[model][name]:.1f}" for model in ("teacher", "before", "after")))
+    sizes = (summary.parameters[model] / 1e6 for model in ("teacher", "student", "student"))
+    table.add_row("parameters, M", *(f"{size:.2f}" for size in sizes))
+    console = make_console()
+    console.print(table)
+    left = f"Report: {config.run / 'report.html'}" if config.report else f"Run: {config.run}"
+    console.print(f"{summary.seconds:.0f} s, peak memory {summary.peak_mib:.0f} MiB. {left}", soft_wrap=True)

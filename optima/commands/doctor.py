@@ -6,23 +6,12 @@ import platform
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from optima.commands.console import make_console
+from optima.commands.options import DoctorConfig
 from optima_kernels import selfcheck
 from optima_kernels.dispatch import HAS_TRITON, INTERPRETED
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """What to look at.
-
-    Attributes:
-        check: Also run the Triton kernels of every loss on this GPU and compare them with the reference; takes a
-            minute.
-    """
-
-    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ def doctor(config: DoctorConfig) -> None:
     table = _table("", "found", "used")
     for finding in examine():
         table.add_row(finding.name, finding.found, finding.used)
-    Console().print(table)
+    make_console().print(table)
     if config.check:
         check_kernels()
 
@@ -83,7 +72,7 @@ def check_kernels() -> None:
         verdict = "right" if outcome.passed else f"wrong, the blocked backend takes over: {outcome.detail}"
         error = "" if outcome.error is None else f"{outcome.error:.1e}"
         table.add_row(loss, outcome.device, verdict, error)
-    Console().print("", table)
+    make_console().print("", table)
 
 
 def _table(*headings: str) -> Table:

@@ -1,10 +1,10 @@
 """Models in and out: `import` reads an open_clip CoCa, `export` writes a model for other programs."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.coca.config import ClassMask, CoCaConfig
+from optima.coca.config import CoCaConfig
 from optima.coca.open_clip import from_open_clip, read_state_dict, to_open_clip
 from optima.coca.open_clip_config import open_clip_config, read_open_clip_config
 from optima.coca.presets import preset
+from optima.commands.options import ExportConfig, ImportConfig
 from optima.commands.serving import Served, onnx_program, torch_program
+from optima.runs.config import told_in_a_line
 from optima.runs.words import NAME as WORDS
 from optima.runs.words import read_words
-from optima.tasks import Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -27,63 +28,13 @@ CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensor
 """What open_clip looks for in a `local-dir:` model."""
 
 
-@dataclass(frozen=True)
-class ImportConfig:
-    """Turns an open_clip CoCa checkpoint into a model file of ours.
-
-    Attributes:
-        checkpoint: The checkpoint: .safetensors, .bin, .pt or .pth.
-        output: The file to write (.safetensors).
-        preset: Name of the model's configuration, such as coca_ViT-L-14.
-        model_config: open_clip's JSON configuration of the model, in place of a preset; with neither, an
-            open_clip_config.json beside the checkpoint is taken.
-        class_mask: What the text tower's CLS token sees. All open_clip models, released ones too, were trained with
-            the "shifted" mask; "exact" is right for weights that were trained with a corrected one.
-        image_size: Picture side that the model is to take, pixels; its position embeddings are interpolated. 0 keeps
-            the one of the configuration.
-    """
-
-    checkpoint: Path
-    output: Path
-    preset: str | None = None
-    model_config: Path | None = None
-    class_mask: ClassMask = "shifted"
-    image_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.preset is not None and self.model_config is not None:
-            raise ValueError("preset and model_config are both given; give one")
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be at least 0, got {self.image_size}")
-        if self.output.suffix != ".safetensors":
-            raise ValueError(f"output must be a .safetensors file, got {self.output}")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Writes a model for other programs, after checking that what was written does what the model does.
-
-    Attributes:
-        model: The model, a .safetensors file of ours; a run's words.json beside it is used and copied.
-        output: Directory to write to.
-        format: "safetensors" writes weights and a config.json; "open_clip" what
-            open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
-            pictures and tokens to logits, for batches of any size.
-        task: The program's task; by default that of words.json.
-    """
-
-    model: Path
-    output: Path
-    format: Literal["safetensors", "open_clip", "torch_export", "onnx"] = "safetensors"
-    task: Task | None = None
-
-
 def run_import(config: ImportConfig) -> None:
     """Imports a checkpoint and prints what became of every tensor."""
     shape = _shape(config)
     text = replace(shape.text_decoder, class_mask=config.class_mask)
-    image = replace(shape.image_encoder, image_size=config.image_size or shape.image_encoder.image_size)
-    shape = replace(shape, text_decoder=text, image_encoder=image)
+    with told_in_a_line():
+        image = replace(shape.image_encoder, image_size=config.image_size or shape.image_encoder.image_size)
+        shape = replace(shape, text_decoder=text, image_encoder=image)
     tensors = read_state_dict(config.checkpoint)
     name = f"checkpoint {config.checkpoint}"
     model, account = from_open_clip(tensors, shape, name, resize=bool(config.image_size))
@@ -96,8 +47,15 @@ def run_export(config: ExportConfig) -> None:
     model = load_coca(config.model)
     if config.output.exists() and not config.output.is_dir():
         raise OptimaError(f"output {config.output} is a file; give a directory")
+    made = not config.output.exists()
     config.output.mkdir(parents=True, exist_ok=True)
-    written = _EXPORTS[config.format](model, config)
+    try:
+        written = _EXPORTS[config.format](model, config)
+    except OptimaError:
+        if made:
+            with contextlib.suppress(OSError):  # it holds something
+                config.output.rmdir()
+        raise
     beside = config.model.with_name(WORDS)
     if beside.is_file() and config.format != "open_clip":
         write_atomically(config.output / WORDS, beside.read_bytes())

@@ -3,83 +3,25 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.runs.directory import RunDirectory
+from optima.runs.config import FinetuneConfig
+from optima.runs.directory import REJECTED, RunDirectory
 from optima.runs.memory import peak_mib
+from optima.runs.reading import SUMMARY
+from optima.runs.summary import count_parameters
 from optima.runs.training import train
 from optima.runs.words import write_words
-from optima.tasks import Task
-from optima.tasks.choose import DataConfig, open_data
+from optima.tasks.choose import open_data
 from optima.tasks.data import HELD, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How a CoCa is trained on a task.
-
-    Attributes:
-        model: Weights to start from (.safetensors), such as `import` writes. A head that the task needs and they lack
-            is added, with random weights.
-        task: What the model is to learn.
-        data: Which pictures and texts.
-        run: Run directory, new or empty; see also resume. At the end it holds model.safetensors.
-        steps: Optimiser steps.
-        batch_size: Items a step.
-        optimiser: AdamW and its schedule over all steps.
-        precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
-        compile: Compile the three modules with torch.compile; needs a C++ compiler on a CPU.
-        stored: Floating-point type of the weights in model.safetensors.
-        evaluate_every: Steps between points of the learning curve; 0 draws none.
-        evaluate_items: Validation items a point of the learning curve.
-        evaluate_batch: Items a forward pass of an evaluation.
-        test_items: Test items that the final scores are measured on; 0 takes all.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between progress lines.
-        seed: Seed of a new head and of the data stream.
-        threads: CPU threads; 0 takes what torch chooses.
-        resume: Continue from the newest checkpoint of the run directory.
-    """
-
-    model: Path
-    task: Task = "captioning"
-    data: DataConfig = field(default_factory=DataConfig)
-    run: Path = Path("runs/finetune")
-    steps: int = 2000
-    batch_size: int = 32
-    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(learning_rate=1e-4))
-    precision: Precision = "bf16"
-    compile: bool = False
-    stored: Literal["fp32", "fp16"] = "fp32"
-    evaluate_every: int = 500
-    evaluate_items: int = 250
-    evaluate_batch: int = 250
-    test_items: int = 0
-    checkpoint_every: int = 200
-    log_every: int = 50
-    seed: int = 0
-    threads: int = 0
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_items", "evaluate_batch", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "test_items", "seed", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -88,16 +30,18 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = load_coca(config.model)
-    data = open_data(
-        config.data, config.task, start.config, seed=config.seed, device=device, report=config.run / "rejected.jsonl"
-    )
-    with contextlib.closing(data):
-        return _finetune(config, start, data, device, say, started)
+    with RunDirectory(config.run, resume=config.resume, keep=2) as directory:
+        start = load_coca(config.model)
+        data = open_data(
+            config.data, config.task, start.config, seed=config.seed, device=device, report=config.run / REJECTED
+        )
+        with contextlib.closing(data):
+            return _finetune(config, directory, start, data, device, say, started)
 
 
 def _finetune(
     config: FinetuneConfig,
+    directory: RunDirectory,
     start: CoCa,
     data: TaskData,
     device: torch.device,
@@ -108,7 +52,6 @@ def _finetune(
         refuse_unscorable(data, split)
     model = with_head(start, f"model {config.model}", data, config.seed).to(device)
     forward = TaskForward(model, config.task)
-    directory = RunDirectory(config.run, resume=config.resume, keep=2)
 
     def losses(step: int) -> dict[str, Tensor]:
         return {config.task: forward(data.training_batch(step, config.batch_size), {}).task_loss}
@@ -122,18 +65,18 @@ def _finetune(
 
     train(model, config.steps, losses, config, directory, say, after_step)
     save_coca(model, config.run / "model.safetensors", torch.float16 if config.stored == "fp16" else torch.float32)
-    write_words(directory, data)
+    write_words(directory, data, config.data.loader.transform)
     evaluation = evaluate(model, data, "test", limit=config.test_items, batch_size=config.evaluate_batch)
     summary = {
         "task": config.task,
         "scores": evaluation.scores,
         "headline_metric": data.headline,
         "test_items": len(evaluation.predictions),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "seconds": time.monotonic() - started,
         "peak_mib": peak_mib(),
     }
-    directory.write_json("summary.json", summary)
+    directory.write_json(SUMMARY, summary)
     return summary
 
 

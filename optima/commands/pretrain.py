@@ -5,92 +5,23 @@ encodes each picture once and decodes several texts about it, since on a CPU the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optima.coca import CoCa, CoCaConfig, captioning_loss, contrastive_loss
+from optima.coca import CoCa, captioning_loss, contrastive_loss
 from optima.coca.checkpoint import save_coca
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
 from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
+from optima.runs.config import PretrainConfig
 from optima.runs.directory import RunDirectory
 from optima.runs.training import train
 from optima.tasks import HEADS, TASKS, TEXT_LENGTH
 from optima.tasks.fit import refuse_misfit
 from optima.tasks.pictograms import PictogramTask
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """How a CoCa is trained from scratch.
-
-    Attributes:
-        run: Run directory, new or empty; see also resume. At the end it holds model.safetensors.
-        model: Sizes of the model.
-        caption_steps: Optimiser steps on contrastive and captioning losses.
-        task_steps: Optimiser steps on captioning, VQA, NLVR2 and SNLI-VE jointly, after the caption steps.
-        pictures: Pictures a step, an even number.
-        questions: VQA items a picture in the task steps.
-        hypotheses: SNLI-VE items a picture in the task steps.
-        statements: NLVR2 items a pair of pictures in the task steps.
-        contrastive: Weight of the contrastive loss beside a captioning loss of weight 1.
-        optimiser: AdamW and its schedule over all steps.
-        precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
-        compile: Compile the three modules with torch.compile: a minute's wait, then 1.3 times the steps a second
-            (measured on one core of an AMD EPYC with AVX-512 bf16); needs a C++ compiler on a CPU.
-        stored: Floating-point type of the weights in model.safetensors.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between progress lines.
-        seed: Seed of the initialisation and of the data stream.
-        threads: CPU threads; 0 takes what torch chooses.
-        resume: Continue from the newest checkpoint of the run directory.
-    """
-
-    run: Path = Path("runs/pretrain")
-    model: CoCaConfig = field(default_factory=CoCaConfig)
-    caption_steps: int = 2000
-    task_steps: int = 6000
-    pictures: int = 64
-    questions: int = 2
-    hypotheses: int = 1
-    statements: int = 1
-    contrastive: float = 0.2
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    precision: Precision = "bf16"
-    compile: bool = False
-    stored: Literal["fp32", "fp16"] = "fp16"
-    checkpoint_every: int = 200
-    log_every: int = 50
-    seed: int = 0
-    threads: int = 0
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("pictures", 2),
-            ("checkpoint_every", 1),
-            ("log_every", 1),
-            ("caption_steps", 0),
-            ("task_steps", 0),
-            ("questions", 1),
-            ("hypotheses", 1),
-            ("statements", 1),
-            ("seed", 0),
-            ("threads", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.pictures % 2:
-            raise ValueError(f"pictures must be an even number, got {self.pictures}")
-        if not self.caption_steps + self.task_steps:
-            raise ValueError("caption_steps and task_steps are both 0; give at least one step")
 
 
 def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path:
@@ -112,10 +43,10 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
             return caption_losses(model, batch, tokenizer, config.contrastive)
         return task_losses(model, batch, tokenizer)
 
-    directory = RunDirectory(config.run, resume=config.resume, keep=2)
-    train(model, config.caption_steps + config.task_steps, losses, config, directory, say)
-    path = config.run / "model.safetensors"
-    save_coca(model, path, torch.float16 if config.stored == "fp16" else torch.float32)
+    with RunDirectory(config.run, resume=config.resume, keep=2) as directory:
+        train(model, config.caption_steps + config.task_steps, losses, config, directory, say)
+        path = config.run / "model.safetensors"
+        save_coca(model, path, torch.float16 if config.stored == "fp16" else torch.float32)
     return path
 
 
@@ -165,3 +96,8 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
         logits = model.heads[task](states.flatten(0, 1), valid.flatten(0, 1))
         losses[task] = F.cross_entropy(logits.float(), targets[task])
     return losses
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """Trains a model from scratch, and says where it is."""
+    print(f"wrote {pretrain(config, lambda line: print(line, flush=True))}")

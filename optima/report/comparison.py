@@ -1,7 +1,5 @@
 """Whether OPTIMA is worth it: every method over several seeds against OPTIMA, as a table and as a page."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
 from optima.report.intervals import Interval, mean_interval, paired_difference
-from optima.report.page import render
+from optima.report.page import render, write_page
 from optima.report.svg import Layout, colour, inline
 
 MEAN_OF_TASKS = "mean_of_tasks"
@@ -122,9 +120,9 @@ def _rows(task: str, methods: Mapping[str, Sequence[Outcome]], reference: str) -
 
 def conclusion(rows: Sequence[MethodRow], reference: str = "optima") -> str:
     """What the table says of the reference, in a sentence, whether or not it is flattering."""
-    name = formatting.words(reference)
-    better = [formatting.words(row.method) for row in rows if row.verdict == "better"]
-    worse = [formatting.words(row.method) for row in rows if row.verdict == "worse"]
+    name = formatting.spelled(reference)
+    better = [formatting.spelled(row.method) for row in rows if row.verdict == "better"]
+    worse = [formatting.spelled(row.method) for row in rows if row.verdict == "worse"]
     if better:
         beaten = f"; {name} is better than {_listed(worse)}" if worse else ""
         return f"{name} does not win: {_listed(better)} {'does' if len(better) == 1 else 'do'} better{beaten}."
@@ -159,7 +157,7 @@ def row_texts(rows: Sequence[MethodRow]) -> list[MethodText]:
     """The rows of one task as texts."""
     return [
         MethodText(
-            method=formatting.words(row.method),
+            method=formatting.spelled(row.method),
             score=_interval(row.score, signed=False),
             difference=formatting.ABSENT if row.difference is None else _interval(row.difference, signed=True),
             verdict=row.verdict,
@@ -182,7 +180,7 @@ def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
     """A Markdown table a task, each with its conclusion."""
     parts = []
     for task, rows in method_rows(outcomes, reference).items():
-        heads = [heading.format(formatting.words(reference)) for heading in HEADINGS]
+        heads = [heading.format(formatting.spelled(reference)) for heading in HEADINGS]
         lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         lines += [
             f"| {t.method} | {t.score} | {t.difference} | {t.verdict} | {t.seeds} | {t.seconds} | {t.peak} |"
@@ -202,7 +200,7 @@ class TaskSection:
     rows: Sequence[MethodText]
 
 
-def write_methods(
+def write_comparison(
     outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "", split: str = "test"
 ) -> Path:
     """Writes the comparison of methods as one HTML file, and returns its path. `split` is where scores were measured.
@@ -219,14 +217,11 @@ def write_methods(
         )
         for number, (task, rows) in enumerate(method_rows(outcomes, reference).items())
     ]
-    headings = [heading.format(formatting.words(reference)) for heading in HEADINGS]
+    headings = [heading.format(formatting.spelled(reference)) for heading in HEADINGS]
     page = render(
         "comparison.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
     )
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
-    return output
+    return write_page(page, Path(output))
 
 
 def _plot(rows: Sequence[MethodRow], reference: str, number: int) -> Markup:
@@ -250,10 +245,14 @@ def _dots(rows: Sequence[MethodRow], reference: str, layout: Layout) -> Figure:
         axes.plot([row.score.mean], [place], "o", color=tint, markersize=9, mew=1.5, mec=colour("surface"))
         if layout.compact:
             axes.text(
-                0, place - 0.28, formatting.words(row.method), color=colour("ink"), transform=axes.get_yaxis_transform()
+                0,
+                place - 0.28,
+                formatting.spelled(row.method),
+                color=colour("ink"),
+                transform=axes.get_yaxis_transform(),
             )
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
-    names = [formatting.words(row.method) for row in rows]
+    names = [formatting.spelled(row.method) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
     axes.set_xlabel("score, %")

@@ -1,7 +1,5 @@
 """Numbers as the report prints them."""
 
-from __future__ import annotations
-
 import math
 
 TASKS = {
@@ -14,17 +12,17 @@ ABSENT = "–"
 
 
 def task_title(task: str) -> str:
-    return TASKS.get(task, words(task).capitalize())
+    return TASKS.get(task, spelled(task).capitalize())
 
 
-def words(name: str) -> str:
+def spelled(name: str) -> str:
     """An identifier as words: "image_encoder" -> "image encoder", "a+b" -> "a + b", "a/b" -> "a: b"."""
     return name.replace("+", " + ").replace("_", " ").replace("/", ": ")
 
 
 def label(name: str, most: int = 30) -> str:
     """A name as a plot has room for it: words, cut short where they would crowd the drawing out."""
-    text = words(name)
+    text = spelled(name)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

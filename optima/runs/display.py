@@ -151,12 +151,11 @@ class _Panel:
     def __init__(self, arms: Sequence[str], rounds: int, done: int) -> None:
         self.arms = arms
         self.pace = _Pace(rounds, done)
-        self.console = Console()
-        self.live = Live(console=self.console, refresh_per_second=4)
+        self.live = Live(console=Console(markup=False, highlight=False), refresh_per_second=4)
         self.live.start()
 
     def note(self, message: str) -> None:
-        self.live.console.print(message, highlight=False)
+        self.live.console.print(message)
 
     def score(self, step: int, metric: str, value: float) -> None:
         self.note(_score(step, metric, value))
@@ -189,7 +188,11 @@ class _Panel:
 
 
 def _posterior(record: RoundRecord, arm: str) -> str:
-    return f"{record.mean[arm]:+.4f} ± {record.std[arm]:.4f}" if arm in record.mean else "untried"
+    """What the bandit expects of an arm; a single round tells nothing of how far its rewards spread."""
+    if arm not in record.mean:
+        return "untried"
+    spread = f"± {record.std[arm]:.4f}" if record.pulls[arm] > 1 else "(one round)"
+    return f"{record.mean[arm]:+.4f} {spread}"
 
 
 def _clock(seconds: float) -> str:

@@ -4,10 +4,9 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from types import FrameType
-
-from optima_core.parallel import several
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO = 3.0
@@ -34,8 +33,11 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
+        from optima_core.parallel import several  # torch is there by now; the door, which imports this, waits for none
+
         self.made = False
         self._over = 0.0
+        self._echo = _ECHO if several() else 0.0
 
     def __enter__(self) -> "StopRequest":
         handled = _SIGNALS if _handles_signals() else ()
@@ -49,10 +51,21 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.made and time.monotonic() >= self._over:
             raise KeyboardInterrupt
-        self._over = time.monotonic() + (_ECHO if several() else 0.0)
+        self._over = time.monotonic() + self._echo
         self.made = True
 
 
 def _handles_signals() -> bool:
     """Python lets only the main thread handle signals; in another one the caller's handling stays."""
     return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Shows a warning without the line of code that gave it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"optima: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -1,16 +1,25 @@
 """Sample predictions for the report: what teacher, old student and new student said of the same pictures."""
 
-from typing import Any
+import io
+from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from optima.coca import CoCa
 from optima.runs.directory import RunDirectory
+from optima.runs.reading import CROSS_ATTENTION, SAMPLES
+from optima.runs.rows import CrossAttention, Model, Sample
 from optima.tasks.data import Evaluation, TaskData
+from optima_core.checkpoint import write_atomically
 
 
-def write_samples(directory: RunDirectory, data: TaskData, evaluations: dict[str, Evaluation], count: int) -> None:
+def write_samples(
+    directory: RunDirectory, data: TaskData, evaluations: Mapping[Model, Evaluation], count: int
+) -> None:
     """Writes samples.json and the pictures: up to half of them mended by distillation, then the first others.
 
     The evaluations are those of "teacher", "before" and "after" on the test split.
@@ -18,7 +27,7 @@ def write_samples(directory: RunDirectory, data: TaskData, evaluations: dict[str
     before, after = evaluations["before"].correct, evaluations["after"].correct
     changed = [i for i in range(len(after)) if after[i] and not before[i]][: count // 2]
     others = [i for i in range(len(after)) if not (after[i] and not before[i])][: count - len(changed)]
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     (directory.path / "samples").mkdir(exist_ok=True)
     for place in changed + others:
         index = evaluations["after"].indices[place]
@@ -26,18 +35,18 @@ def write_samples(directory: RunDirectory, data: TaskData, evaluations: dict[str
         images = []
         for side, picture in enumerate(shown.pictures):
             name = f"samples/{index:04d}-{side}.png"
-            Image.fromarray(picture.transpose(1, 2, 0)).save(directory.path / name)
+            _write_picture(directory.path / name, picture)
             images.append(name)
         samples.append(
-            {
-                "images": images,
-                "prompt": shown.prompt,
-                "reference": shown.reference,
+            Sample(
+                tuple(images),
+                shown.prompt,
+                shown.reference,
                 **{name: evaluation.predictions[place] for name, evaluation in evaluations.items()},
-                "correct": {name: evaluation.correct[place] for name, evaluation in evaluations.items()},
-            }
+                correct={name: evaluation.correct[place] for name, evaluation in evaluations.items()},
+            )
         )
-    directory.write_json("samples.json", samples)
+    directory.write_json(SAMPLES, samples)
 
 
 @torch.no_grad()
@@ -66,6 +75,13 @@ def write_cross_attention(directory: RunDirectory, model: CoCa, data: TaskData, 
     side = model.config.image_encoder.image_size // model.config.image_encoder.patch_size
     name = f"samples/attention-{index:04d}.png"
     picture = data.shown("test", index).pictures[0]
-    Image.fromarray(picture.transpose(1, 2, 0)).save(directory.path / name)
+    _write_picture(directory.path / name, picture)
     table = maps[: len(words)].view(len(words), side, side).tolist()
-    directory.write_json("cross_attention.json", {"image": name, "caption": words, "maps": table, "grid": [side, side]})
+    directory.write_json(CROSS_ATTENTION, CrossAttention(name, tuple(words), table, (side, side)))
+
+
+def _write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+    """picture: [3, H, W]."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,13 +1,12 @@
 """What a distilled student is for: captions of one's own pictures, and answers about them.
 
->>> from optima.runs.student import load_student
+>>> from optima import load_student
 >>> load_student("runs/distill").caption(["picture.png"])  # doctest: +SKIP
 ['two pizzas to the right of a dog']
 """
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,17 +18,18 @@ from optima.coca.generate import GenerationConfig, generate
 from optima.data.images import inspect
 from optima.data.pictures import normalise
 from optima.data.record import Unusable
-from optima.data.transform import TransformConfig, evaluation_window, picture
-from optima.runs.words import Words, read_words
+from optima.data.transform import evaluation_window, picture
+from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 
 
 class Student:
-    """A student and its words."""
+    """A student and its words; it works on the device that the model is on."""
 
     def __init__(self, model: CoCa, words: Words) -> None:
         self.model = model.eval().requires_grad_(False)
         self.words = words
+        self.device = model.logit_scale.device
 
     def caption(self, pictures: Sequence[str | Path], generation: GenerationConfig | None = None) -> list[str]:
         """A caption a picture file.
@@ -62,7 +62,7 @@ class Student:
         if unknown := tokenizer.unknown_words(text):
             warnings.warn(f"the student does not know {', '.join(unknown)}", stacklevel=2)
         try:
-            tokens = tokenizer.encode([text], self.words.text_length)
+            tokens = tokenizer.encode([text], self.words.text_length).to(self.device)
         except ValueError as error:
             raise OptimaError(f"the text is too long for this student: {error}") from None
         output = self.model(self._images(pictures)[None], tokens)
@@ -77,7 +77,7 @@ class Student:
 
     def _images(self, pictures: Sequence[str | Path]) -> Tensor:
         """Picture files -> normalised [pictures, 3, S, S]."""
-        config = TransformConfig(image_size=self.model.config.image_encoder.image_size)
+        config = self.words.transform
         squares = []
         for path in map(Path, pictures):
             try:
@@ -88,61 +88,21 @@ class Student:
                 raise OptimaError(f"picture {path} cannot be read: {error.strerror}") from None
             except Unusable as error:
                 raise OptimaError(f"picture {path}: {error}") from None
-        return normalise(torch.stack(squares))
+        return normalise(torch.stack(squares)).to(self.device)
 
 
-def load_student(run: str | Path) -> Student:
-    """The student of a finished run. Raises OptimaError if the directory holds none."""
-    return Student(load_coca(Path(run) / "student.safetensors"), read_words(Path(run)))
+def load_student(run: str | Path, device: str | torch.device | None = None) -> Student:
+    """The student of a finished run, on `device`; None takes the GPU if there is one.
 
-
-@dataclass(frozen=True)
-class CaptionConfig:
-    """Captions pictures with the student of a captioning run: `caption picture.png --run runs/distill`.
-
-    Attributes:
-        picture: Picture files: JPEG, PNG, WebP, GIF, BMP, TIFF.
-        run: Directory of a finished run.
-        generation: How words are chosen.
+    Raises OptimaError if the directory holds none, or the device cannot be used.
     """
-
-    picture: list[Path]
-    run: Path = Path("runs/distill")
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """Answers a question about a picture, or judges a statement: `answer picture.png --run runs/vqa --text "..."`.
-
-    Attributes:
-        picture: The picture file; two for nlvr2.
-        text: The question (vqa), statement (nlvr2) or hypothesis (snli_ve).
-        run: Directory of a finished run.
-        show: Most answers that are shown, most probable first.
-    """
-
-    picture: list[Path]
-    text: str
-    run: Path = Path("runs/distill")
-    show: int = 3
-
-    def __post_init__(self) -> None:
-        if self.show < 1:
-            raise ValueError(f"show must be at least 1, got {self.show}")
-
-
-def run_caption(config: CaptionConfig) -> None:
-    """Prints a line a picture."""
-    if not config.picture:
-        raise OptimaError("no picture given: `caption picture.png --run runs/distill`")
-    captions = load_student(config.run).caption(config.picture, config.generation)
-    for path, caption in zip(config.picture, captions, strict=True):
-        print(f"{path}: {caption}")
-
-
-def run_answer(config: AnswerConfig) -> None:
-    """Prints a line an answer."""
-    answers = load_student(config.run).answer(config.text, config.picture)
-    for answer, probability in list(answers.items())[: config.show]:
-        print(f"{answer}  {100 * probability:.1f} %")
+    model, words = load_coca(Path(run) / "student.safetensors"), read_words(Path(run))
+    size, most = model.config.image_encoder.image_size, model.config.text_decoder.context_length
+    if not 2 <= words.text_length <= most:
+        raise OptimaError(f"{run}: the student reads texts of {most} tokens, {NAME} says {words.text_length}")
+    if words.transform.image_size != size:
+        raise OptimaError(f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}")
+    try:
+        return Student(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), words)
+    except (RuntimeError, AssertionError) as error:
+        raise OptimaError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,13 +1,15 @@
 """The words of a run: what its student reads and says, kept beside the student so that it can be used without the data.
 
-words.json holds the task, the tokenizer, the length of a text, and the answers by class.
+words.json holds the task, the tokenizer, the length of a text, the answers by class, and how a picture becomes the
+square that the student was trained on.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optima.data.tokenizer import Tokenizer, tokenizer_from_json
+from optima.data.transform import TransformConfig
 from optima.runs.directory import RunDirectory
 from optima.tasks import TASKS, Task
 from optima.tasks.data import TaskData
@@ -18,16 +20,17 @@ NAME = "words.json"
 
 @dataclass(frozen=True)
 class Words:
-    """What a student of one task reads and says; `classes` is empty for captioning."""
+    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its pictures."""
 
     task: Task
     tokenizer: Tokenizer
     text_length: int
     classes: tuple[str, ...]
+    transform: TransformConfig
 
 
-def write_words(directory: RunDirectory, data: TaskData) -> None:
-    """Writes words.json of a run on the data."""
+def write_words(directory: RunDirectory, data: TaskData, transform: TransformConfig) -> None:
+    """Writes words.json of a run on the data, whose pictures went through the transform."""
     directory.write_json(
         NAME,
         {
@@ -35,6 +38,7 @@ def write_words(directory: RunDirectory, data: TaskData) -> None:
             "text_length": data.text_length,
             "classes": list(data.classes),
             "tokenizer": data.tokenizer.to_json(),
+            "transform": asdict(replace(transform, image_size=data.picture_size)),
         },
     )
 
@@ -47,9 +51,13 @@ def read_words(run: Path) -> Words:
         if values["task"] not in TASKS:
             raise ValueError(f"unknown task {values['task']}")
         return Words(
-            values["task"], tokenizer_from_json(values["tokenizer"]), values["text_length"], tuple(values["classes"])
+            values["task"],
+            tokenizer_from_json(values["tokenizer"]),
+            int(values["text_length"]),
+            tuple(values["classes"]),
+            TransformConfig(**values["transform"]),
         )
     except FileNotFoundError:
         raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptimaError(f"{path} cannot be read ({' '.join(str(error).split())})") from None

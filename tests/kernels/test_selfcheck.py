@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from optima.commands.doctor import DoctorConfig, doctor
+from optima.commands.doctor import doctor
+from optima.commands.options import DoctorConfig
 from optima_kernels import selfcheck
 from optima_kernels.dispatch import INTERPRETED, choose_backend
 

@@ -13,9 +13,9 @@ import pytest
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import config_from_dict
 from optima.coca.presets import preset
-from optima.commands.distill import DistillConfig
 from optima.plan import GPUS, Needs, PlanConfig, largest_batch, measure_needs, predicted_seconds
 from optima.run import main
+from optima.runs.config import DistillConfig
 from optima.runs.directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
 

@@ -1,15 +1,19 @@
 """The comparison of methods: what its runs differ in, that finished ones are kept, and what it refuses."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from optima.commands.compare import METHODS, CompareConfig, Method, compare, run_command
-from optima.commands.distill import DistillConfig
+from optima.commands.compare import METHODS, compare, run_command
+from optima.commands.options import CompareConfig, Method
 from optima.commands.parse import parse
-from optima.run import COMMANDS, DEFAULT, main
-from optima.runs.directory import flat, plain
+from optima.run import main
+from optima.runs.config import DistillConfig
+from optima.runs.directory import flat
+from optima.runs.rows import plain
 
 SHARED = {
     "engine.rounds": 2, "engine.steps_per_round": 1, "batch_size": 4, "probe_size": 4, "evaluate_every": 2,
@@ -32,7 +36,7 @@ def resolved(method: Method, tmp_path: Path) -> dict[str, object]:
         settings.pop(name)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     words = run_command(tmp_path, "vqa", method, 3)
-    _, config = parse(words[words.index("distill") :], COMMANDS, DEFAULT)
+    _, config = parse(words[words.index("distill") :])
     values = flat(plain(config))
     values.pop("run")
     return values
@@ -86,9 +90,26 @@ def test_a_run_that_fails_is_named_in_a_line(
     assert line.count("\n") == 1
 
 
-def test_validation_needs_a_curve_that_ends_with_the_run() -> None:
-    with pytest.raises(ValueError, match=r"evaluate_every 7 must divide distill\.engine\.rounds 60"):
-        CompareConfig(split="validation", distill=DistillConfig(evaluate_every=7))
+def test_a_single_word_is_a_list_of_one_and_commas_separate_several() -> None:
+    config = parse(["compare", "--task", "vqa", "--method=optima,uniform"])[1]
+    assert (config.task, config.method) == (["vqa"], ["optima", "uniform"])
+
+
+def test_modules_of_the_current_folder_are_not_run(tmp_path: Path) -> None:
+    words = run_command(tmp_path, "vqa", "optima", 0)
+    (tmp_path / "json.py").write_text("raise SystemExit('ran')")
+    place = words.index("optima.run")
+    words[place : place + 1] = ["json.tool", "--help"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    found = subprocess.run(
+        words[: place + 2], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_validation_needs_a_curve() -> None:
+    with pytest.raises(ValueError, match="split validation needs a learning curve"):
+        CompareConfig(split="validation", distill=DistillConfig(evaluate_every=0))
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

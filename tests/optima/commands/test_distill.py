@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from miniatures import make_coco
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import PRESETS
-from optima.commands.distill import DistillConfig
 from optima.data.pictograms.stream import TASKS
 from optima.run import main
+from optima.runs.config import DistillConfig
+from optima.runs.start import make_start
+from optima.runs.summary import score_models
 from optima.tasks import HEADLINE
 from optima_core import CheckpointStore
 
-WALL_CLOCK = ("seconds", "steps_per_second", "step_seconds")
+WALL_CLOCK = ("seconds", "step_seconds")
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +57,7 @@ def no_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_directory_holds_everything(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {
-        "config.yaml", "metrics.jsonl", "student.safetensors", "checkpoints",
+        "config.yaml", "start.safetensors", "metrics.jsonl", "student.safetensors", "checkpoints",
         "summary.json", "samples.json", "samples", "report.html",
     } <= names  # fmt: skip
     assert not [path for path in finished.rglob("*") if path.name.endswith(".part")]
@@ -66,7 +70,7 @@ def test_the_summary_has_the_promised_fields(finished: Path, teacher_file: Path,
     assert all(set(scores) == metrics for scores in summary["scores"].values())
     assert summary["seconds"] > 0
     assert 100 < summary["peak_mib"] < 100_000
-    assert summary["command"].startswith("python -m optima.run")
+    assert summary["command"].startswith("optima ")
     assert summary["test_items"] == 20
     assert [point["step"] for point in summary["learning_curve"]] == [0, 4, 8]
     work = summary["layer_work"]
@@ -86,7 +90,7 @@ def test_metrics_have_a_row_a_round_that_explains_the_choice(finished: Path) -> 
     for row in rows:
         assert row["modules"] == [modules[row["arm"]]]
         tried = {earlier["modules"][0] for earlier in rows[: row["round"]]}
-        assert set(row["posterior"]["mean"]) == set(row["posterior"]["std"]) == tried
+        assert set(row["mean"]) == set(row["std"]) == set(row["pulls"]) == tried
         assert {"task", "logits", f"hidden/{row['modules'][0]}/0"} <= set(row["losses"])
         assert isinstance(row["reward"], float)
         assert all(name in row for name in WALL_CLOCK)
@@ -200,7 +204,8 @@ def test_progress_is_one_plain_line_a_round_off_a_terminal(
     assert [line.split()[1] for line in rounds] == ["1/2", "2/2"]
     for line in rounds:
         assert "reward" in line
-        assert "±" in line
+        assert "(one round)" in line
+        assert "±" not in line, "a single round tells nothing of a spread"
         assert "left" in line
 
 
@@ -226,6 +231,108 @@ def test_resuming_a_finished_run_trains_no_further(finished: Path, tmp_path: Pat
     assert main(["--config", str(finished / "config.yaml"), "--resume"]) == 0
     assert (finished / "student.safetensors").read_bytes() == weights
     assert rows_of(finished) == rows
+
+
+def test_a_run_is_resumed_with_its_own_options(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    CheckpointStore(run / "checkpoints").paths()[-1].unlink()  # so that there is a round left to do
+    assert main(["--run", str(run), "--resume"]) == 0
+    assert (run / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
+    assert rows_of(run) == rows_of(finished)
+    command = json.loads((run / "summary.json").read_text())["command"]
+    assert command == json.loads((finished / "summary.json").read_text())["command"], "the one that reproduces the run"
+
+
+def test_a_directory_that_does_not_exist_is_not_resumed(
+    brief: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*brief, "--run", str(tmp_path / "misspelt"), "--resume"]) == 2
+    assert "misspelt does not exist, so there is nothing to resume" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_made_longer_where_that_changes_nothing_that_was_done(
+    brief: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = [*brief, "--engine.optimiser.schedule", "constant", "--engine.optimiser.warmup", "0"]
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    assert main([*constant, "--run", str(whole), "--engine.rounds", "6"]) == 0
+    assert main([*constant, "--run", str(longer), "--engine.rounds", "4"]) == 0
+    assert main(["--run", str(longer), "--resume", "--engine.rounds", "6"]) == 0
+    assert (longer / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    assert rows_of(longer) == rows_of(whole)
+    assert yaml.safe_load((longer / "config.yaml").read_text())["engine"]["rounds"] == 6
+    capsys.readouterr()
+    assert main(["--run", str(longer), "--resume", "--engine.rounds", "5"]) == 2
+    assert "engine.rounds was 6 there and is 5 now" in capsys.readouterr().err
+    assert main(["--run", str(finished), "--resume", "--engine.rounds", "6"]) == 2
+    assert "the learning rate follows a cosine over all rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["deleted", "bad row"])
+def test_rows_that_are_lost_do_not_stop_a_resumed_run(damage: str, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    if damage == "deleted":
+        (run / "metrics.jsonl").unlink()
+    else:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        (run / "metrics.jsonl").write_text("\n".join([lines[0], '{"half', *lines[2:]]) + "\n")
+    (run / "summary.json").unlink()
+    with pytest.warns(UserWarning, match="lacks round"):
+        assert main(["--run", str(run), "--resume"]) == 0
+    assert (run / "summary.json").exists()
+    assert [row["round"] for row in rows_of(run)] == ([] if damage == "deleted" else [1, 3, 4])
+
+
+def test_the_start_is_made_once_and_kept(finished: Path, student_file: Path, tmp_path: Path) -> None:
+    start, given = load_coca(finished / "start.safetensors"), load_coca(student_file)
+    assert all(torch.equal(start.state_dict()[name], tensor) for name, tensor in given.state_dict().items())
+
+
+def test_the_student_before_is_the_one_that_was_trained(
+    brief: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, torch.Tensor]] = []
+
+    def counted(*arguments: Any) -> Any:
+        start = make_start(*arguments)
+        made.append({name: tensor.clone() for name, tensor in start.state_dict().items()})
+        return start
+
+    scored: list[dict[str, torch.Tensor]] = []
+
+    def scores(models: Any, *rest: Any) -> Any:
+        scored.append(models["before"].state_dict())
+        return score_models(models, *rest)
+
+    monkeypatch.setattr("optima.runs.start.make_start", counted)
+    monkeypatch.setattr("optima.commands.distill.score_models", scores)
+    run = tmp_path / "run"
+    assert main([*brief, "--run", str(run), "--init", "teacher_pca"]) == 0
+    CheckpointStore(run / "checkpoints").paths()[-1].unlink()
+    assert main(["--run", str(run), "--resume"]) == 0
+    assert len(made) == 1
+    for before in scored:
+        assert all(torch.equal(before[name], tensor) for name, tensor in made[0].items())
+
+
+def test_an_unusable_picture_that_the_start_meets_is_named_and_the_run_goes_on(
+    brief: list[str], tmp_path: Path
+) -> None:
+    root = make_coco(tmp_path / "data", 24)
+    picture = next(path for path in sorted(root.rglob("*.jpg")) if "train" in str(path))
+    picture.write_bytes(picture.read_bytes()[:200])
+    words = f"--data.name coco --data.root {root} --data.loader.workers 0 --data.loader.max_rejected 0.2".split()
+    run = tmp_path / "run"
+    options = [*brief, "--run", str(run), *words, "--init", "teacher_pca", "--evaluate_every", "0", "--test_items", "2"]
+    assert main([*options, "--engine.rounds", "1"]) == 0
+    assert picture.name in (run / "rejected.jsonl").read_text()
+
+
+def test_the_learning_curve_ends_with_the_run(brief: list[str], tmp_path: Path) -> None:
+    assert main([*brief, "--run", str(tmp_path / "run"), "--evaluate_every", "3"]) == 0
+    curve = json.loads((tmp_path / "run" / "summary.json").read_text())["learning_curve"]
+    assert [point["step"] for point in curve] == [0, 6, 8]
 
 
 def test_a_damaged_checkpoint_costs_only_its_rounds(finished: Path, tmp_path: Path) -> None:
@@ -349,5 +456,8 @@ def test_a_student_is_chosen_by_the_name_of_a_preset(
     assert "is a preset, which has sizes but no weights; give --init" in capsys.readouterr().err
     assert main(options) == 0
     assert load_coca(tmp_path / "run" / "student.safetensors").config == small
+    options[-1] = str(tmp_path / "other")
     assert main([*options, "--init", "scratch", "--student", "tiny6-32"]) == 2
     assert "takes pictures of 224 pixels" in capsys.readouterr().err
+    assert main([*options, "--student", "tiny12"]) == 2
+    assert "student tiny12 has patches of 14, 32, 18 pixels, the teacher's have 16" in capsys.readouterr().err

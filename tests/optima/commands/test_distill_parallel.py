@@ -89,7 +89,13 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
     state = CheckpointStore(run / "checkpoints").load()
     assert state is not None
     assert state["distiller"]["round"] == len(rows_of(run)) < rounds
-    assert {path.name for path in run.iterdir()} <= {"checkpoints", "config.yaml", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} <= {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "start.safetensors",
+    }
 
     assert main([*options, "--run", str(run), "--resume"]) == 0
     ours, theirs = rows_of(run), rows_of(tmp_path / "whole")

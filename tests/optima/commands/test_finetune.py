@@ -12,8 +12,9 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.open_clip import to_open_clip
 from optima.coca.open_clip_config import from_open_clip_config
-from optima.commands.finetune import FinetuneConfig, finetune, with_head
+from optima.commands.finetune import finetune, with_head
 from optima.run import main
+from optima.runs.config import FinetuneConfig
 from optima.runs.words import read_words
 from optima.tasks import HEADS
 from optima.tasks.pictograms import PictogramTask

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from optima.commands.distill import DistillConfig
-from optima.commands.pretrain import PretrainConfig
-from optima.run import COMMANDS, main
+from optima.commands import COMMANDS
+from optima.run import main
+from optima.runs.config import DistillConfig, PretrainConfig
 
 
 def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -47,7 +47,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["--engine.objective.hidden", "-1"], ["hidden", "-1"]),
         (["--quiet", "maybe"], ["maybe"]),
         (["--task"], ["--task", "expected one argument"]),
-        (["--config", "quick_recipe"], ["quick_recipe", "neither a file nor a shipped recipe", "pretrain_teacher"]),
+        (["--config", "quick_recipe"], ["quick_recipe", "neither a file nor a recipe", "coca_large_to_base_coco"]),
         (["distil"], ["unknown command distil", "distill?"]),
         (["evaluate"], ["model"]),
         (["evaluate", "--model", "x", "--tasks", "[vqa,foo]"], ["tasks", "vqa", "foo"]),
@@ -108,7 +108,7 @@ def test_what_is_found_wrong_late_still_leaves_the_directory_empty(
     line = complaint_of(capsys, [*brief, "--run", str(tmp_path / "run"), *option])
     for word in words:
         assert word in line
-    assert not list((tmp_path / "run").iterdir()), "the corrected command must be able to take the same directory"
+    assert not list(tmp_path.iterdir()), "the corrected command must be able to take the same directory"
 
 
 def test_a_wrong_model_is_one_line(
@@ -170,7 +170,7 @@ def test_help_explains_every_field(
         main([command, "--help"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in field_names(COMMANDS[command].config):
+    for name in field_names(COMMANDS[command].config()):
         starts = [i for i, line in enumerate(lines) if line.strip().startswith(f"--{name} ")]
         assert starts, f"--{name} is not in the help"
         shown = " ".join(line.strip() for line in lines[starts[0] : starts[0] + 2])

@@ -8,10 +8,11 @@ import yaml
 
 from optima.coca import CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import load_coca
-from optima.commands.pretrain import PretrainConfig, caption_losses, pretrain, task_losses
+from optima.commands.pretrain import caption_losses, pretrain, task_losses
 from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
+from optima.runs.config import PretrainConfig
 from optima.tasks import HEADS, TASKS
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask

@@ -9,6 +9,7 @@ import torch
 
 from optima.coca import CoCa
 from optima.commands.serving import Served, onnx_program, torch_program
+from optima.data.transform import TransformConfig
 from optima.run import main
 from optima.runs.directory import RunDirectory
 from optima.runs.words import read_words, write_words
@@ -58,7 +59,7 @@ def test_a_runs_student_is_exported_with_its_words(
     if form == "onnx":
         pytest.importorskip("onnxruntime", reason="needs the packages of the extra onnx")
     directory = RunDirectory(tmp_path / "run", resume=False, keep=1)
-    write_words(directory, PictogramTask("snli_ve", 0, torch.device("cpu")))
+    write_words(directory, PictogramTask("snli_ve", 0, torch.device("cpu")), TransformConfig())
     model = tmp_path / "run" / "student.safetensors"
     model.write_bytes(teacher_file.read_bytes())
     assert main(["export", "--model", str(model), "--output", str(tmp_path / "out"), "--format", form]) == 0

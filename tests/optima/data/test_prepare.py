@@ -9,7 +9,8 @@ import pytest
 import torch
 from miniatures import MAKERS, make_coco, make_vqav2
 
-from optima.commands.prepare import PrepareConfig, prepare
+from optima.commands.options import PrepareConfig
+from optima.commands.prepare import prepare
 from optima.data.loader import LoaderConfig, make_loader
 from optima.data.records import FORMATS, DataName, open_records
 from optima.data.shards import Tokens, pack

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from page_reader import Page
 
-from optima.report.comparison import Outcome, conclusion, markdown, method_rows, write_methods
+from optima.report.comparison import Outcome, conclusion, markdown, method_rows, write_comparison
 
 NOISE = (0.0, 1.1, -0.8, 0.6, -0.9)
 WOBBLE = (0.4, -0.5, 0.1, 0.3, -0.3)
@@ -69,7 +69,9 @@ def test_markdown_holds_a_line_a_method() -> None:
 
 
 def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
-    path = write_methods(outcomes(optima=70.0, uniform=60.0), tmp_path / "methods.html", command="run <this> & that")
+    path = write_comparison(
+        outcomes(optima=70.0, uniform=60.0), tmp_path / "comparison.html", command="run <this> & that"
+    )
     page = Page(path)
     assert "−10.0 ± 0.5 worse" in page.text
     assert "run <this> & that" in page.text

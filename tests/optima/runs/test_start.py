@@ -9,7 +9,8 @@ import torch
 from optima.coca.checkpoint import load_coca
 from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.assets import TEACHER
-from optima.commands.distill import INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
+from optima.runs.config import DistillConfig, Initialisation
+from optima.runs.start import INITIALISING_ITEMS, make_start
 from optima.run import main
 from optima.tasks.pictograms import PictogramTask
 
@@ -20,7 +21,7 @@ def test_a_student_starts_as_asked_every_time(teacher_file: Path, student_file: 
 
     def start(init: Initialisation) -> dict[str, torch.Tensor]:
         config = DistillConfig(task="vqa", student=student_file, init=init, seed=3)
-        first, second = (load_start(config, teacher, data).state_dict() for _ in range(2))
+        first, second = (make_start(config, teacher, data).state_dict() for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
         return first
 
@@ -33,7 +34,7 @@ def test_a_student_starts_as_asked_every_time(teacher_file: Path, student_file: 
         ("teacher_truncate", lambda student: truncate_teacher(student, teacher)),
         ("teacher_pca", lambda student: project_teacher(student, teacher, batch.images, batch.tokens)),
     ):
-        student = load_start(DistillConfig(task="vqa", student=student_file, seed=3), teacher, data)
+        student = make_start(DistillConfig(task="vqa", student=student_file, seed=3), teacher, data)
         initialise(student)
         found = start(init)
         assert all(torch.equal(found[name], tensor) for name, tensor in student.state_dict().items())
@@ -45,7 +46,7 @@ def test_the_start_follows_from_what_the_student_is(student_file: Path) -> None:
     teacher = load_coca(TEACHER)
 
     def start(**given: Any) -> dict[str, torch.Tensor]:
-        return load_start(DistillConfig(seed=3, **given), teacher, data).state_dict()
+        return make_start(DistillConfig(seed=3, **given), teacher, data).state_dict()
 
     checkpoint = load_coca(student_file).state_dict()
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in start(student=student_file).items())

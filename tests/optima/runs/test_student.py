@@ -1,7 +1,8 @@
 """Captions and answers about picture files: the same as evaluation gives, and one line for what cannot be done."""
 
+import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
 from optima.runs.student import load_student
+from optima.data.transform import TransformConfig
 from optima.runs.words import write_words
+from optima_core import OptimaError
 
 ITEMS = 6
 
@@ -28,7 +31,7 @@ def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in get_args(Task):
         directory = RunDirectory(root / task, resume=False, keep=1)
         (root / task / "student.safetensors").write_bytes(teacher_file.read_bytes())
-        write_words(directory, PictogramTask(task, 0, torch.device("cpu")))
+        write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
         images = Pictograms("test").batch(task, 0, ITEMS).images
         for number, pictures in enumerate(images):
             for side, pixels in enumerate(pictures):
@@ -59,6 +62,35 @@ def test_answers_are_those_of_the_evaluation(task: Task, runs: Path) -> None:
         assert set(probabilities) == set(data.classes)
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+
+
+@pytest.mark.parametrize(("fit", "edge"), [("crop", (0, 255, 0)), ("squash", (255, 0, 0))])
+def test_a_picture_is_shown_as_the_student_was_trained_to_see_it(
+    fit: Literal["crop", "squash"], edge: tuple[int, int, int], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs / fit
+    shutil.copytree(runs / "captioning", run)
+    write_words(RunDirectory(run / "words", resume=False, keep=1), PictogramTask("captioning"), TransformConfig(fit=fit))
+    (run / "words" / "words.json").replace(run / "words.json")
+    wide = Image.new("RGB", (256, 128), (0, 255, 0))
+    wide.paste((255, 0, 0), (0, 0, 64, 128))
+    wide.save(run / "wide.png")
+    seen: list[torch.Tensor] = []
+
+    def look(_: object, images: torch.Tensor, **__: object) -> torch.Tensor:
+        seen.append(images)
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    monkeypatch.setattr("optima.runs.student.generate", look)
+    load_student(run, device="cpu").caption([run / "wide.png"])
+    left = seen[0][0, :, 32, 0]
+    torch.testing.assert_close(left, torch.tensor(edge) / 127.5 - 1, atol=0.02, rtol=0)
+
+
+def test_a_device_that_is_not_there_is_one_line(runs: Path) -> None:
+    assert load_student(runs / "vqa", device="cpu").device.type == "cpu"
+    with pytest.raises(OptimaError, match="device 'gpu' cannot be used"):
+        load_student(runs / "vqa", device="gpu")
 
 
 def test_case_and_punctuation_of_a_question_do_not_matter(runs: Path) -> None:

@@ -1,0 +1,5 @@
+"""`python -m optima`."""
+
+from optima.run import door
+
+door()
