@@ -56,7 +56,7 @@ class DistillConfig:
         recompute: Keep no activations inside the student's layers, but compute them again in the backward pass: less
             memory, about a third more time.
         engine: Rounds, losses, optimiser, bandit and reward.
-        evaluate_every: Rounds between points of the learning curve, whose first is the start and whose last is the end; 0
+        evaluate_every: Rounds between points of the learning curve, the first at the start and the last at the end; 0
             draws none.
         evaluate_items: Validation items a point of the learning curve.
         evaluate_batch: Items a forward pass of an evaluation.
@@ -154,7 +154,9 @@ class FinetuneConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(1, self, "steps", "batch_size", "evaluate_items", "evaluate_batch", "checkpoint_every", "log_every")
+        refuse_below(
+            1, self, "steps", "batch_size", "evaluate_items", "evaluate_batch", "checkpoint_every", "log_every"
+        )
         refuse_below(0, self, "evaluate_every", "test_items", "seed", "threads")
 
 

@@ -43,9 +43,9 @@ os.register_at_fork(after_in_child=_release_in_child)
 class RunDirectory:
     """A run's directory: new and empty, or, with `resume`, one that holds an earlier part of the same run.
 
-    It is locked for as long as it is entered, or alive. Hidden files do not count, nor does what a run leaves there that
-    is killed before it begins: unfinished files, a start, a list of rejected pictures. After an error before it begins
-    the directory is as it was, but for that list.
+    It is locked for as long as it is entered, or alive. Hidden files do not count, nor does what a run leaves that is
+    killed before it begins: unfinished files, a start, a list of rejected pictures. After an error before it begins the
+    directory is as it was, but for that list.
     """
 
     def __init__(self, path: Path, *, resume: bool, keep: int) -> None:
@@ -78,8 +78,7 @@ class RunDirectory:
     def _refuse_occupied(self, occupied: bool, resume: bool) -> None:
         if occupied and not resume:
             raise OptimaError(
-                f"run directory {self.path} is not empty; continue it with --resume, "
-                "or give a new directory with --run"
+                f"run directory {self.path} is not empty; continue it with --resume, or give a new directory with --run"
             )
         if occupied and not self._begun():
             raise OptimaError(f"directory {self.path} holds something, but no run to resume; give another with --run")

@@ -17,9 +17,7 @@ from optima.tasks.data import Evaluation, TaskData
 from optima_core.checkpoint import write_atomically
 
 
-def write_samples(
-    directory: RunDirectory, data: TaskData, evaluations: Mapping[Model, Evaluation], count: int
-) -> None:
+def write_samples(directory: RunDirectory, data: TaskData, evaluations: Mapping[Model, Evaluation], count: int) -> None:
     """Writes samples.json and the pictures: up to half of them mended by distillation, then the first others.
 
     The evaluations are those of "teacher", "before" and "after" on the test split.

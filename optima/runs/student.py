@@ -101,7 +101,9 @@ def load_student(run: str | Path, device: str | torch.device | None = None) -> S
     if not 2 <= words.text_length <= most:
         raise OptimaError(f"{run}: the student reads texts of {most} tokens, {NAME} says {words.text_length}")
     if words.transform.image_size != size:
-        raise OptimaError(f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}")
+        raise OptimaError(
+            f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}"
+        )
     try:
         return Student(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), words)
     except (RuntimeError, AssertionError) as error:

@@ -1,5 +1,6 @@
 """A run's directory: what keeps a run out of it, what a killed one may leave there, and the rows of its rounds."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,13 @@ from optima_core import OptimaError
 
 def enter(path: Path, resume: bool = False) -> RunDirectory:
     return RunDirectory(path, resume=resume, keep=1)
+
+
+def fail_in(path: Path, name: str) -> None:
+    """A run that writes a file and then ends in an error."""
+    with contextlib.suppress(ZeroDivisionError), enter(path) as directory:
+        directory.write_text(name, "something")
+        raise ZeroDivisionError
 
 
 def row(number: int) -> Round:
@@ -45,22 +53,16 @@ def test_what_a_run_leaves_that_is_killed_before_it_begins_is_in_nobodys_way(
 
 def test_an_error_before_a_run_begins_leaves_nothing_but_what_it_names(tmp_path: Path) -> None:
     run = tmp_path / "new" / "run"
-    with pytest.raises(ZeroDivisionError), enter(run) as directory:
-        (directory.path / "start.safetensors").write_text("half")
-        _ = 1 / 0
+    fail_in(run, "start.safetensors")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ZeroDivisionError), enter(run) as directory:
-        (directory.path / "rejected.jsonl").write_text("a picture")
-        _ = 1 / 0
+    fail_in(run, "rejected.jsonl")
     assert [path.name for path in run.iterdir()] == ["rejected.jsonl"]
     with enter(run):
         pass
 
 
 def test_a_run_that_has_begun_stays_whatever_happens(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), enter(tmp_path / "run") as directory:
-        directory.write_config(PretrainConfig())
-        _ = 1 / 0
+    fail_in(tmp_path / "run", "config.yaml")
     with pytest.raises(OptimaError, match="is not empty; continue it with --resume"):
         enter(tmp_path / "run")
     with enter(tmp_path / "run", resume=True):
@@ -119,7 +121,9 @@ def test_rows_are_known_by_their_round_and_what_is_wrong_with_them_is_said(
     assert [found.round for found in kept] == [2, 4, 5]
     assert [found.round for found in read_rounds(path)] == [2, 4, 5]
     said = [str(warning.message) for warning in recwarn]
-    assert [f"line {number}: not JSON" in message for number, message in zip((1, 2, 7), said, strict=False)] == [True] * 3
+    assert [f"line {number}: not JSON" in message for number, message in zip((1, 2, 7), said, strict=False)] == [
+        True
+    ] * 3
     assert said[3:] == [f"{path} lacks round 1, 3; so will the report"]
 
 

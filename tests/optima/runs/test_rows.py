@@ -23,8 +23,12 @@ SUMMARY = Summary(
     LayerWork(0.3, {"a": 0.1}),
     ({"step": 0.0, "accuracy": 50.0}, {"step": 10.0, "accuracy": 60.0}),
 )
-ROUND = Round(1, 2, 0, ("a", "b"), 0.5, {"a": 1}, {"a": 0.5}, {"a": 0.1}, {"task": 1.0}, {"task": 1.0}, 1e-3, 0.5, 0.1, 3.0)
-SAMPLE = Sample(("samples/0.png",), None, "a dog", "a dog", "", "two dogs", {"teacher": True, "before": False, "after": False})
+ROUND = Round(
+    1, 2, 0, ("a", "b"), 0.5, {"a": 1}, {"a": 0.5}, {"a": 0.1}, {"task": 1.0}, {"task": 1.0}, 1e-3, 0.5, 0.1, 3.0
+)
+SAMPLE = Sample(
+    ("samples/0.png",), None, "a dog", "a dog", "", "two dogs", {"teacher": True, "before": False, "after": False}
+)
 MAPS = CrossAttention("samples/0.png", ("a", "dog"), (((0.5, 0.5),), ((1.0, 0.0),)), (1, 2))
 
 

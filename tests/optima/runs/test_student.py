@@ -11,14 +11,14 @@ from PIL import Image
 from optima.coca.checkpoint import load_coca
 from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
+from optima.data.transform import TransformConfig
 from optima.run import main
 from optima.runs.directory import RunDirectory
+from optima.runs.student import load_student
+from optima.runs.words import write_words
 from optima.tasks import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
-from optima.runs.student import load_student
-from optima.data.transform import TransformConfig
-from optima.runs.words import write_words
 from optima_core import OptimaError
 
 ITEMS = 6
@@ -70,7 +70,9 @@ def test_a_picture_is_shown_as_the_student_was_trained_to_see_it(
 ) -> None:
     run = runs / fit
     shutil.copytree(runs / "captioning", run)
-    write_words(RunDirectory(run / "words", resume=False, keep=1), PictogramTask("captioning"), TransformConfig(fit=fit))
+    write_words(
+        RunDirectory(run / "words", resume=False, keep=1), PictogramTask("captioning"), TransformConfig(fit=fit)
+    )
     (run / "words" / "words.json").replace(run / "words.json")
     wide = Image.new("RGB", (256, 128), (0, 255, 0))
     wide.paste((255, 0, 0), (0, 0, 64, 128))
