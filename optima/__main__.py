@@ -2,4 +2,5 @@
 
 from optima.run import door
 
-door()
+if __name__ == "__main__":
+    door()

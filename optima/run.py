@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from optima_core.errors import OptimaError
+from optima_core.processes import leave, several, speaks
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 2 after a mistake, 130 when stopped by Ctrl-C or SIGTERM."""
@@ -65,8 +68,6 @@ class _Imports:
 
 def _told(error: Exception) -> str | None:
     """A mistake, or what the system refuses, in a line; None if the error is a fault of ours."""
-    from optima_core.errors import OptimaError
-
     if isinstance(error, OptimaError):
         return str(error)
     if isinstance(error, OSError):
@@ -74,14 +75,8 @@ def _told(error: Exception) -> str | None:
     return None
 
 
-def _several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def _complain(message: str) -> None:
-    if _several():
-        from optima_core.parallel import speaks
-
+    if several():
         # A process that ends makes torchrun end the others, which may have something to tell.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not speaks():
@@ -91,15 +86,13 @@ def _complain(message: str) -> None:
 
 def door() -> NoReturn:
     """Runs the command of this process's words, and ends it."""
-    if not _several():
+    if not several():
         sys.exit(main())
     try:
         status = main()
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 1
-    from optima_core.parallel import leave
-
     leave(status)
 
 

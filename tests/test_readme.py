@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from optima.assets import TEACHER
+from optima.data.config import TransformConfig
 from optima.data.pictograms import KINDS, Pictograms, describes, render
-from optima.data.transform import TransformConfig
 from optima.runs.directory import RunDirectory
 from optima.runs.words import write_words
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.pictograms import PictogramTask
 
 README = Path(__file__).parent.parent / "README.md"

@@ -86,11 +86,11 @@ COMMANDS = {
     ),
     "prepare": Command(
         "Check a data set's files and pack them into tar shards.",
-        _OPTIONS + "PrepareConfig", _HERE + "prepare:prepare",
+        "optima.data.config:PrepareConfig", _HERE + "prepare:prepare",
     ),
     "plan": Command(
         "Say what a distillation will need, before a GPU is rented.",
-        "optima.plan:PlanConfig", "optima.plan:plan", recipes="distill",
+        _HERE + "plan.config:PlanConfig", _HERE + "plan:plan", recipes="distill",
     ),
     "doctor": Command(
         "Say what this machine offers and what will be used of it.",

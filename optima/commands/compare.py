@@ -35,7 +35,7 @@ from optima.report.formatting import task_title
 from optima.runs.directory import flat
 from optima.runs.reading import CONFIG, SUMMARY, read_summary
 from optima.runs.rows import Summary, plain
-from optima.tasks import Task
+from optima.task import Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 

@@ -18,6 +18,7 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.pairs import module_pairs
 from optima.commands.console import make_console, make_table
+from optima.data.config import HELD
 from optima.report import write_report
 from optima.runs.config import DistillConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
@@ -32,7 +33,7 @@ from optima.runs.summary import count_parameters, environment, layer_work, score
 from optima.runs.words import write_words
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import open_data
-from optima.tasks.data import HELD, TaskData
+from optima.tasks.data import TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward

@@ -10,7 +10,7 @@ from optima.commands.console import make_console, make_table
 from optima.commands.options import EvaluateConfig
 from optima.data.records import FORMATS
 from optima.runs.directory import REJECTED
-from optima.tasks import TASKS, Task
+from optima.task import TASKS, Task
 from optima.tasks.choose import open_data
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.data.config import HELD
 from optima.runs.config import FinetuneConfig
 from optima.runs.directory import REJECTED, RunDirectory
 from optima.runs.memory import peak_mib
@@ -18,7 +19,7 @@ from optima.runs.summary import count_parameters
 from optima.runs.training import train
 from optima.runs.words import write_words
 from optima.tasks.choose import open_data
-from optima.tasks.data import HELD, TaskData, head_spec
+from optima.tasks.data import TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward

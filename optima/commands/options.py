@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from optima.coca.config import ClassMask
-from optima.coca.generate import GenerationConfig
-from optima.data.records import ANSWERS, DataName
+from optima.coca.config import ClassMask, GenerationConfig
+from optima.data.config import DataConfig, Held
 from optima.runs.config import DistillConfig, refuse_below
-from optima.tasks import TASKS, Task
-from optima.tasks.choose import DataConfig
-from optima.tasks.data import Held
+from optima.task import TASKS, Task
 
 Method = Literal[
     "task_loss",
@@ -164,43 +161,6 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise ValueError("run must name one run directory or more: `report runs/distill`")
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to check and pack.
-
-    Attributes:
-        data: Format of the data set.
-        root: Where its files are, as they were downloaded.
-        splits: Splits to prepare; null takes all that are there.
-        out: Folder for the shards and the lists of rejected and converted items.
-        pack: Write tar shards after the check.
-        shard_mib: Size at which a shard is closed, MiB.
-        tokenizer: Also pack the texts as tokens: of "words", "clip" or a tokenizer's file; null packs none.
-        text_length: Tokens in a row of text.
-        answers: Size of VQAv2's answer vocabulary.
-        max_rejected: Share of a split, 0 to 1, that may be unusable; above it nothing is packed.
-        workers: Threads that decode; -1 takes one for every CPU but one, at most 8.
-    """
-
-    data: DataName
-    root: Path
-    splits: list[str] | None = None
-    out: Path = Path("prepared")
-    pack: bool = True
-    shard_mib: int = 512
-    tokenizer: str | None = None
-    text_length: int = 77
-    answers: int = ANSWERS
-    max_rejected: float = 0.01
-    workers: int = -1
-
-    def __post_init__(self) -> None:
-        refuse_below(1, self, "shard_mib", "answers")
-        refuse_below(2, self, "text_length")
-        if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"max_rejected must be within 0..1, got {self.max_rejected}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -84,7 +84,17 @@ def _built(config: type[Any], values: dict[str, Any], prefix: str) -> Any:
     try:
         return config(**given)
     except ValueError as error:
-        raise OptimaError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from error
+        raise OptimaError(_in_group(str(error), prefix, hints)) from error
+
+
+def _in_group(message: str, prefix: str, names: Container[str]) -> str:
+    """What a group of options says of one of them, with the option's whole name."""
+    group = prefix[:-1].rpartition(".")[2] + "."
+    if message.startswith(group):
+        return prefix.removesuffix(group) + message
+    if re.split(r"[ .]", message)[0] in names:
+        return prefix + message
+    return f"{prefix[:-1]}: {message}" if prefix else message
 
 
 def _with_recipes(words: list[str], name: str, command: Command) -> list[str]:

@@ -19,13 +19,12 @@ from typing import NamedTuple
 from rich.progress import Progress, TimeRemainingColumn
 
 from optima.commands.console import make_console, make_table
-from optima.commands.options import PrepareConfig
+from optima.data.config import LoaderConfig, PrepareConfig
 from optima.data.images import decode, inspect
-from optima.data.loader import LoaderConfig
 from optima.data.record import ImageSource, Records, Rejection, Unusable, write_rejections
 from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
-from optima.data.tokenizer import named_tokenizer
+from optima.data.tokenizers import named_tokenizer
 from optima_core.errors import OptimaError
 
 _CHUNK = 1024  # pictures that are handed to the threads at a time

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from optima.data.pictograms.stream import Task
+from optima.task import Task
 from optima_core.errors import OptimaError
 
 MAX_CHARACTERS = 2000

@@ -2,17 +2,14 @@
 
 import math
 
-TASKS = {
-    "captioning": "Captioning",
-    "vqa": "Visual question answering",
-    "nlvr2": "Statements about two pictures (NLVR2-shaped)",
-    "snli_ve": "Visual entailment (SNLI-VE-shaped)",
-}
+from optima.task import TASKS, title_on
+
 ABSENT = "–"
 
 
-def task_title(task: str) -> str:
-    return TASKS.get(task, spelled(task).capitalize())
+def task_title(task: str, data: str = "pictograms") -> str:
+    """A task on a data set; another name, such as that of a mean over tasks, in words."""
+    return title_on(task, data) if task in TASKS else spelled(task).capitalize()
 
 
 def spelled(name: str) -> str:

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from optima.coca import CoCaConfig
-from optima.tasks import Task
-from optima.tasks.choose import DataConfig
-from optima_core.engine import DistillerConfig
+from optima.coca.config import CoCaConfig
+from optima.data.config import DataConfig
+from optima.task import Task
+from optima_core.config import DistillerConfig, OptimiserConfig, Precision
 from optima_core.errors import OptimaError
-from optima_core.optimiser import OptimiserConfig
-from optima_core.parallel import Strategy
-from optima_core.precision import Precision
+from optima_core.processes import Strategy
 
 Initialisation = Literal["checkpoint", "scratch", "teacher_truncate", "teacher_pca"]
 

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from types import FrameType
 
+from optima_core.processes import several
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO = 3.0
 """Seconds in which torchrun passes on to every process the Ctrl-C that the terminal has sent to all of them, too."""
@@ -33,8 +35,6 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        from optima_core.parallel import several  # torch is there by now; the door, which imports this, waits for none
-
         self.made = False
         self._over = 0.0
         self._echo = _ECHO if several() else 0.0

@@ -5,8 +5,8 @@ import torch
 from optima.assets import STUDENT
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.presets import PRESETS, is_preset, preset
+from optima.coca.start import project_teacher, truncate_teacher
 from optima.runs.config import DistillConfig
 from optima.runs.directory import START, RunDirectory
 from optima.tasks.data import TaskData, head_spec
@@ -64,7 +64,7 @@ def make_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
         truncate_teacher(student, teacher, config.layer_map)
     elif init == "teacher_pca":
         batch = data.training_batch(0, INITIALISING_ITEMS)
-        project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
+        project_teacher(student, teacher, batch.images, batch.tokens, config.layer_map)
     return student.eval()
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
-from optima.coca.generate import GenerationConfig, generate
+from optima.coca.config import GenerationConfig
+from optima.coca.generate import generate
 from optima.data.images import inspect
-from optima.data.pictures import normalise
+from optima.data.normalise import normalise
 from optima.data.record import Unusable
 from optima.data.transform import evaluation_window, picture
 from optima.runs.words import NAME, Words, read_words

@@ -8,10 +8,11 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from optima.data.tokenizer import Tokenizer, tokenizer_from_json
-from optima.data.transform import TransformConfig
+from optima.data.config import TransformConfig
+from optima.data.tokenizer import Tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.runs.directory import RunDirectory
-from optima.tasks import TASKS, Task
+from optima.task import TASKS, Task
 from optima.tasks.data import TaskData
 from optima_core.errors import OptimaError
 

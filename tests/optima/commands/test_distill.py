@@ -18,12 +18,12 @@ from miniatures import make_coco
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import PRESETS
-from optima.data.pictograms.stream import TASKS
 from optima.run import main
 from optima.runs.config import DistillConfig
 from optima.runs.start import make_start
 from optima.runs.summary import score_models
-from optima.tasks import HEADLINE
+from optima.task import TASKS
+from optima.tasks.pictograms import HEADLINE
 from optima_core import CheckpointStore
 
 WALL_CLOCK = ("seconds", "step_seconds")

@@ -16,8 +16,7 @@ from optima.commands.finetune import finetune, with_head
 from optima.run import main
 from optima.runs.config import FinetuneConfig
 from optima.runs.words import read_words
-from optima.tasks import HEADS
-from optima.tasks.pictograms import PictogramTask
+from optima.tasks.pictograms import HEADS, PictogramTask
 from optima_core import OptimaError, OptimiserConfig
 
 

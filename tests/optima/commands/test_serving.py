@@ -9,7 +9,7 @@ import torch
 
 from optima.coca import CoCa
 from optima.commands.serving import Served, onnx_program, torch_program
-from optima.data.transform import TransformConfig
+from optima.data.config import TransformConfig
 from optima.run import main
 from optima.runs.directory import RunDirectory
 from optima.runs.words import read_words, write_words

@@ -13,13 +13,12 @@ from broken import BROKEN_LINES, BROKEN_PICTURES, BROKEN_TEXTS, ODD_PICTURES, en
 from miniatures import make_coco, make_nlvr2, make_snli_ve, make_vqav2, write_json
 from PIL import Image, ImageOps
 
-from optima.commands.options import PrepareConfig
 from optima.commands.prepare import prepare
 from optima.data import images
+from optima.data.config import LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.images import decode, inspect
-from optima.data.loader import LoaderConfig, make_loader
+from optima.data.loader import make_loader
 from optima.data.records import open_records
-from optima.data.transform import TransformConfig
 from optima_core.errors import OptimaError
 
 # libjpeg only warns of a hole in a JPEG; Pillow and DALI do not pass the warning on.

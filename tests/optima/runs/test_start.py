@@ -8,7 +8,7 @@ import torch
 
 from optima.assets import TEACHER
 from optima.coca.checkpoint import load_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
+from optima.coca.start import project_teacher, truncate_teacher
 from optima.run import main
 from optima.runs.config import DistillConfig, Initialisation
 from optima.runs.start import INITIALISING_ITEMS, make_start

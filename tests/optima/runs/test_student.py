@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 
 from optima.coca.checkpoint import load_coca
+from optima.data.config import TransformConfig
 from optima.data.pictograms.stream import Pictograms
-from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
-from optima.data.transform import TransformConfig
+from optima.data.tokenizer import word_tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.run import main
 from optima.runs.directory import RunDirectory
 from optima.runs.student import load_student
 from optima.runs.words import write_words
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
 from optima_core import OptimaError
