@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from optima.doctor import DoctorConfig, doctor
+from optima.commands.doctor import doctor
+from optima.commands.options import DoctorConfig
 from optima_kernels.shared import selfcheck
 from optima_kernels.shared.dispatch import INTERPRETED, choose_backend
 

@@ -16,9 +16,9 @@ from optima.coca.presets import preset
 from optima.commands.plan import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
 from optima.commands.plan.predict import GPUS, largest_batch, predicted_seconds
-from optima.distill import DistillConfig
 from optima.run import main
-from optima.run_directory import RunDirectory
+from optima.runs.config import DistillConfig
+from optima.runs.directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
 
 MIB = 2**20
