@@ -22,13 +22,13 @@ def _normalized(b_x, m_x, D, EPS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    x, bias, h_t, token_weight, gate, gradient, loss, sums, T, D, s_x, s_h_t,
+    x, bias, h_t, token_weight, gate, gradient, loss, sums, T, D, turns, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr,
     EPS: tl.constexpr, STORE: tl.constexpr, OWES: tl.constexpr, SUMS: tl.constexpr, DOUBLE: tl.constexpr,
-    TURNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The loss of whole rows x + bias [T, D], its gradient in them, which may lie where x does, and that gradient's
-    column sums: a program takes TURNS times BR rows and leaves its share of loss and sums. OWES: zeros if closed."""
+    column sums: a program takes `turns` times BR rows and leaves its share of loss and sums. OWES: zeros if closed."""
     i_l, i_p = tl.program_id(1), tl.program_id(0)
     i_share = i_l * tl.num_programs(0) + i_p
     o_c = tl.arange(0, BC)
@@ -39,16 +39,16 @@ def row_kernel(
     b_sums = tl.zeros((BR, BC), tl.float32)
     if is_closed(gate, i_l, GATED):
         if OWES:
-            for i in range(TURNS):
-                o_r = (i_p * TURNS + i) * BR + tl.arange(0, BR)
+            for i in range(0, turns):
+                o_r = (i_p * turns + i) * BR + tl.arange(0, BR)
                 store_tile(p_gradient, o_r, o_c, D, o_r < T, m_c, b_sums)
         return
 
     p_x, p_h_t = of_layer(x, i_l, LAYERS), of_layer(h_t, i_l, LAYERS)
     if BIASED:
         b_bias = tl.load(of_layer(bias, i_l, LAYERS) + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
-    for i in range(TURNS):
-        o_r = (i_p * TURNS + i) * BR + tl.arange(0, BR)
+    for i in tl.range(0, turns, num_stages=STAGES):
+        o_r = (i_p * turns + i) * BR + tl.arange(0, BR)
         m_r = o_r < T
         m_counts = m_r
         if WEIGHTED:

@@ -27,8 +27,9 @@ NORMALIZE = {None: 0, "layernorm": 1, "l2": 2}
 # Rows of more features do not fit into registers twice.
 WIDEST_ROW = 8192
 WIDE_COLUMNS = 4096
-# Rows of a program, after another: fewer make more column sums to be joined, more leave a chip idle.
-TURNS = 8
+# A program takes rows one after another, for few shares of column sums, but leaves enough programs to fill a chip.
+MOST_TURNS = 16
+FULL = 660
 JOINED_PROGRAMS, JOINED_COLUMNS = 32, 32
 
 
@@ -146,8 +147,9 @@ def _rows(
         return _finished(shares, None, layers, gate), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
 
     tile = row_tiling(width)
-    turns = TURNS if sums else 1
-    programs = triton.cdiv(tokens, tile["BR"] * turns)
+    blocks = triton.cdiv(tokens, tile["BR"])
+    turns = max(min(blocks * count // FULL, MOST_TURNS), 1)
+    programs = triton.cdiv(blocks, turns)
     shares = first.h_s.new_empty((count, programs), dtype=torch.float32)
     column_shares = first.h_s.new_empty((count, programs, width), dtype=torch.float32) if sums else None
     row_kernel[(programs, count)](
@@ -156,7 +158,7 @@ def _rows(
         OWES=first.wants[0] and not is_projected,
         SUMS=sums,
         DOUBLE=kind != 0 and width <= NARROW,
-        TURNS=turns,
+        turns=turns,
         **tile,
         **arguments,
     )
@@ -194,7 +196,9 @@ def _finished(
 
 
 def row_tiling(width: int) -> dict[str, int]:
-    """About 4096 elements a program, in float64 1024: a row is held in registers whole, so that it is read once."""
+    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once."""
     columns = triton.next_power_of_2(width)
-    elements = 1024 if columns <= NARROW else 4096
-    return {"BR": max(elements // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
+    elements = 1024 if columns <= NARROW else 2048
+    # The next rows are on their way while these are worked on, where shared memory holds them.
+    tile = {"num_warps": 4, "STAGES": 3} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
+    return {"BR": max(elements // columns, 1), "BC": columns, **tile}
