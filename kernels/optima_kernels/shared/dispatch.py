@@ -19,15 +19,16 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
+def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: str = "") -> Backend:
     """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
 
-    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.shared.selfcheck`.
+    Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), or those that the
+    loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
 
     Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
     """
     if backend is None:
-        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, tensor.device) else "blocked"
+        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, variant, tensor.device) else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
     if backend == "triton":
@@ -46,10 +47,10 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
-def _is_trusted(loss: str, device: torch.device) -> bool:
-    from optima_kernels.shared import selfcheck
+def _is_trusted(loss: str, variant: str, device: torch.device) -> bool:
+    from optima_kernels.shared import selfcheck, variants
 
-    return selfcheck.is_trusted(loss, device)
+    return all(selfcheck.is_trusted(loss, each, device) for each in ([variant] if variant else variants.usual(loss)))
 
 
 # What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a
