@@ -271,12 +271,16 @@ def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progr
     )
     directory.write_json(SUMMARY, summary)
     if config.report and progress.rounds:
-        from optima.report import write_report  # what draws takes a second to load
-
-        write_report(directory.path)
+        _draw_report(directory)
     elif config.report:
         warnings.warn(f"no report is drawn, since no row of {directory.metrics} is left", stacklevel=2)
     return summary
+
+
+def _draw_report(directory: RunDirectory) -> None:
+    from optima.report import write_report  # what draws takes a second to load, which no run should wait for
+
+    write_report(directory.path)
 
 
 def run_distill(config: DistillConfig) -> None:
