@@ -10,8 +10,8 @@ from rich.table import Table
 
 from optima.commands.console import make_console
 from optima.commands.options import DoctorConfig
-from optima_kernels import selfcheck
-from optima_kernels.dispatch import HAS_TRITON, INTERPRETED
+from optima_kernels.shared import selfcheck
+from optima_kernels.shared.dispatch import HAS_TRITON, INTERPRETED
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> N
         ("running average", needs.average, ""),
         ("held probe batch", needs.probe, f"{config.probe_size} items, as the teacher shows them"),
         ("activations", needs.activations, f"{needs.activations / config.batch_size / 2**20:.0f} MiB an item"),
+        ("kept by CUDA graphs", needs.kept, "beside the probe, and beside the first steps of another arm"),
     )  # fmt: skip
     for name, size, remark in rows:
         if size:
