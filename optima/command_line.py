@@ -10,6 +10,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from optima.limits import MAX_CONFIG_BYTES, MAX_SHOWN_CHARACTERS
+from optima.plain_yaml import load_yaml, refuse_hostile_yaml
+from optima.untrusted import read_file, shown
 from optima_core.errors import OptimaError
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -50,6 +53,8 @@ def parse(arguments: Sequence[str], commands: dict[str, Command], default: str) 
         subcommands.add_subcommand(name, parsers[name], help=command.summary)
     try:
         words = _with_values(_with_recipe_paths(words), parsers.get(words[0]))
+        if words[0] in parsers:
+            _refuse_hostile(words, _option_names(parsers[words[0]]))
         if words[0] in commands:
             words = [words[0], *_with_bare_words(words[1:], commands[words[0]].bare)]
         parsed = parser.parse_args(words)
@@ -90,6 +95,33 @@ def _with_recipe_paths(words: list[str]) -> list[str]:
             value = str(recipe)
         found.append(f"{option}{separator}{value}" if separator else value)
     return found
+
+
+def _refuse_hostile(words: Sequence[str], options: Sequence[str]) -> None:
+    """Raises OptimaError for values, and files of values, that would hold up whoever reads them."""
+    groups = {"config"} | {name for name in options if any(other.startswith(f"{name}.") for other in options)}
+    for before, word in zip(["", *words], words, strict=False):
+        option, separator, value = word.partition("=")
+        if not separator:
+            option, value = before, word
+        name = option.removeprefix("--")
+        refuse_hostile_yaml(value, shown(name or "the command line", 80))
+        if option.startswith("--") and name in groups and len(value) < MAX_SHOWN_CHARACTERS and Path(value).exists():
+            _refuse_hostile_file(Path(value), groups, "" if name == "config" else f"{name}.")
+
+
+def _refuse_hostile_file(path: Path, groups: set[str], prefix: str) -> None:
+    try:
+        text = read_file(path, "config", MAX_CONFIG_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptimaError(f"config {path} is not UTF-8: {error.reason}") from error
+    values = load_yaml(text, f"config {path}")
+    for group in groups:
+        found = values
+        for part in group.removeprefix(prefix).split(".") if group.startswith(prefix) else ():
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, str) and found is not values:
+            raise OptimaError(f"config {path}: {group} must be an object of options, got {found!r:.80}")
 
 
 def _with_values(words: list[str], parser: ArgumentParser | None) -> list[str]:
@@ -135,11 +167,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
         r'Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)', line
     )
     if wrong is None:
-        return line
+        return shown(line, 600)
     name, kind, value = wrong.groups()
     choices = [*re.findall(r"'([^']*)'", re.sub("<class '.*?'>", "", kind)), *(["null"] if "NoneType" in kind else [])]
     types = [found for found in re.findall(r"<class '([^']+)'>", kind) if found != "NoneType"]
-    return f"{name} must be {' or '.join(types + choices)}, got {value}"
+    return f"{name} must be {' or '.join(types + choices)}, got {shown(value)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

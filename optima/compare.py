@@ -23,6 +23,7 @@ from rich.table import Table
 
 from optima.coca import MODULES
 from optima.distill import DistillConfig
+from optima.plain_yaml import load_yaml
 from optima.report.formatting import task_title
 from optima.report.methods import (
     HEADINGS,
@@ -157,7 +158,7 @@ def _settle(config: CompareConfig) -> None:
         values.pop(name)
     path = config.run / "settings.yaml"
     if path.exists():
-        before, now = (flat(found) for found in (yaml.safe_load(path.read_text(encoding="utf-8")), values))
+        before, now = (flat(found) for found in (load_yaml(path.read_text(encoding="utf-8"), str(path)), values))
         for name in sorted(before | now):
             if before.get(name) != now.get(name):
                 raise OptimaError(

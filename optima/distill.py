@@ -47,6 +47,9 @@ Initialisation = Literal["checkpoint", "scratch", "teacher_truncate", "teacher_p
 INITIALISING_ITEMS = 256
 """Training items whose activations show a teacher's principal components."""
 
+STATE = {"distiller": dict, "config": str, "learning_curve": list, "seconds": float}
+"""What a checkpoint holds: key -> type."""
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -290,7 +293,7 @@ def _train(
     """Runs the rounds that are left -> the learning curve, and the seconds that earlier parts of the run took."""
     curve: list[dict[str, float]] = []
     spent, ranks = 0.0, distiller.ranks
-    state = directory.checkpoints.load() if directory is not None else None
+    state = directory.checkpoints.load(STATE) if directory is not None else None
     if directory is not None and state is not None:
         directory.refuse_other_run(config, state["config"])
         curve, spent = state["learning_curve"], state["seconds"]

@@ -18,9 +18,9 @@ from optima.coca.checkpoint import load_coca
 from optima.coca.generate import GenerationConfig, generate
 from optima.data.images import inspect
 from optima.data.pictures import normalise
-from optima.data.record import Unusable
+from optima.data.record import ImageSource, Unusable
 from optima.data.transform import TransformConfig, evaluation_window, picture
-from optima.words import Words, read_words
+from optima.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 
 
@@ -81,19 +81,30 @@ class Student:
         squares = []
         for path in map(Path, pictures):
             try:
-                content = path.read_bytes()
+                content = ImageSource(str(path)).read()
                 header = inspect(content)
                 squares.append(picture(content, header, evaluation_window(header.width, header.height, config), config))
-            except OSError as error:
-                raise OptimaError(f"picture {path} cannot be read: {error.strerror}") from None
             except Unusable as error:
                 raise OptimaError(f"picture {path}: {error}") from None
         return normalise(torch.stack(squares))
 
 
 def load_student(run: str | Path) -> Student:
-    """The student of a finished run. Raises OptimaError if the directory holds none."""
-    return Student(load_coca(Path(run) / "student.safetensors"), read_words(Path(run)))
+    """The student of a finished run. Raises OptimaError if the directory holds none, or words of another model."""
+    model, words = load_coca(Path(run) / "student.safetensors"), read_words(Path(run))
+    spec = model.head_specs.get(words.task)
+    classes = 0 if spec is None else spec.classes
+    longest, vocabulary = model.config.text_decoder.context_length, model.config.text_decoder.vocab_size
+    complaint = ""
+    if words.task != "captioning" and len(words.classes) != classes:
+        complaint = f"{len(words.classes)} answers to {words.task}; the student has a head of {classes}"
+    elif words.text_length > longest:
+        complaint = f"texts of {words.text_length} tokens; the student takes {longest}"
+    elif words.tokenizer.vocab_size > vocabulary:
+        complaint = f"a vocabulary of {words.tokenizer.vocab_size} tokens; the student knows {vocabulary}"
+    if complaint:
+        raise OptimaError(f"{Path(run) / NAME} is of another model: it has {complaint}")
+    return Student(model, words)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 words.json holds the task, the tokenizer, the length of a text, and the answers by class.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from optima.data.tokenizer import Tokenizer, tokenizer_from_json
+from optima.limits import MAX_TEXT_LENGTH, MAX_VOCABULARY_BYTES
 from optima.run_directory import RunDirectory
 from optima.tasks import TASKS, Task
 from optima.tasks.data import TaskData
+from optima.untrusted import read_json, shown, whole_number
 from optima_core.errors import OptimaError
 
 NAME = "words.json"
@@ -42,14 +43,16 @@ def write_words(directory: RunDirectory, data: TaskData) -> None:
 def read_words(run: Path) -> Words:
     """Raises OptimaError if the run directory has no readable words.json."""
     path = run / NAME
+    if not path.exists():
+        raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished")
+    values = read_json(path, "words", MAX_VOCABULARY_BYTES)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         if values["task"] not in TASKS:
-            raise ValueError(f"unknown task {values['task']}")
-        return Words(
-            values["task"], tokenizer_from_json(values["tokenizer"]), values["text_length"], tuple(values["classes"])
-        )
-    except FileNotFoundError:
-        raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptimaError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+            raise ValueError(f"unknown task {values['task']!r:.80}")
+        length = whole_number(values["text_length"], "text_length", 2, MAX_TEXT_LENGTH)
+        classes = values["classes"]
+        if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+            raise ValueError(f"classes must be a list of texts, got {classes!r:.80}")
+        return Words(values["task"], tokenizer_from_json(values["tokenizer"]), length, tuple(classes))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OptimaError(f"{path} cannot be read ({shown(' '.join(str(error).split()))})") from None

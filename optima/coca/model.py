@@ -15,6 +15,8 @@ from optima.coca.heads import ClassificationHead
 from optima.coca.image_encoder import ImageEncoder
 from optima.coca.multimodal_decoder import MultimodalDecoder
 from optima.coca.text_decoder import TextDecoder
+from optima.limits import MAX_VOCABULARY
+from optima.untrusted import whole_number
 from optima_core.taps import Taps, WantedTaps
 
 MODULES = ("image_encoder", "text_decoder", "multimodal_decoder")
@@ -27,6 +29,10 @@ class HeadSpec:
 
     classes: int
     pictures: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number(self.classes, "classes", 1, MAX_VOCABULARY)
+        whole_number(self.pictures, "pictures", 1, 2)
 
 
 class CoCaOutput(NamedTuple):

@@ -23,11 +23,9 @@ A picture that cannot be used leaves its batch one record smaller, is written to
 
 import abc
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
@@ -39,7 +37,7 @@ from optima.data.images import Header, inspect
 from optima.data.order import Order, Place
 from optima.data.order import once as order_once
 from optima.data.pictograms.draws import Draws
-from optima.data.record import ImageSource, Records, Rejection, Unusable
+from optima.data.record import ImageSource, Records, Rejection, RejectionLog, Unusable
 from optima.data.transform import (
     TransformConfig,
     Window,
@@ -213,7 +211,7 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
-        report: Path | None,
+        report: RejectionLog | None,
         training: bool,
     ) -> None:
         self.records = records
@@ -221,7 +219,7 @@ class Loader:
         self._config = config
         self._engine = engine
         self._order = Order(len(records), batch_size, seed, rank, world_size)
-        self._report = report
+        self._report = report or RejectionLog(None)
         self._training = training
         self._next = -1
         self._running: Iterator[tuple[PictureBatch, tuple[Fault, ...]]] = iter(())
@@ -272,9 +270,7 @@ class Loader:
             if fault.record not in self.rejected:
                 rejection = Rejection(self.records[fault.record].id, fault.where, fault.kind, fault.reason)
                 self.rejected[fault.record] = rejection
-                if self._report is not None:
-                    with open(self._report, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(rejection)) + "\n")
+                self._report.add([rejection])
         lost, total = len(self.rejected), len(self.records)
         if lost > self._config.max_rejected * total or (not may_be_empty and not len(batch.indices)):
             last = list(self.rejected.values())[-1]
@@ -299,7 +295,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
-    report: Path | None = None,
+    report: RejectionLog | None = None,
     training: bool = True,
 ) -> Loader:
     """A loader with the engine that the configuration and the device ask for.

@@ -22,6 +22,8 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from optima.limits import MAX_VOCABULARY, MAX_VOCABULARY_BYTES
+from optima.untrusted import read_json, whole_number
 from optima_core.errors import OptimaError
 
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
@@ -147,6 +149,8 @@ def tokenizer_from_json(values: dict[str, Any]) -> Tokenizer:
     from optima.data.clip import CleanedTexts
     from optima.data.sentencepiece import SentencePieceModel
 
+    if not isinstance(values, dict) or not isinstance(values["backend"], dict):
+        raise ValueError("no tokenizer: it and its backend must be objects")
     stored = values["backend"]
     backend: Backend
     try:
@@ -169,7 +173,11 @@ def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
 
     Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
     """
-    words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    words: dict[str, int] = read_json(vocabulary, "vocabulary", MAX_VOCABULARY_BYTES)
+    if not isinstance(words, dict):
+        raise ValueError(f"an object is wanted, got {words!r:.80}")
+    for word, number in words.items():
+        whole_number(number, f"the id of {word!r:.80}", 0, MAX_VOCABULARY)
     backend = HuggingFaceTokenizer(WordLevel(words, unk_token=UNKNOWN))
     backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
     backend.pre_tokenizer = WhitespaceSplit()
@@ -199,5 +207,5 @@ def named_tokenizer(name: str) -> Tokenizer:
         return clip_tokenizer(path)
     try:
         return word_tokenizer(path)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise OptimaError(f"tokenizer {name} is no vocabulary: a JSON object from word to id ({error})") from error

@@ -172,6 +172,8 @@ def _shown(value: object) -> str:
 
 
 def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise ValueError(f"{path} is no plain file")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -185,6 +187,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
 
 
 def _read_rounds(path: Path) -> tuple[Round, ...]:
