@@ -40,7 +40,7 @@ def read_file(path: Path, what: str, most: int = MAX_JSON_BYTES) -> bytes:
                 raise OptimaError(f"{what} {shown(path)} is no plain file")
             if status.st_size > most:
                 raise OptimaError(f"{what} {shown(path)} has {status.st_size} bytes; {most} are the most")
-            return file.read(most)
+            return file.read(status.st_size)
     except FileNotFoundError as error:
         raise OptimaError(f"{what} {shown(path)} does not exist") from error
     except OSError as error:

@@ -55,12 +55,13 @@ class _Section:
             raise OptimaError(f"{self.source}: {self.name} lacks {option}")
         return value
 
-    def number(self, option: str, default: int | None = None) -> int:
+    def number(self, option: str, default: int | None = None, least: int = 0) -> int:
         value = self.take(option, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise OptimaError(f"{self.source}: {self.name}.{option} must be a whole number, got {value!r:.80}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted = f"a whole number from {least} on"
+            raise OptimaError(f"{self.source}: {self.name}.{option} must be {wanted}, got {value!r:.80}")
         return value
 
     def finish(self) -> None:
@@ -101,7 +102,7 @@ def from_open_clip_config(values: dict[str, Any], source: str = "the configurati
                 patch_size=vision.number("patch_size", 16),
                 width=width,
                 layers=vision.number("layers", 12),
-                heads=width // vision.number("head_width", 64),
+                heads=width // vision.number("head_width", 64, least=1),
                 mlp_ratio=vision.take("mlp_ratio", 4.0),
                 pooler_queries=queries if pooled else 0,
                 pooler_heads=pooler_heads,

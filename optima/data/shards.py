@@ -141,8 +141,8 @@ def read_packed(root: Path, name: str, split: str) -> Records:
 
     for file, size in content.shards:
         tar = root / file
-        if not tar.is_file() or tar.stat().st_size != size:
-            raise OptimaError(f"shard {tar} is missing or not whole; {size} bytes are wanted: copy it again")
+        if not _has_size(tar, size):
+            raise OptimaError(f"shard {shown(tar)} is missing or not whole; {size} bytes are wanted: copy it again")
         for sample in _samples(tar, collector):
             try:
                 rows = _json(sample)
@@ -155,6 +155,13 @@ def read_packed(root: Path, name: str, split: str) -> Records:
     collector.items.sort(key=lambda record: placed[record.id])
     collector.left_out.update(content.left_out)
     return collector.records(name, split, content.task, content.classes)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == size
+    except OSError:  # a name longer than the file system takes
+        return False
 
 
 class _Manifest(NamedTuple):
