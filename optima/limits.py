@@ -56,7 +56,7 @@ MAX_MLP_RATIO = 64
 """Width of an MLP over the width of its model."""
 
 MAX_PICTURE_SIDE = 2**14
-"""Side of the square pictures of a model, and of the squares that a loader makes, pixels."""
+"""Side of the square pictures of a model, pixels."""
 
 MAX_VOCABULARY = 2**24
 """Tokens of a vocabulary, and classes of a head."""

@@ -149,27 +149,36 @@ def _has_exif(data: bytes) -> bool:
 
 def _inspect_any(data: bytes) -> Header:
     with _opened(data) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise Unusable(
-                "image-animated", f"the picture is a {image.format} of {getattr(image, 'n_frames', 1)} frames"
-            )
-        traits = []
-        if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
-            traits.append("grayscale")
-        if image.mode in ("CMYK", "YCCK"):
-            traits.append("cmyk")
-        if image.mode in ("I", "F") or image.mode.startswith("I;16") or _sixteen_bits(data):
-            traits.append("16-bit")
-        if image.mode == "P":
-            traits.append("palette")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            traits.append("transparent")
-        orientation = 1
-        with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
-            orientation = _orientation(image)
-        needed = max(_BYTES_A_PIXEL.get(image.mode, 4), _DECODERS_BYTES.get(str(image.format), 0))
-        _refuse_above(image.width, image.height, needed)
-        return _header(str(image.format), image.width, image.height, orientation, False, traits)
+        try:
+            return _header_of(data, image)
+        except Unusable:
+            raise
+        except Exception as error:  # what lies behind the first frame is read only now, and may be broken, too
+            reason = f"the {image.format} is damaged: {error}"
+            raise Unusable("image-corrupt", reason) from error
+
+
+def _header_of(data: bytes, image: Image.Image) -> Header:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise Unusable("image-animated", f"the picture is a {image.format} of {frames} frames")
+    traits = []
+    if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
+        traits.append("grayscale")
+    if image.mode in ("CMYK", "YCCK"):
+        traits.append("cmyk")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or _sixteen_bits(data):
+        traits.append("16-bit")
+    if image.mode == "P":
+        traits.append("palette")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        traits.append("transparent")
+    orientation = 1
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+        orientation = _orientation(image)
+    needed = max(_BYTES_A_PIXEL.get(image.mode, 4), _DECODERS_BYTES.get(str(image.format), 0))
+    _refuse_above(image.width, image.height, needed)
+    return _header(str(image.format), image.width, image.height, orientation, False, traits)
 
 
 def _refuse_above(width: int, height: int, bytes_a_pixel: int) -> None:

@@ -95,6 +95,13 @@ def _grey_tiff(width: int, height: int, *more: tuple[int, int, int, int]) -> byt
     return _tiff([*tags, *more], bytes(400))
 
 
+def _broken_second_page(_: Random) -> bytes:
+    """Pillow looks at the second page when it counts them, and raises what it likes."""
+    first = _grey_tiff(20, 20, (279, 4, 1, 400))
+    tag = struct.pack("<HHHII", 1, 256, 3, 0, 0)
+    return first[:-4] + struct.pack("<I", len(first)) + tag + bytes(4)
+
+
 def _ppm(head: str) -> bytes:
     return head.encode() + bytes(1200)
 
@@ -167,6 +174,7 @@ BROKEN: dict[str, tuple[str, Bytes]] = {
     "tiff without tags": ("image-unrecognised", lambda draws: b"II*\0\x08\0\0\0\0\0\0\0\0\0"),
     "tiff whose directory is itself": ("image-unrecognised", lambda draws: b"II*\0\x04\0\0\0" + bytes(4)),
     "tiff that claims a world": ("image-bomb", lambda draws: _grey_tiff(60000, 60000, (279, 4, 1, 400))),
+    "tiff whose second page is none": ("image-(corrupt|animated)", _broken_second_page),
     "tiff of 64 bits": ("image-unrecognised", lambda draws: _tiff([(256, 4, 1, 20), (257, 4, 1, 20), (258, 3, 1, 64)])),
     "tiff of floats above 1": ("image-depth", lambda draws: _sixteen(300.0)),
     "tiff of NaN": ("image-depth", lambda draws: _sixteen(float("nan"))),
