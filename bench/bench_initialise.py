@@ -20,7 +20,7 @@ from optima.distill import ASSETS, DistillConfig, Initialisation, load_start
 from optima.tasks.evaluate import evaluate
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
-from optima_core import Distiller, DistillerConfig
+from optima_core import Distiller, DistillerConfig, LossTerm
 
 PER_ROUND = 25
 
@@ -44,18 +44,19 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
     )
     found: dict[str, list[float]] = {}
 
-    def measure(probe: dict[str, torch.Tensor]) -> None:
+    def measure(probe: dict[str, float]) -> None:
         scores = evaluate(student, data, "validation", limit=items).scores
         for name in ("kind_accuracy", "count_accuracy", "scene_accuracy"):
             found.setdefault(name, []).append(scores[name])
         for name in ("task", "logits"):
-            found.setdefault(name, []).append(float(probe[name]))
-        found.setdefault("total", []).append(float(distiller.objective.total(probe)))
+            found.setdefault(name, []).append(probe[name])
+        weights = {name: distiller.objective.weight(LossTerm.parse(name)) for name in probe}
+        found.setdefault("total", []).append(sum(weights[name] * loss for name, loss in probe.items()))
 
-    measure(distiller.initial_probe)
+    measure(distiller.initial_probe.named())
     while distiller.round < config.engine.rounds:
         record = distiller.run_round()
-    measure({name: torch.tensor(value) for name, value in record.probe.items()})
+    measure(record.probe)
     return found
 
 

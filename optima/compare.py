@@ -36,7 +36,7 @@ from optima.report.methods import (
     write_methods,
 )
 from optima.run_directory import flat, plain
-from optima.tasks import TASKS, Task
+from optima.task import TASKS, Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 

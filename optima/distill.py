@@ -18,26 +18,29 @@ import torch
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
 from optima.coca.pairs import module_pairs
 from optima.coca.presets import is_preset, preset
+from optima.coca.start import project_teacher, truncate_teacher
+from optima.data.config import HELD, DataConfig
 from optima.display import Display, WithEvents, make_display
 from optima.interruption import StopRequest
 from optima.memory import peak_mib
 from optima.report import write_report
 from optima.run_directory import RunDirectory, fingerprint
 from optima.samples import write_cross_attention, write_samples
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.batches import TaskBatch
-from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import HELD, Evaluation, TaskData, head_spec
+from optima.tasks.choose import open_data
+from optima.tasks.data import Evaluation, TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
 from optima.words import write_words
-from optima_core.engine import Distiller, DistillerConfig
+from optima_core.config import DistillerConfig
+from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
-from optima_core.parallel import Ranks, Strategy, join_ranks
+from optima_core.parallel import Ranks, join_ranks
+from optima_core.processes import Strategy
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord, RoundRecord
 
@@ -257,8 +260,7 @@ def load_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
         truncate_teacher(student, teacher, config.layer_map)
     elif init == "teacher_pca":
         batch = data.training_batch(0, INITIALISING_ITEMS)
-        device = next(teacher.parameters()).device
-        project_teacher(student, teacher, batch.images.to(device), batch.tokens.to(device), config.layer_map)
+        project_teacher(student, teacher, batch.images, batch.tokens, config.layer_map)
     return student.eval()
 
 

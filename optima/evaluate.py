@@ -10,12 +10,11 @@ from rich.table import Table
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
-from optima.coca.generate import GenerationConfig
-from optima.data.pictograms.stream import TASKS
+from optima.coca.config import GenerationConfig
+from optima.data.config import DataConfig, Held
 from optima.data.records import FORMATS
-from optima.tasks import Task
-from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import Held
+from optima.task import TASKS, Task
+from optima.tasks.choose import open_data
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima_core.checkpoint import write_atomically

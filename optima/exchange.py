@@ -17,7 +17,7 @@ from optima.coca.open_clip import from_open_clip, read_state_dict, to_open_clip
 from optima.coca.open_clip_config import open_clip_config, read_open_clip_config
 from optima.coca.presets import preset
 from optima.serving import Served, onnx_program, torch_program
-from optima.tasks import Task
+from optima.task import Task
 from optima.words import NAME as WORDS
 from optima.words import read_words
 from optima_core.checkpoint import write_atomically

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.data.config import HELD, DataConfig
 from optima.memory import peak_mib
 from optima.run_directory import RunDirectory
-from optima.tasks import Task
-from optima.tasks.choose import DataConfig, open_data
-from optima.tasks.data import HELD, TaskData, head_spec
+from optima.task import Task
+from optima.tasks.choose import open_data
+from optima.tasks.data import TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
 from optima.training import train
 from optima.words import write_words
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
+from optima_core.config import OptimiserConfig, Precision
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from optima_core.parallel import several
+from optima_core.processes import several
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO = 3.0

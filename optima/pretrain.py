@@ -15,16 +15,15 @@ from torch.nn import functional as F
 
 from optima.coca import CoCa, CoCaConfig, captioning_loss, contrastive_loss
 from optima.coca.checkpoint import save_coca
+from optima.data.normalise import normalise
 from optima.data.pictograms.stream import Pictograms, TrainingBatch
-from optima.data.pictures import normalise
 from optima.data.tokenizer import Tokenizer, word_tokenizer
 from optima.run_directory import RunDirectory
-from optima.tasks import HEADS, TASKS, TEXT_LENGTH
+from optima.task import TASKS, Task
 from optima.tasks.fit import refuse_misfit
-from optima.tasks.pictograms import PictogramTask
+from optima.tasks.pictograms import HEADS, TEXT_LENGTH, PictogramTask
 from optima.training import train
-from optima_core.optimiser import OptimiserConfig
-from optima_core.precision import Precision
+from optima_core.config import OptimiserConfig, Precision
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
     )
     # A statement is about two pictures, so its text is decoded over each of them.
     over_each = statements.view(pictures // 2, 1, -1, TEXT_LENGTH).expand(-1, 2, -1, -1)
-    about = {
+    about: dict[Task, Tensor] = {
         "captioning": captions.view(pictures, 1, TEXT_LENGTH),
         "vqa": questions.view(pictures, -1, TEXT_LENGTH),
         "snli_ve": hypotheses.view(pictures, -1, TEXT_LENGTH),
@@ -154,14 +153,15 @@ def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict
         torch.split(output.valid.view(pictures, -1, *output.valid.shape[1:]), texts, dim=1),
         strict=True,
     )
-    losses = {}
+    losses: dict[str, Tensor] = {}
     targets = {"vqa": batch.answers, "snli_ve": batch.labels, "nlvr2": batch.truths}
     for task, states, valid in by_picture:
         if task == "captioning":
             losses[task] = captioning_loss(model.caption_logits(states[:, 0]), captions, tokenizer.pad_id)
             continue
-        if task == "nlvr2":  # the head takes a statement's two pictures one after the other
-            states, valid = (x.reshape(-1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 1) for x in (states, valid))
+        images = TASKS[task].images
+        if images > 1:  # the head takes the pictures of a text one after the other
+            states, valid = (x.reshape(-1, images, *x.shape[1:]).transpose(1, 2).flatten(0, 1) for x in (states, valid))
         logits = model.heads[task](states.flatten(0, 1), valid.flatten(0, 1))
         losses[task] = F.cross_entropy(logits.float(), targets[task])
     return losses

@@ -17,21 +17,22 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.command_line import Command, parse
+from optima.commands.plan import PlanConfig, plan
 from optima.compare import CompareConfig, compare
-from optima.data.prepare import PrepareConfig, prepare
+from optima.data.config import PrepareConfig
+from optima.data.prepare import prepare
 from optima.distill import DistillConfig, distill
 from optima.doctor import DoctorConfig, doctor
 from optima.evaluate import EvaluateConfig, run_evaluate
 from optima.exchange import ExportConfig, ImportConfig, run_export, run_import
 from optima.finetune import FinetuneConfig, run_finetune
 from optima.interruption import terminate_as_interrupt
-from optima.plan import PlanConfig, plan
 from optima.pretrain import PretrainConfig, pretrain
 from optima.report import write_comparison, write_report
 from optima.simulate import SimulateConfig, simulate
 from optima.use import AnswerConfig, CaptionConfig, run_answer, run_caption
 from optima_core.errors import OptimaError
-from optima_core.parallel import leave, several, speaks
+from optima_core.processes import leave, several, speaks
 
 
 @dataclass(frozen=True)

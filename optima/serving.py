@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 class Served(nn.Module):
     """A CoCa doing one task: (images, tokens) -> logits.
 
-    images: float [B, pictures, 3, S, S], normalised as `optima.data.pictures.normalise` does; two pictures for nlvr2.
+    images: float [B, pictures, 3, S, S], normalised as `optima.data.normalise.normalise` does; two pictures for nlvr2.
     tokens: int64 [B, L], padded on the right. Logits: [B, classes]; of captioning [B, L, V], where row p tells token
     p + 1 and does not depend on the tokens behind p.
     """

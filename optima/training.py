@@ -10,9 +10,10 @@ from torch import Tensor
 from optima.coca import CoCa
 from optima.interruption import StopRequest
 from optima.run_directory import RunDirectory, fingerprint
+from optima_core.config import OptimiserConfig, Precision
 from optima_core.errors import OptimaError
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
-from optima_core.precision import Precision, arithmetic
+from optima_core.optimiser import clip_gradients, make_optimiser
+from optima_core.precision import arithmetic
 
 
 class TrainingConfig(Protocol):

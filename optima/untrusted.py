@@ -5,7 +5,6 @@ memory; both are refused in one line instead.
 """
 
 import json
-import math
 import os
 import stat
 from pathlib import Path
@@ -62,19 +61,3 @@ def parse_json(content: bytes | str, what: str) -> Any:
 def read_json(path: Path, what: str, most: int = MAX_JSON_BYTES) -> Any:
     """The content of a JSON file. Raises OptimaError as `read_file` and `parse_json` do."""
     return parse_json(read_file(path, what, most), f"{what} {shown(path)}")
-
-
-def whole_number(value: Any, name: str, least: int, most: int) -> int:
-    """`value`, if it is a whole number within the bounds; raises ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
-    return value
-
-
-def number_within(value: Any, name: str, least: float, most: float) -> float:
-    """`value`, if it is a finite number within the bounds; raises ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r:.80}")
-    if not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r:.80}")
-    return float(value)

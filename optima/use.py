@@ -15,11 +15,13 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
-from optima.coca.generate import GenerationConfig, generate
+from optima.coca.config import GenerationConfig
+from optima.coca.generate import generate
+from optima.data.config import TransformConfig
 from optima.data.images import inspect
-from optima.data.pictures import normalise
+from optima.data.normalise import normalise
 from optima.data.record import ImageSource, Unusable
-from optima.data.transform import TransformConfig, evaluation_window, picture
+from optima.data.transform import evaluation_window, picture
 from optima.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 

@@ -6,12 +6,14 @@ words.json holds the task, the tokenizer, the length of a text, and the answers 
 from dataclasses import dataclass
 from pathlib import Path
 
-from optima.data.tokenizer import Tokenizer, tokenizer_from_json
+from optima.data.tokenizer import Tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.limits import MAX_TEXT_LENGTH, MAX_VOCABULARY_BYTES
 from optima.run_directory import RunDirectory
-from optima.tasks import TASKS, Task
+from optima.sizes import whole_number
+from optima.task import TASKS, Task
 from optima.tasks.data import TaskData
-from optima.untrusted import read_json, shown, whole_number
+from optima.untrusted import read_json, shown
 from optima_core.errors import OptimaError
 
 NAME = "words.json"
@@ -47,7 +49,7 @@ def read_words(run: Path) -> Words:
         raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished")
     values = read_json(path, "words", MAX_VOCABULARY_BYTES)
     try:
-        if values["task"] not in TASKS:
+        if not isinstance(values["task"], str) or values["task"] not in TASKS:
             raise ValueError(f"unknown task {values['task']!r:.80}")
         length = whole_number(values["text_length"], "text_length", 2, MAX_TEXT_LENGTH)
         classes = values["classes"]

@@ -11,7 +11,7 @@ from PIL import Image
 from optima.data.pictograms import KINDS, Pictograms, describes, render
 from optima.distill import ASSETS
 from optima.run_directory import RunDirectory
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.pictograms import PictogramTask
 from optima.words import write_words
 

@@ -42,11 +42,15 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
     return cast(Backend, backend)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_trusted(loss: str, device: torch.device) -> bool:
     from optima_kernels import selfcheck
 
     return selfcheck.is_trusted(loss, device)
+
+
+# What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a
+# half, in every process that never compiles.
+_is_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from optima.coca.config import CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
+from optima.coca.config import CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.image_encoder import Pixels
-from optima.coca.model import CoCa, HeadSpec
+from optima.coca.model import CoCa
 from optima.limits import MAX_HEADS, MAX_METADATA_BYTES
 from optima.untrusted import shown
 from optima_core.checkpoint import write_atomically

@@ -20,55 +20,15 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 from rich.table import Table
 
+from optima.data.config import LoaderConfig, PrepareConfig
 from optima.data.images import decode, inspect
-from optima.data.loader import LoaderConfig
 from optima.data.record import ImageSource, Records, Rejection, Unusable, write_rejections
-from optima.data.records import ANSWERS, FORMATS, DataName, open_records
+from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
-from optima.data.tokenizer import named_tokenizer
+from optima.data.tokenizers import named_tokenizer
 from optima_core.errors import OptimaError
 
 _CHUNK = 1024  # pictures that are handed to the threads at a time
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to check and pack.
-
-    Attributes:
-        data: Format of the data set.
-        root: Where its files are, as they were downloaded.
-        splits: Splits to prepare; null takes all that are there.
-        out: Folder for the shards and the lists of rejected and converted items.
-        pack: Write tar shards after the check.
-        shard_mib: Size at which a shard is closed, MiB.
-        tokenizer: Also pack the texts as tokens: of "words", "clip" or a tokenizer's file; null packs none.
-        text_length: Tokens in a row of text.
-        answers: Size of VQAv2's answer vocabulary.
-        max_rejected: Share of a split, 0 to 1, that may be unusable; above it nothing is packed.
-        workers: Threads that decode; -1 takes one for every CPU but one, at most 8.
-    """
-
-    data: DataName
-    root: Path
-    splits: list[str] | None = None
-    out: Path = Path("prepared")
-    pack: bool = True
-    shard_mib: int = 512
-    tokenizer: str | None = None
-    text_length: int = 77
-    answers: int = ANSWERS
-    max_rejected: float = 0.01
-    workers: int = -1
-
-    def __post_init__(self) -> None:
-        if self.shard_mib < 1 or self.text_length < 2 or self.answers < 1:
-            raise ValueError(
-                "shard_mib and answers must be at least 1 and text_length at least 2, "
-                f"got {self.shard_mib}, {self.answers} and {self.text_length}"
-            )
-        if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"max_rejected must be within 0..1, got {self.max_rejected}")
 
 
 class PictureReport(NamedTuple):

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from optima.data.pictograms.stream import Task
 from optima.limits import MAX_PICTURE_BYTES, MAX_TEXT_CHARACTERS
+from optima.task import Task
 from optima.untrusted import shown
 from optima_core.errors import OptimaError
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima.data.images import FORMATS, inspect
-from optima.data.pictograms.stream import TASKS, Task
 from optima.data.record import (
     Collector,
     ImageSource,
@@ -37,6 +36,7 @@ from optima.data.record import (
 from optima.data.tar_index import BLOCK, tar_members
 from optima.data.tokenizer import Tokenizer
 from optima.limits import MAX_LINE_BYTES, MAX_PICTURE_BYTES
+from optima.task import TASKS, Task
 from optima.untrusted import read_json, shown
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
@@ -183,7 +183,7 @@ def _manifest(content: Any, name: str, path: Path) -> _Manifest:
         raise OptimaError(f"{path} holds {content.get('name')!s:.80}, not {name}")
     try:
         task, classes, left_out = (entry(content, field) for field in ("task", "classes", "left_out"))
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             raise Unusable("row-type", f"task must be one of {', '.join(TASKS)}, got {task!r:.80}")
         if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
             raise Unusable("row-type", f"classes must be a list of texts, got {classes!r:.80}")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 
-TASKS = {
-    "captioning": "Captioning",
-    "vqa": "Visual question answering",
-    "nlvr2": "Statements about two pictures (NLVR2-shaped)",
-    "snli_ve": "Visual entailment (SNLI-VE-shaped)",
-}
+from optima.task import TASKS, title_on
+
 ABSENT = "–"
 
 
-def task_title(task: str) -> str:
-    return TASKS.get(task, words(task).capitalize())
+def task_title(task: str, data: str = "pictograms") -> str:
+    """A task on a data set; another name, such as that of a mean over tasks, in words."""
+    return title_on(task, data) if task in TASKS else words(task).capitalize()
 
 
 def words(name: str) -> str:

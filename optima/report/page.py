@@ -34,11 +34,13 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 def render_report(run: Run) -> str:
     """The page of a run, as HTML."""
     rounds, summary = run.rounds, run.summary
+    task = formatting.task_title(summary.task, run.data)
     return render(
         "report.html",
         run=run,
         summary=summary,
-        title=f"{formatting.task_title(summary.task)}: {run.path.resolve().name}",
+        task=task,
+        title=f"{task}: {run.path.resolve().name}",
         headline=headline(summary),
         hero=hero(summary),
         facts=facts(summary),
@@ -65,7 +67,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        name: getattr(formatting, name) for name in ("words", "plain", "count", "duration", "memory", "task_title")
+        name: getattr(formatting, name) for name in ("words", "plain", "count", "duration", "memory")
     }
     environment.filters["data_uri"] = pictures.data_uri
     environment.globals |= {"arm_colours": ARM_COLOURS, "heat_levels": HEAT_LEVELS, "rise_levels": RISE_LEVELS}

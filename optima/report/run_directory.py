@@ -95,6 +95,12 @@ class Run:
     samples: tuple[Sample, ...]
     cross_attention: CrossAttention | None
 
+    @property
+    def data(self) -> str:
+        """Name of the data set; runs on pictograms need not say theirs."""
+        options = self.config.get("data")
+        return str(options.get("name", "pictograms")) if isinstance(options, dict) else "pictograms"
+
 
 def read_run(path: Path) -> Run:
     """Reads a run directory.

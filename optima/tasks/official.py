@@ -11,16 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optima.data.loader import Loader, LoaderConfig, Pictures, make_loader
+from optima.data.config import DataName, Held, LoaderConfig
+from optima.data.engine import Pictures
+from optima.data.loader import Loader, make_loader
+from optima.data.normalise import normalise
 from optima.data.order import Place
-from optima.data.pictograms.stream import Task
-from optima.data.pictures import normalise
 from optima.data.record import Records, RejectionLog, Unusable, counted_kinds
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import Tokenizer
+from optima.task import TASKS, Task
 from optima.tasks import scoring
 from optima.tasks.batches import TaskBatch
-from optima.tasks.data import Evaluation, Held, HeldBatch, Shown
+from optima.tasks.data import Evaluation, HeldBatch, Shown
 from optima_core.errors import OptimaError
 
 
@@ -75,7 +77,7 @@ class OfficialTask:
     ) -> None:
         self.name: str = name
         self.task: Task = FORMATS[name].task
-        self.headline = scoring.HEADLINES[self.task]
+        self.headline = TASKS[self.task].headline
         self.tokenizer = tokenizer
         self.picture_size = picture_size
         self.text_length = text_length

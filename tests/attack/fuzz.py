@@ -48,7 +48,7 @@ def parser_of(target: str, folder: Path) -> Callable[[bytes], None]:
     from optima.data.images import decode, inspect
     from optima.data.record import Collector, Unusable, clean_text, safe_name
     from optima.data.tar_index import tar_members
-    from optima.data.tokenizer import named_tokenizer
+    from optima.data.tokenizers import named_tokenizer
     from optima.plain_yaml import load_yaml
     from optima.words import read_words
     from optima_core.errors import OptimaError

@@ -15,7 +15,7 @@ from optima.command_line import parse
 from optima.data.prepare import check, look
 from optima.data.record import ImageSource, Records
 from optima.data.records import open_records
-from optima.data.tokenizer import named_tokenizer
+from optima.data.tokenizers import named_tokenizer
 from optima.run import COMMANDS
 from optima.words import read_words
 from optima_core.checkpoint import CheckpointStore

@@ -23,7 +23,7 @@ from optima.coca.checkpoint import save_coca
 from optima.command_line import _command_parser, _option_names
 from optima.data.tokenizer import word_tokenizer
 from optima.run import COMMANDS, main
-from optima.tasks import HEADS, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.pictograms import HEADS, PICTURE_SIZE, TEXT_LENGTH
 
 CASES = int(os.environ.get("OPTIMA_FUZZ_CASES", "150"))
 MORE_BYTES = 3 * 2**30

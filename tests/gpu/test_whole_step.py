@@ -10,9 +10,8 @@ from whole_step import make_coca, make_whole_step, random_batch
 from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
-from optima_core import BanditConfig, Distiller, DistillerConfig, RewardConfig
+from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfig, RewardConfig
 from optima_core.bandit import POLICIES, make_policy
-from optima_core.objective import ObjectiveConfig
 from optima_kernels import selfcheck
 
 CONFIGS = {
@@ -30,7 +29,7 @@ def test_the_kernels_pass_their_self_check(loss: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_step_never_waits_for_the_device(config: str, device: torch.device, no_synchronisation) -> None:
-    step = make_whole_step(CONFIGS[config], device)
+    step = make_whole_step(DistillerConfig(objective=CONFIGS[config], ema=0.5), device)
     bandit, meter = step.bandit, step.meter
     batches = [random_batch(device) for _ in range(5)]
     for batch in batches[:2]:
@@ -48,9 +47,9 @@ def test_a_planted_wait_is_caught(device: torch.device, no_synchronisation) -> N
 
 
 def test_a_step_on_the_gpu_is_that_on_the_cpu(device: torch.device) -> None:
-    on_cpu, on_gpu = make_whole_step(ObjectiveConfig()), make_whole_step(ObjectiveConfig(), device)
-    for name in ("objective", "teacher", "student"):
-        getattr(on_gpu, name).load_state_dict(getattr(on_cpu, name).state_dict())
+    on_cpu, on_gpu = make_whole_step(DistillerConfig()), make_whole_step(DistillerConfig(), device)
+    on_gpu.step.learner.load_state_dict(on_cpu.step.learner.state_dict())
+    on_gpu.step.teacher_forward.model.load_state_dict(on_cpu.step.teacher_forward.model.state_dict())
     batch = random_batch()
     expected, *_ = on_cpu.run(batch, on_cpu.bandit, on_cpu.meter)
     actual, *_ = on_gpu.run(type(batch)(*(x.to(device) for x in batch)), on_gpu.bandit, on_gpu.meter)
@@ -115,7 +114,6 @@ def test_one_compiled_graph_serves_every_arm(device: torch.device) -> None:
 
 
 def test_a_step_is_one_graph_in_inductor(device: torch.device) -> None:
-    step = make_whole_step(ObjectiveConfig(), device)
-    total, *_ = torch.compile(step.forward, fullgraph=True)(random_batch(device), step.bandit)
-    total.backward()
-    assert torch.isfinite(total)
+    whole = make_whole_step(DistillerConfig(), device)
+    losses, *_ = torch.compile(whole.forward, fullgraph=True)(random_batch(device), whole.bandit)
+    assert torch.isfinite(whole.step.backward(losses))

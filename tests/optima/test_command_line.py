@@ -97,17 +97,31 @@ def test_a_mistake_in_a_config_file_is_one_line(
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (["--engine.bandit.policy", "discounted_tompson"], ["discounted_tompson", "discounted_thompson"]),
-        (["--engine.bandit.options", "{gama: 0.5}"], ["gama", "gamma"]),
-        (["--engine.objective.attention_heads", "relation"], ["relation_heads"]),
+        (
+            ["--engine.bandit.policy", "discounted_tompson"],
+            "bandit.policy: unknown policy 'discounted_tompson'; did you",
+        ),
+        (
+            ["--engine.bandit.options", "{gama: 0.5}"],
+            "bandit.options.gama is no hyper-parameter of discounted_thompson",
+        ),
+        (["--engine.reward.clip", "0"], "reward.clip must be positive, got 0"),
+        (["--engine.objective.attention_heads", "relation"], "objective.relation_heads must be given"),
     ],
 )
-def test_what_is_found_wrong_late_still_leaves_the_directory_empty(
-    option: list[str], words: list[str], brief: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_what_is_wrong_with_an_option_is_said_before_anything_is_made(
+    option: list[str], words: str, brief: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    assert words in complaint_of(capsys, [*brief, "--run", str(tmp_path / "run"), *option])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_found_wrong_late_still_leaves_the_directory_empty(
+    brief: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    option = ["--engine.bandit.policy", "fixed_arm", "--engine.bandit.options", "{arm: 9}"]
     line = complaint_of(capsys, [*brief, "--run", str(tmp_path / "run"), *option])
-    for word in words:
-        assert word in line
+    assert "arm must be in [0, 2] with 3 arms, got 9" in line
     assert not list((tmp_path / "run").iterdir()), "the corrected command must be able to take the same directory"
 
 

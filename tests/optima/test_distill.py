@@ -16,10 +16,10 @@ import yaml
 
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import PRESETS
-from optima.data.pictograms.stream import TASKS
 from optima.distill import DistillConfig
 from optima.run import main
-from optima.tasks import HEADLINE
+from optima.task import TASKS
+from optima.tasks.pictograms import HEADLINE
 from optima_core import CheckpointStore
 
 WALL_CLOCK = ("seconds", "steps_per_second", "step_seconds")

@@ -14,8 +14,7 @@ from optima.coca.open_clip import to_open_clip
 from optima.coca.open_clip_config import from_open_clip_config
 from optima.finetune import FinetuneConfig, finetune, with_head
 from optima.run import main
-from optima.tasks import HEADS
-from optima.tasks.pictograms import PictogramTask
+from optima.tasks.pictograms import HEADS, PictogramTask
 from optima.words import read_words
 from optima_core import OptimaError, OptimiserConfig
 

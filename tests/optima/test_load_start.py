@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optima.coca.checkpoint import load_coca
-from optima.coca.initialise import project_teacher, truncate_teacher
+from optima.coca.start import project_teacher, truncate_teacher
 from optima.distill import ASSETS, INITIALISING_ITEMS, DistillConfig, Initialisation, load_start
 from optima.run import main
 from optima.tasks.pictograms import PictogramTask

@@ -12,9 +12,9 @@ from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import word_tokenizer
 from optima.pretrain import PretrainConfig, caption_losses, pretrain, task_losses
 from optima.run import main
-from optima.tasks import HEADS, TASKS
+from optima.task import TASKS
 from optima.tasks.forward import TaskForward
-from optima.tasks.pictograms import PictogramTask
+from optima.tasks.pictograms import HEADS, PictogramTask
 from optima_core import CheckpointStore, OptimaError, OptimiserConfig
 
 MODEL = CoCaConfig(

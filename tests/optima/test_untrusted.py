@@ -7,7 +7,8 @@ import pytest
 
 from optima.plain_yaml import load_yaml, refuse_hostile_yaml
 from optima.run import main
-from optima.untrusted import number_within, parse_json, read_file, read_json, shown, whole_number
+from optima.sizes import number_within, whole_number
+from optima.untrusted import parse_json, read_file, read_json, shown
 from optima_core.errors import OptimaError
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))

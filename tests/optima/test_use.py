@@ -10,10 +10,11 @@ from PIL import Image
 
 from optima.coca.checkpoint import load_coca
 from optima.data.pictograms.stream import Pictograms
-from optima.data.tokenizer import tokenizer_from_json, word_tokenizer
+from optima.data.tokenizer import word_tokenizer
+from optima.data.tokenizers import tokenizer_from_json
 from optima.run import main
 from optima.run_directory import RunDirectory
-from optima.tasks import Task
+from optima.task import Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import PictogramTask
 from optima.use import load_student

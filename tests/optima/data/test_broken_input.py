@@ -15,12 +15,12 @@ from miniatures import make_coco, make_nlvr2, make_snli_ve, make_vqav2, write_js
 from PIL import Image, ImageOps
 
 from optima.data import images
+from optima.data.config import LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.images import decode, inspect
-from optima.data.loader import LoaderConfig, make_loader
-from optima.data.prepare import PrepareConfig, prepare
+from optima.data.loader import make_loader
+from optima.data.prepare import prepare
 from optima.data.record import RejectionLog
 from optima.data.records import open_records
-from optima.data.transform import TransformConfig
 from optima_core.errors import OptimaError
 
 # libjpeg only warns of a hole in a JPEG; Pillow and DALI do not pass the warning on.

@@ -9,12 +9,12 @@ import pytest
 import torch
 from miniatures import MAKERS, make_coco, make_vqav2
 
-from optima.data.loader import LoaderConfig, make_loader
-from optima.data.prepare import PrepareConfig, prepare
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
+from optima.data.loader import make_loader
+from optima.data.prepare import prepare
+from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer
-from optima.data.transform import TransformConfig
 from optima.run import main
 from optima_core.errors import OptimaError
 

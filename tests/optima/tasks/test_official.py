@@ -10,8 +10,8 @@ from miniatures import MAKERS
 
 from optima.coca import HeadSpec
 from optima.coca.checkpoint import save_coca
-from optima.data.loader import LoaderConfig
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.config import DataName, LoaderConfig
+from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
 from optima.tasks.official import OfficialSplits, OfficialTask
@@ -23,6 +23,7 @@ PREDICTIONS = {
     "nlvr2": "nlvr2_test1_predictions.csv",
     "snli_ve": "snli_ve_test_predictions.jsonl",
     "folder": "folder_test_predictions.jsonl",
+    "webdataset": "webdataset_test_predictions.jsonl",
 }
 
 
@@ -92,6 +93,20 @@ def test_finetune_makes_the_teacher_of_official_data(make_coca, tmp_path: Path) 
     words = f"finetune --model {start} --task vqa --run {tmp_path / 'run'} --steps 2 --batch_size 4 --threads 1"
     assert main([*words.split(), *options("vqav2", root)]) == 0
     assert "accuracy" in json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
+
+
+def test_every_other_command_reads_the_tars_of_other_programs_too(
+    make_coca, student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, start = MAKERS["webdataset"](tmp_path / "data"), tmp_path / "start.safetensors"
+    save_coca(make_coca(16, 1, None), start)
+    words = f"finetune --model {start} --run {tmp_path / 'run'} --steps 2 --batch_size 4 --threads 1"
+    assert main([*words.split(), *options("webdataset", root)]) == 0
+    assert "cider_d" in json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
+    capsys.readouterr()
+    words = f"plan --teacher {start} --student {student_file} --json"
+    assert main([*words.split(), *options("webdataset", root)]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["data"]["name"] == "webdataset"
 
 
 def test_mistakes_are_one_line(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
-from optima.coca.initialise import project_teacher, truncate_teacher
+from optima.coca.start import project_teacher, truncate_teacher
 
 HEADS = {"vqa": HeadSpec(9), "nlvr2": HeadSpec(2, pictures=2)}
 
@@ -197,3 +197,23 @@ def test_truncation_takes_the_leading_features_of_every_head(seed: int) -> None:
 def test_a_deeper_student_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="4 student layers cannot learn from 2 teacher layers"):
         truncate_teacher(make_model(layers=4), make_model(layers=2))
+
+
+@pytest.mark.parametrize("how", ["truncate", "project"])
+def test_everything_is_made_on_the_devices_of_the_models_and_not_on_the_default_one(seed: int, how: str) -> None:
+    teacher, batch = trained(make_model(pooler=5), True), make_batch()
+    student = make_model(16, 2, 2, embed=8, pooler=5)
+    other = make_model(16, 2, 2, embed=8, pooler=5)
+    other.load_state_dict(student.state_dict())
+
+    def start(model: CoCa) -> None:
+        if how == "truncate":
+            truncate_teacher(model, teacher)
+        else:
+            project_teacher(model, teacher, *batch)
+
+    start(student)
+    with torch.device("meta"):  # a tensor made there cannot be copied into a student
+        start(other)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name

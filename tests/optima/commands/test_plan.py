@@ -13,8 +13,10 @@ import pytest
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import config_from_dict
 from optima.coca.presets import preset
+from optima.commands.plan import PlanConfig
+from optima.commands.plan.needs import Needs, measure_needs
+from optima.commands.plan.predict import GPUS, largest_batch, predicted_seconds
 from optima.distill import DistillConfig
-from optima.plan import GPUS, Needs, PlanConfig, largest_batch, measure_needs, predicted_seconds
 from optima.run import main
 from optima.run_directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
@@ -54,6 +56,8 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
         precision=chosen.pop("precision"),
         accumulate=chosen.pop("accumulate"),
         objective=ObjectiveConfig(attention_heads="mean"),
+        read_arm=chosen.pop("read_arm", True),
+        ema=chosen.pop("ema", 0.0),
     )
     models = [config_from_dict(chosen.pop(name)) for name in ("teacher", "student")]
     return measure_needs(*models, chosen.pop("task"), engine=engine, **chosen, **others)
@@ -133,6 +137,24 @@ def test_what_the_probe_takes_bounds_the_batch_too() -> None:
     assert largest_batch(many, 8, 1.2 * many.probe_peak / 1e9) > 8
 
 
+def test_an_update_behind_gates_keeps_copies_of_projections_and_moments() -> None:
+    """Where nothing else of a step is alive: few items, so that the update is where the most is."""
+    wide = dataclasses.asdict(sizes(256, 2, 4, vocab=50))
+    chosen = settings(batch_size=1, probe_size=1, student=wide, classes=2)
+    known, gated = planned(chosen), planned(chosen | {"read_arm": False})
+    projections = 2 * 3 * (256 * 192 + 192)
+    assert known.projection_parameters == projections
+    copies = 4 * projections * 3
+    assert 0.9 * copies < gated.step_peak - known.step_peak < 1.1 * copies
+
+
+def test_the_running_average_is_as_large_as_the_student_and_fp16_is_planned_too() -> None:
+    chosen = settings(batch_size=2, probe_size=2)
+    half = planned(chosen | {"precision": "fp16", "ema": 0.9})
+    assert half.average == pytest.approx(4 * half.student_parameters, rel=1e-3)
+    assert half.weights == pytest.approx(planned(chosen).weights, rel=1e-3)
+
+
 def test_a_prediction_is_operations_over_the_assumed_rate_and_the_optimisers_traffic() -> None:
     needs = Needs(0, 10**9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1e15, 1e15, 1e15, 1e15)
     a100 = GPUS[0]
@@ -175,7 +197,7 @@ def test_a_shipped_recipe_is_planned_before_its_teacher_and_data_are_there(
         asked.update(settings, models=models)
         return Needs(*[1] * 15)
 
-    monkeypatch.setattr("optima.plan.measure_needs", needs)
+    monkeypatch.setattr("optima.commands.plan.job.measure_needs", needs)
     assert main([*LARGE, "--recompute", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     teacher = preset("coca_ViT-L-14")
