@@ -14,9 +14,11 @@ from typing import get_args
 
 import torch
 
+from optima.assets import TEACHER
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
-from optima.distill import ASSETS, DistillConfig, Initialisation, load_start
+from optima.runs.config import DistillConfig, Initialisation
+from optima.runs.start import make_start
 from optima.tasks.evaluate import evaluate
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
@@ -29,9 +31,9 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
     """Each measure before and after."""
     config = DistillConfig(init=init, seed=seed, engine=DistillerConfig(rounds=steps // PER_ROUND))
     torch.manual_seed(seed)
-    teacher = load_coca(ASSETS / "teacher.safetensors").requires_grad_(False)
+    teacher = load_coca(TEACHER).requires_grad_(False)
     data = PictogramTask(config.task, seed, torch.device("cpu"))
-    student = load_start(config, teacher, data).train()
+    student = make_start(config, teacher, data).train()
     distiller = Distiller(
         student,
         TaskForward(student, config.task),

@@ -3,7 +3,7 @@
     python -m bench.predict
 
 Counts every launch of a loss, forward and gradients, in Triton's interpreter, cut as on the GPU
-(`optima_kernels.counts`), and divides by what the GPU can do at most: different bytes by memory bandwidth, products by
+(`optima_kernels.inspect.counts`), and divides by what the GPU can do at most: different bytes by memory bandwidth, products by
 the matrix units' rate, exponentials by that of the special function units. The largest of the three is a launch's time,
 the sum of launches that of the loss. So it is a bound from below: caches are perfect, units never wait, launches cost
 nothing, and other arithmetic is free. Writes bench/PREDICTED.md.
@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 
 from optima_kernels import attention_map_loss, hidden_mse, linear_kl
-from optima_kernels.counts import Launch, counting, tilings_of
+from optima_kernels.inspect.counts import Launch, counting, tilings_of
 from optima_kernels.triton import attention, logits, products
 
 TABLE = Path(__file__).with_name("PREDICTED.md")

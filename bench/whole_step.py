@@ -38,6 +38,7 @@ from optima_core import (
     WantedTaps,
 )
 from optima_core.config import Precision
+from optima_core.graphs import WARM_UP, CudaRecorder
 from optima_core.optimiser import clip_gradients, make_optimiser
 from optima_core.precision import arithmetic
 from optima_kernels.reference import regroup_heads
@@ -74,15 +75,18 @@ def sweeps(device: torch.device) -> list[Sweep]:
 
 def _contest(device: torch.device, sizes: Sizes, heads: Matching, name: str) -> Contest:
     problem = cache(lambda: Problem(device, sizes, heads))
+    contenders = {
+        "usual way": lambda: problem().usual(),
+        "usual way, our linear layers": lambda: problem().usual(our_linear_layers=True),
+        "optima": lambda: problem().ours(),
+        "no distillation": lambda: problem().undistilled(),
+    }
+    if device.type == "cuda":
+        contenders["optima, CUDA graph"] = lambda: problem().replayed()
     return Contest(
         suite="whole_step",
         name=name,
-        contenders={
-            "usual way": lambda: problem().usual(),
-            "usual way, our linear layers": lambda: problem().usual(our_linear_layers=True),
-            "optima": lambda: problem().ours(),
-            "no distillation": lambda: problem().undistilled(),
-        },
+        contenders=contenders,
         unequal=("no distillation",),
         tolerance=1e-3 if device.type == "cpu" else 5e-2,
         rounds=3,
@@ -118,7 +122,7 @@ class Problem:
         config = ImageEncoderConfig(self.sizes.image, self.sizes.patch, width, layers, heads)
         return ImageEncoder(config, self.sizes.classes).to(self.device)
 
-    def ours(self) -> Run:
+    def ours(self, capturable: bool = False) -> Run:
         """The engine's own step."""
         student, engine = (
             self.student,
@@ -127,6 +131,8 @@ class Problem:
         step = Step(student, self._shows(student), self._shows(self.teacher), [self.pair], engine)
         step.objective.load_state_dict(self.objective.state_dict())
         projections = step.objective.projections[MODULE]
+        for group in step.optimiser.param_groups:
+            group["capturable"] = capturable
 
         def run() -> list[Tensor]:
             total = step.backward(step.losses(self.images, {MODULE: None}))
@@ -136,6 +142,19 @@ class Problem:
             return [total, *gradients]
 
         return run
+
+    def replayed(self) -> Run:
+        """The same, recorded as the engine records it with cuda_graphs."""
+        run, recorder = self.ours(capturable=True), CudaRecorder(self.device)
+        for _ in range(WARM_UP):
+            recorder.warm(run)
+        replay, found = recorder.record(run)
+
+        def again() -> list[Tensor]:
+            replay()
+            return found
+
+        return again
 
     def _shows(self, tower: ImageEncoder) -> Callable[[Tensor, WantedTaps], Forward]:
         """The tower as the engine runs it."""

@@ -7,7 +7,6 @@ policy chooses before it and learns after it. Under FakeTensorMode tensors have 
 """
 
 import importlib
-import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +35,7 @@ from optima_core.bandit import POLICIES
 from optima_core.objective import Losses, Objective, as_vector
 from optima_core.records import Sent
 from optima_core.terms import LossGroup
-from optima_kernels.dispatch import INTERPRETED
+from optima_kernels.shared.dispatch import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
 
@@ -68,11 +67,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("triton")
         if not INTERPRETED:
             pytest.skip("host code of the triton backend asks a CUDA device for its architecture; see tests/gpu")
-        families = importlib.import_module("optima_kernels.triton")
-        for found in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
-            family = importlib.import_module(found.name)
-            for name in [name for name in vars(family) if name.endswith("_kernel")]:
-                monkeypatch.setattr(family, name, NoLaunch())
+        for name in ("attention", "hidden", "logits"):
+            importlib.import_module(f"optima_kernels.{name}.triton")
+        for module in [m for name, m in sys.modules.items() if name.startswith("optima_kernels.")]:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, NoLaunch())
     return str(request.param)
 
 

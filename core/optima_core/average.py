@@ -41,10 +41,10 @@ class RunningAverage:
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        return {"steps": self.steps, "module": self.module.state_dict()}
+        """What `load_state_dict` takes: tensors by name, behind "module.", and the number of steps."""
+        return {"steps": self.steps} | {f"module.{name}": x for name, x in self.module.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.steps = state["steps"]
-        self.module.load_state_dict(state["module"])
+        self.module.load_state_dict({name.removeprefix("module."): x for name, x in state.items() if name != "steps"})

@@ -186,6 +186,9 @@ class DistillerConfig:
             the next rounds may be queued at any time, but in every round all modules are tapped, their losses' kernels
             leave at closed gates, and each update keeps copies of projections and their moments. With compile it is so
             in any case.
+        cuda_graphs: On a CUDA device, record the step of each arm as a CUDA graph and replay it, where the host takes
+            longer to launch a step than the device to run it. Batches must have the same shapes in every step. The
+            memory of a recorded step stays taken while the probe is measured. On a CPU of no effect.
         ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
             0.999 averages over about the last thousand steps.
     """
@@ -200,12 +203,20 @@ class DistillerConfig:
     precision: Precision | Literal["fp16"] = "fp32"
     compile: bool = False
     read_arm: bool = True
+    cuda_graphs: bool = False
     ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps_per_round", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for given, other in (
+            (self.compile, "compile"),
+            (not self.read_arm, "read_arm: false"),
+            (self.optimiser.implementation == "apex", "optimiser.implementation apex"),
+        ):
+            if self.cuda_graphs and given:
+                raise ValueError(f"cuda_graphs and {other} exclude each other; take one of them")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a number of at least 0 and below 1, got {self.ema}")
 

@@ -7,8 +7,9 @@ Everything that decides anything is a tensor on the device. The host reads once 
 that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from optima_core.bandit.arms import arm_gates, arm_names, count_arms
 from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
+from optima_core.graphs import CudaRecorder, ReplayedStep
 from optima_core.modules import ModulePair
 from optima_core.objective import Gates, LossVector
 from optima_core.parallel import Ranks
@@ -92,6 +94,8 @@ class Distiller(Generic[Batch]):
         self.step = 0
         # A graph that serves every arm taps all modules; then the host need not know the arm.
         self._reads_arm = config.read_arm and not config.compile
+        replays = config.cuda_graphs and self.device.type == "cuda"
+        self._replayed = ReplayedStep(self.training, CudaRecorder(self.device)) if replays else None
         self._next: _Choice | None = None
         self._taught = self.training.teach(probe, self.names)
         self.initial_probe = self.training.measure(probe, self._taught)
@@ -132,12 +136,15 @@ class Distiller(Generic[Batch]):
         """
         choice = self._next or self._choose()
         self.bandit = choice.after
+        batches: Iterator[Batch] = map(self.load, itertools.count(self.step * self.config.accumulate))
+        # Loaded while a GPU ends the round before, whose end tells the arm.
+        batches = itertools.chain([next(batches)], batches)
         gates = self._gates(choice)
         watch = Stopwatch(self.device)
         steps: list[LossVector] = []
+        run = self.training.run if self._replayed is None else self._replayed.run
         for _ in range(self.config.steps_per_round):
-            first = self.step * self.config.accumulate
-            steps.append(self.training.run(map(self.load, range(first, first + self.config.accumulate)), gates))
+            steps.append(run(batches, gates))
             if self.config.reward.source == "training":
                 self._observe(steps[-1], choice.gates)
             self.step += 1
@@ -192,6 +199,8 @@ class Distiller(Generic[Batch]):
         self.round = state["round"]
         self.step = state["step"]
         self._next = None
+        if self._replayed is not None:
+            self._replayed.forget()
 
     def _choose(self) -> _Choice:
         """The next round's arm, queued; a pure function of the bandit's state, which stays as it is."""
@@ -271,6 +280,7 @@ def _refuse_unshared(config: DistillerConfig, ranks: Ranks) -> None:
     """Raises OptimaError for what several ranks cannot do."""
     for given, name, instead in (
         (ranks.count > 1 and config.compile, "engine.compile", "leave it out"),
+        (ranks.count > 1 and config.cuda_graphs, "engine.cuda_graphs", "leave it out"),
         (ranks.sharded and config.ema > 0, "engine.ema", "take --parallel ddp"),
         (ranks.sharded and config.precision == "fp16", "engine.precision fp16", "take bf16"),
         (

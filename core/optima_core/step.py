@@ -67,7 +67,7 @@ class Step(Generic[Batch]):
         self._errors = _told_in_a_line if config.compile else contextlib.nullcontext
 
     def run(self, batches: Iterable[Batch], gates: Gates) -> LossVector:
-        """One step on the next `accumulate` batches, whose mean losses it returns; nothing is read on the host."""
+        """One step on the next `accumulate` batches, and no more; returns their mean losses. The host reads nothing."""
         losses = self.learn(batches, gates)
         self.advance()
         return losses

@@ -1,6 +1,7 @@
 """Every loss written out in eager torch: the specification, and the oracle of the tests.
 
-Nothing here saves time or memory. It runs in any float dtype up to float64 and gets its gradients from autograd.
+It imports nothing but torch and lends nothing to the code that it judges. Nothing here saves time or memory. It runs in
+any float dtype up to float64 and gets its gradients from autograd.
 """
 
 import math
@@ -10,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optima_kernels.dispatch import compute_dtype
-
 # One tensor for all layers, or one entry a layer.
-PerLayer = Tensor | Sequence[Tensor | None] | None
+_PerLayer = Tensor | Sequence[Tensor | None] | None
 
 LAYERNORM_EPS = 1e-5
 L2_EPS = 1e-12
@@ -47,15 +46,18 @@ def attention_map_loss(
     - `kind="kl"`: one term `sum_j P_t log(P_t / P_s)` per valid row (h, i), one that attends to any key;
     - `kind="mse"`: one term `(P_s - P_t)^2` per valid element (h, i, j), an element being valid when i attends to j.
 
+    Of H query heads and H_k key heads, H / H_k query heads that follow each other read one key head; for
+    `heads="relation"` key heads are repeated for them before the concatenated heads are cut anew.
     `lse_s` and `lse_t` only save the other backends a pass: here the log-sum-exp is always computed.
     Arguments, shapes and errors are those of `optima_kernels.attention_map_loss`. The sums are kept in float32, or in
     float64 when an input is float64, and the result has that dtype.
     """
-    dtype = compute_dtype(q_s, k_s, q_t, k_t)
+    dtype = _dtype(q_s, k_s, q_t, k_t)
+    k_s, k_t = _of_every_query_head(k_s, q_s.shape[1]), _of_every_query_head(k_t, q_t.shape[1])
     if heads == "relation":
         assert relation_heads is not None
-        q_s, k_s, q_t, k_t = (regroup_heads(x, relation_heads) for x in (q_s, k_s, q_t, k_t))
-    attends = attended_elements(q_s.shape[2], k_s.shape[2], causal, mask, key_lengths, q_s.device)
+        q_s, k_s, q_t, k_t = (_regroup_heads(x, relation_heads) for x in (q_s, k_s, q_t, k_t))
+    attends = _attended_elements(q_s.shape[2], k_s.shape[2], causal, mask, key_lengths, q_s.device)
     bias = mask.to(dtype) if mask is not None and mask.is_floating_point() else None
     log_p_s = _log_attention_map(q_s.to(dtype), k_s.to(dtype), scale_s, bias, attends)
     with torch.no_grad():
@@ -74,7 +76,7 @@ def attention_map_loss(
     weight = torch.ones((), dtype=dtype, device=q_s.device) if sample_weight is None else sample_weight.to(dtype)
     total = (weight * terms.flatten(1).sum(1)).sum()
     count = (weight * valid.flatten(1).sum(1)).sum()
-    return apply_gate(torch.where(count > 0, total / torch.where(count > 0, count, 1), 0), gate)
+    return _apply_gate(torch.where(count > 0, total / torch.where(count > 0, count, 1), 0), gate)
 
 
 def attention_map_losses(
@@ -87,13 +89,13 @@ def attention_map_losses(
     heads: str = "match",
     relation_heads: int | None = None,
     causal: bool = False,
-    mask: PerLayer = None,
-    key_lengths: PerLayer = None,
+    mask: _PerLayer = None,
+    key_lengths: _PerLayer = None,
     scale_s: float | None = None,
     scale_t: float | None = None,
-    lse_s: PerLayer = None,
-    lse_t: PerLayer = None,
-    sample_weight: PerLayer = None,
+    lse_s: _PerLayer = None,
+    lse_t: _PerLayer = None,
+    sample_weight: _PerLayer = None,
     gate: Tensor | None = None,
 ) -> Tensor:
     """One `attention_map_loss` per layer, stacked to [L]; arguments as in `optima_kernels.attention_map_losses`."""
@@ -116,13 +118,13 @@ def attention_map_losses(
         )
         for i, masks, lengths, weights in zip(
             range(layers),
-            per_layer(mask, layers),
-            per_layer(key_lengths, layers),
-            per_layer(sample_weight, layers),
+            _per_layer(mask, layers),
+            _per_layer(key_lengths, layers),
+            _per_layer(sample_weight, layers),
             strict=True,
         )
     ]
-    return apply_gate(torch.stack(losses), gate)
+    return _apply_gate(torch.stack(losses), gate)
 
 
 def hidden_mse(
@@ -153,18 +155,18 @@ def hidden_mse(
     if weight is not None:
         projected = F.linear(projected, weight.to(dtype), None if bias is None else bias.to(dtype))
     error = (_normalized(projected, normalize) - _normalized(h_t.detach().to(dtype), normalize)).square().mean(-1)
-    return apply_gate(_weighted_mean(error, token_weights(error, mask, sample_weight)), gate)
+    return _apply_gate(_weighted_mean(error, _token_weights(error, mask, sample_weight)), gate)
 
 
 def hidden_mses(
     h_s: Sequence[Tensor],
     h_t: Sequence[Tensor],
-    weight: PerLayer = None,
-    bias: PerLayer = None,
+    weight: _PerLayer = None,
+    bias: _PerLayer = None,
     *,
     normalize: str | None = None,
-    mask: PerLayer = None,
-    sample_weight: PerLayer = None,
+    mask: _PerLayer = None,
+    sample_weight: _PerLayer = None,
     gate: Tensor | None = None,
 ) -> Tensor:
     """`hidden_mse` of every layer: one sequence entry a layer, `gate` [L], returns the losses [L].
@@ -177,11 +179,11 @@ def hidden_mses(
         for *arguments, masks, sample_weights in zip(
             h_s,
             h_t,
-            *(per_layer(argument, layers) for argument in (weight, bias, mask, sample_weight)),
+            *(_per_layer(argument, layers) for argument in (weight, bias, mask, sample_weight)),
             strict=True,
         )
     ]
-    return apply_gate(torch.stack(losses), gate)
+    return _apply_gate(torch.stack(losses), gate)
 
 
 def linear_kl(
@@ -203,7 +205,7 @@ def linear_kl(
     """Divergence of the student's token distribution from the teacher's, each given as hidden state and head.
 
     `z = h w^T + bias` are the logits, `P_t = softmax(z_t / T)` and `P_s = softmax(z_s / T)`, and the loss is
-    `gate * T^2 *` the mean of `divergence_rows` over the tokens that `mask` keeps (0 when it keeps none).
+    `gate * T^2 *` the mean of `_divergence_rows` over the tokens that `mask` keeps (0 when it keeps none).
     The factor `T^2` (Hinton, Vinyals, Dean 2015) keeps the size of the gradient when T changes.
 
     With `labels` (int64, one a token) the result is `(loss, cross_entropy)`: the cross entropy of `softmax(z_s)`, at
@@ -216,15 +218,15 @@ def linear_kl(
     z_s = F.linear(h_s.to(dtype), w_s.to(dtype), None if bias_s is None else bias_s.to(dtype))
     h_t, w_t = h_t.detach().to(dtype), w_t.detach().to(dtype)
     z_t = F.linear(h_t, w_t, None if bias_t is None else bias_t.detach().to(dtype))
-    rows = divergence_rows(z_s, z_t, temperature=temperature, divergence=divergence, beta=beta)
-    kl = apply_gate(temperature**2 * _weighted_mean(rows, token_weights(rows, mask, None)), gate)
+    rows = _divergence_rows(z_s, z_t, temperature=temperature, divergence=divergence, beta=beta)
+    kl = _apply_gate(temperature**2 * _weighted_mean(rows, _token_weights(rows, mask, None)), gate)
     if labels is None:
         return kl
     counted = labels != ignore_index
     nll = -z_s.log_softmax(-1).gather(-1, labels.masked_fill(~counted, 0)[..., None]).squeeze(-1)
     if mask is not None:
         counted = counted & mask
-    return kl, apply_gate(_weighted_mean(nll, counted.to(dtype)), gate)
+    return kl, _apply_gate(_weighted_mean(nll, counted.to(dtype)), gate)
 
 
 def prediction_kl(
@@ -238,20 +240,24 @@ def prediction_kl(
     gate: Tensor | None = None,
 ) -> Tensor:
     """`linear_kl` on given logits `z` [..., V], with `sample_weight` [B] for the first dimension."""
-    dtype = compute_dtype(z_s, z_t)
-    rows = divergence_rows(
+    dtype = _dtype(z_s, z_t)
+    rows = _divergence_rows(
         z_s.to(dtype), z_t.detach().to(dtype), temperature=temperature, divergence=divergence, beta=beta
     )
-    return apply_gate(temperature**2 * _weighted_mean(rows, token_weights(rows, None, sample_weight)), gate)
+    return _apply_gate(temperature**2 * _weighted_mean(rows, _token_weights(rows, None, sample_weight)), gate)
 
 
-def regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:
+def _regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:
     """[B, H, N, d] -> [B, R, N, H * d / R]: the concatenated heads cut anew, as MiniLMv2 does (arXiv 2012.15828)."""
     x_BNHd = x_BHNd.transpose(1, 2)
     return x_BNHd.reshape(*x_BNHd.shape[:2], relation_heads, -1).transpose(1, 2)
 
 
-def attended_elements(
+def _of_every_query_head(k_BHMd: Tensor, query_heads: int) -> Tensor:
+    return k_BHMd.repeat_interleave(query_heads // k_BHMd.shape[1], dim=1)
+
+
+def _attended_elements(
     queries: int,
     keys: int,
     causal: bool,
@@ -275,7 +281,7 @@ def attended_elements(
     return attends
 
 
-def divergence_rows(z_s: Tensor, z_t: Tensor, *, temperature: float, divergence: str, beta: float) -> Tensor:
+def _divergence_rows(z_s: Tensor, z_t: Tensor, *, temperature: float, divergence: str, beta: float) -> Tensor:
     """Divergence of `P_s = softmax(z_s / T)` from `P_t = softmax(z_t / T)` in nats, a value a row.
 
     - `"forward"`: `KL(P_t || P_s)`
@@ -294,7 +300,7 @@ def divergence_rows(z_s: Tensor, z_t: Tensor, *, temperature: float, divergence:
     return (beta * lp_t.exp() * (lp_t - lp_m) + (1.0 - beta) * lp_s.exp() * (lp_s - lp_m)).sum(-1)
 
 
-def token_weights(rows: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor:
+def _token_weights(rows: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor:
     """A weight for each token, shaped and typed like `rows` [B, ...]: 0 where masked, else its sample's weight."""
     weights = torch.ones_like(rows)
     if sample_weight is not None:
@@ -304,12 +310,12 @@ def token_weights(rows: Tensor, mask: Tensor | None, sample_weight: Tensor | Non
     return weights
 
 
-def apply_gate(loss: Tensor, gate: Tensor | None) -> Tensor:
+def _apply_gate(loss: Tensor, gate: Tensor | None) -> Tensor:
     """`gate * loss`, and exactly 0 with a zero gradient where the gate is 0, whatever the loss is there."""
     return loss if gate is None else torch.where(gate == 0, 0, loss * gate.to(loss.dtype))
 
 
-def per_layer(argument: PerLayer, layers: int) -> Sequence[Tensor | None]:
+def _per_layer(argument: _PerLayer, layers: int) -> Sequence[Tensor | None]:
     """One entry a layer from an argument that is a sequence already, or one tensor (or None) for all layers."""
     return [argument] * layers if argument is None or isinstance(argument, Tensor) else argument
 
@@ -339,4 +345,5 @@ def _normalized(h: Tensor, normalize: str | None) -> Tensor:
 
 
 def _dtype(*tensors: Tensor | None) -> torch.dtype:
-    return compute_dtype(*(tensor for tensor in tensors if tensor is not None))
+    """float32, or float64 when any of `tensors` is float64."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -38,7 +38,7 @@ READER = {
 }
 """Target -> the corpus's reader of such things, and the file name that it goes by."""
 
-INSTRUMENTED = ["optima.data", "optima.coca.checkpoint", "optima.coca.config", "optima.words", "optima.plain_yaml"]
+INSTRUMENTED = ["optima.data", "optima.coca.checkpoint", "optima.coca.config", "optima.runs.words", "optima.plain_yaml"]
 
 
 def parser_of(target: str, folder: Path) -> Callable[[bytes], None]:
@@ -50,7 +50,7 @@ def parser_of(target: str, folder: Path) -> Callable[[bytes], None]:
     from optima.data.tar_index import tar_members
     from optima.data.tokenizers import named_tokenizer
     from optima.plain_yaml import load_yaml
-    from optima.words import read_words
+    from optima.runs.words import read_words
     from optima_core.errors import OptimaError
 
     path = folder / READER[target][1]
@@ -122,7 +122,7 @@ def fuzz(target: str, words: argparse.Namespace) -> None:
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        import optima.run  # noqa: F401  # all that the parsers import is instrumented with it
+        import optima.commands.prepare  # noqa: F401  # all that the parsers import is instrumented with it
     folder = words.inner
     write_seeds(target, folder)
     options = [f"-runs={words.runs}", f"-max_total_time={words.seconds}", "-timeout=20", "-rss_limit_mb=4096"]

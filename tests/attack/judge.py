@@ -11,13 +11,12 @@ from miniatures import make_coco
 from optima.coca.checkpoint import load_coca
 from optima.coca.open_clip import read_state_dict
 from optima.coca.open_clip_config import read_open_clip_config
-from optima.command_line import parse
-from optima.data.prepare import check, look
+from optima.commands.parse import parse
+from optima.commands.prepare import check, look
 from optima.data.record import ImageSource, Records
 from optima.data.records import open_records
 from optima.data.tokenizers import named_tokenizer
-from optima.run import COMMANDS
-from optima.words import read_words
+from optima.runs.words import read_words
 from optima_core.checkpoint import CheckpointStore
 from optima_core.errors import OptimaError
 
@@ -30,7 +29,7 @@ def judge(reader: str, path: Path) -> Verdict:
     """What the reader says; anything but a result or an error that a command shows in a line is raised."""
     try:
         return READERS[reader](path)
-    except (OptimaError, ValueError) as error:
+    except OptimaError as error:
         line = " ".join(str(error).split())
         if len(line) > LONGEST_LINE:
             raise AssertionError(f"a line of {len(line)} characters: {line[:100]}...") from error
@@ -107,7 +106,7 @@ def _checkpoint(path: Path) -> Verdict:
 
 
 def _config(path: Path) -> Verdict:
-    parse(["distill", "--config", str(path)], {"distill": COMMANDS["distill"]}, "distill")
+    parse(["distill", "--config", str(path)])
     return Verdict("accepted")
 
 

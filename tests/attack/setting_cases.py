@@ -23,7 +23,7 @@ def setting_cases() -> Iterator[Case]:
         yield Case("config", name, written(text.encode()), ACCEPTED, "c.yaml")
     for name, (words, data) in BAD_YAML.items():
         yield Case("config", name, written(data), Verdict("refused", words), "c.yaml")
-    yield Case("config", "a pipe", lambda path, _: os.mkfifo(path), Verdict("refused", "no plain file"), "c.yaml")
+    yield Case("config", "a pipe", lambda path, _: os.mkfifo(path), Verdict("refused", "neither a file nor"), "c.yaml")
     for name, (words, change) in ANNOTATIONS.items():
         yield Case("annotations", name, _annotated(change), Verdict("rejected", words) if words else ACCEPTED)
     for name, (words, data) in NO_JSON.items():
@@ -155,13 +155,17 @@ def _in_folder(name: str, data: bytes | Callable[[Random], bytes]) -> Callable[[
 
 
 def _words() -> dict[str, object]:
-    return {"task": "vqa", "text_length": 20, "classes": ["no", "yes"], "tokenizer": word_tokenizer().to_json()}
+    found: dict[str, object] = {"task": "vqa", "text_length": 20, "classes": ["no", "yes"]}
+    return found | {"tokenizer": word_tokenizer().to_json(), "transform": {"image_size": 32}}
 
 
 WORDS: dict[str, dict[str, object]] = {
     "a length of words": {"text_length": "x"},
     "a length of a world": {"text_length": 10**12},
     "a length below nothing": {"text_length": -1},
+    "pictures of no size": {"transform": {"image_size": 0}},
+    "pictures of words": {"transform": {"image_size": "large"}},
+    "pictures of a list": {"transform": [32]},
     "an unknown task": {"task": "painting"},
     "a task that is a list": {"task": ["vqa"]},
     "classes that are a text": {"classes": "yes"},

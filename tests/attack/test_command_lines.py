@@ -20,9 +20,10 @@ from setting_cases import BOMB
 
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import save_coca
-from optima.command_line import _command_parser, _option_names
+from optima.commands import COMMANDS
+from optima.commands.parse import _option_names
 from optima.data.tokenizer import word_tokenizer
-from optima.run import COMMANDS, main
+from optima.run import main
 from optima.tasks.pictograms import HEADS, PICTURE_SIZE, TEXT_LENGTH
 
 CASES = int(os.environ.get("OPTIMA_FUZZ_CASES", "150"))
@@ -52,7 +53,7 @@ FIRST = {
 }
 """What makes a command small enough to be run to its end; options at random come after it and may undo it."""
 
-NAMES = {name: _option_names(_command_parser(command)) for name, command in COMMANDS.items()}
+NAMES = {name: _option_names(command.config()) for name, command in COMMANDS.items()}
 WORDS = [
     "", "0", "1", "2", "-1", "3.5", "1e9", "1e400", "nan", "inf", "-inf", "99999999999999999999", "true", "false",
     "null", "cat", "captioning", "[captioning]", "vqa", "folder", "pictograms", "teacher_pca", "clip", "words",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from optima_core import (
     WantedTaps,
 )
 from optima_core.bandit import POLICIES, make_policy
+from optima_core.records import Sent
 
 CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
 
@@ -296,6 +297,59 @@ def test_one_compiled_graph_serves_every_arm_with_the_losses_of_eager_steps(
         assert ours.probe == pytest.approx(theirs.probe, rel=1e-4, abs=1e-6)
         assert (ours.tapped, theirs.tapped) == (1.0, {("front",): 2 / 3, ("back",): 1 / 3}.get(ours.modules, 1.0))
     assert counter.frame_count == 1, "the step was compiled again for another arm"
+
+
+@pytest.mark.parametrize("source", ["probe", "training"])
+def test_an_arm_that_stays_on_the_device_is_distilled_as_one_that_is_read(
+    source: Literal["probe", "training"], seed: int
+) -> None:
+    config = replace(CONFIG, bandit=BanditConfig(arms="subsets"), reward=RewardConfig(source))
+    read, unread = make_distiller(config, seed), make_distiller(replace(config, read_arm=False), seed)
+    for _ in range(8):
+        ours, theirs = read.run_round(), unread.run_round()
+        assert ours.modules == theirs.modules
+        assert ours.reward == pytest.approx(theirs.reward, rel=1e-3, abs=1e-6)
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-4, abs=1e-6)
+        assert ours.probe == pytest.approx(theirs.probe, rel=1e-4, abs=1e-6)
+        assert theirs.tapped == 1.0
+    share = {("front",): 2 / 3, ("back",): 1 / 3}.get(ours.modules, 1.0)
+    assert ours.tapped == pytest.approx(share)
+
+
+def test_models_are_asked_for_the_arms_modules_alone() -> None:
+    """Of both models, in every step; the probe is measured for all."""
+    asked: list[tuple[str, ...]] = []
+    teacher = TwoModules(16, 4, 2).eval()
+
+    def noted(batch: Batch, wanted: WantedTaps) -> Forward:
+        asked.append(tuple(wanted))
+        output: Forward = teacher(batch, wanted)
+        return output
+
+    distiller = make_distiller(replace(CONFIG, bandit=BanditConfig("round_robin")), teacher_forward=noted)
+    for _ in range(2):
+        distiller.run_round()
+    assert asked == [("front", "back"), *[("front",)] * 3, *[("back",)] * 3]
+
+
+def test_a_batch_is_loaded_before_the_arm_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    value = Sent.value
+
+    def told(sent: Sent) -> Tensor:
+        done.append("arm")
+        return value(sent)
+
+    def noted(number: int) -> Batch:
+        done.append(str(number))
+        return load(number)
+
+    distiller = make_distiller(replace(CONFIG, accumulate=2), load=noted)
+    done.clear()
+    monkeypatch.setattr(Sent, "value", told)
+    for _ in range(2):
+        distiller.launch_round()
+    assert done == ["0", "arm", *map(str, range(1, 6)), "6", "arm", *map(str, range(7, 12))]
 
 
 def test_rounds_may_be_launched_before_the_records_of_those_before_are_read(seed: int) -> None:

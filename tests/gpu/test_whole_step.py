@@ -1,18 +1,14 @@
 """A whole distillation step on a GPU: it never waits, and bandits choose there as they do on a CPU."""
 
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
-from whole_step import make_coca, make_whole_step, random_batch
+from whole_step import make_distiller, make_whole_step, random_batch
 
-from optima.coca.pairs import module_pairs
-from optima.tasks.batches import TaskBatch
-from optima.tasks.forward import TaskForward
-from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfig, RewardConfig
+from optima_core import BanditConfig, DistillerConfig, ObjectiveConfig
 from optima_core.bandit import POLICIES, make_policy
-from optima_kernels import selfcheck
+from optima_kernels.shared import selfcheck
 
 CONFIGS = {
     "default": ObjectiveConfig(),
@@ -70,36 +66,6 @@ def test_bandits_choose_as_on_the_cpu(policy: str, device: torch.device, seed: i
             reward = rewards.gather(1, arms[-1].clamp(min=0)[:, None])[:, 0].to(arm.device)
             states[i] = chooser.update(state, arm, reward)
         assert torch.equal(arms[0], arms[1])
-
-
-def make_distiller(device: torch.device, config: DistillerConfig) -> Distiller[TaskBatch]:
-    torch.manual_seed(0)
-    with torch.device(device):
-        student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
-    batch = random_batch(device)
-    return Distiller(
-        student,
-        TaskForward(student, "captioning"),
-        TaskForward(teacher, "captioning"),
-        module_pairs(student, teacher),
-        lambda step: batch,
-        batch,
-        config,
-    )
-
-
-@pytest.mark.parametrize("source", ["probe", "training"])
-def test_the_engine_launches_rounds_without_waiting_and_their_records_arrive(
-    source: Literal["probe", "training"], device: torch.device, no_synchronisation
-) -> None:
-    distiller = make_distiller(device, DistillerConfig(steps_per_round=2, accumulate=2, reward=RewardConfig(source)))
-    distiller.run_round()
-    with no_synchronisation():
-        pending = [distiller.launch_round() for _ in range(3)]
-    records = [record.result() for record in pending]
-    assert [record.round for record in records] == [2, 3, 4]
-    assert all(record.step_seconds > 0 for record in records)
-    assert all(record.ready() for record in pending)
 
 
 def test_one_compiled_graph_serves_every_arm(device: torch.device) -> None:

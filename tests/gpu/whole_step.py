@@ -4,6 +4,7 @@ What happens on a GPU when the chosen arm stays a tensor: select an arm, tap all
 teacher and the student, all losses, the optimiser, then the reward and the bandit's update.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderC
 from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
-from optima_core import DistillerConfig, Step
+from optima_core import Distiller, DistillerConfig, Step
 from optima_core.bandit import Policy, arm_gates
 from optima_core.objective import Gates, Losses, as_vector
 from optima_core.reward import RewardMeter
@@ -75,6 +76,17 @@ def make_whole_step(config: DistillerConfig, device: torch.device | str = "cpu")
     policy, rewards = config.bandit.make(len(step.names)), RewardMeter(config.reward)
     losses = 2 + len(step.names) * (bool(config.objective.hidden) + bool(config.objective.attention))
     return WholeStep(step, policy, rewards, policy.init(1, 0, device), rewards.init_unmeasured(1, losses, device))
+
+
+def make_distiller(
+    device: torch.device | str, config: DistillerConfig, load: Callable[[int], TaskBatch] | None = None
+) -> Distiller[TaskBatch]:
+    """Of equal tiny models that caption, each time; by default every batch is the same."""
+    torch.manual_seed(0)
+    student, teacher = make_coca(16, 1, 2).to(device), make_coca(32, 2, 2).to(device).eval()
+    forwards = (TaskForward(model, "captioning") for model in (student, teacher))
+    batch = random_batch(device)
+    return Distiller(student, *forwards, module_pairs(student, teacher), load or (lambda _: batch), batch, config)
 
 
 def random_batch(device: torch.device | str = "cpu", size: int = 3) -> TaskBatch:

@@ -10,8 +10,8 @@ from kernel_support import assert_close
 from test_attention import check
 from torch import Tensor
 
-from optima_kernels import cpu_products
-from optima_kernels.cpu_products import add_product, linear, product
+from optima_kernels.shared import cpu_products
+from optima_kernels.shared.cpu_products import add_product, linear, product
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from optima.doctor import DoctorConfig, doctor
-from optima_kernels import selfcheck
-from optima_kernels.dispatch import INTERPRETED, choose_backend
+from optima.commands.doctor import doctor
+from optima.commands.options import DoctorConfig
+from optima_kernels.shared import selfcheck
+from optima_kernels.shared.dispatch import INTERPRETED, choose_backend
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from optima_kernels.triton import attention as attention_kernels  # noqa: E402
-from optima_kernels.triton import hidden as hidden_kernels  # noqa: E402
-from optima_kernels.triton import logits as logits_kernels  # noqa: E402
-from optima_kernels.triton import products  # noqa: E402
+from optima_kernels.attention import triton as attention_kernels  # noqa: E402
+from optima_kernels.hidden import triton as hidden_kernels  # noqa: E402
+from optima_kernels.logits import triton as logits_kernels  # noqa: E402
+from optima_kernels.shared import products  # noqa: E402
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a kernel is broken by replacing it in the interpreter")
 

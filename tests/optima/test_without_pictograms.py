@@ -24,8 +24,8 @@ sys.meta_path.insert(0, Hidden())
 
 import optima
 
-# `pretrain` trains on pictograms alone, and the command line lists it.
-THEIRS = ("optima.tasks.pictograms", "optima.pretrain", "optima.run")
+# `pretrain` trains on pictograms alone.
+THEIRS = ("optima.tasks.pictograms", "optima.commands.pretrain")
 OPTIONAL = ("optima.data.dali_engine",)
 
 

@@ -4,14 +4,13 @@ import dataclasses
 import json
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from optima.commands.console import make_console, make_table
 from optima.commands.plan.advice import GIB, advise, fits
 from optima.commands.plan.config import PlanConfig
 from optima.commands.plan.job import read_job
 from optima.commands.plan.needs import Needs
 from optima.commands.plan.predict import GPUS, HEADROOM, largest_batch, predicted_seconds
+from optima.runs.config import told_in_a_line
 
 __all__ = ["PlanConfig", "plan"]
 
@@ -19,8 +18,9 @@ __all__ = ["PlanConfig", "plan"]
 def plan(config: PlanConfig) -> None:
     """Prints what the distillation needs."""
     job = read_job(config)
-    needs = job.needs()
-    advice = advise(job, needs)
+    with told_in_a_line():
+        needs = job.needs()
+        advice = advise(job, needs)
     teacher, student = job.names
     if config.json:
         figures = {"teacher": teacher, "student": student} | _figures(config, needs, advice)
@@ -47,17 +47,15 @@ def _figures(config: PlanConfig, needs: Needs, advice: list[str]) -> dict[str, A
 
 
 def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> None:
-    console = Console()
+    console = make_console()
     engine = config.engine
     title = (
         f"{models}, {config.task}, batch {config.batch_size}"
         f"{f' x {engine.accumulate}' if engine.accumulate > 1 else ''}, {engine.precision}"
         f"{', activations recomputed' if config.recompute else ''}"
     )
-    memory = Table(title=title, title_justify="left", header_style="bold")
-    memory.add_column("memory of a step, all modules tapped")
-    memory.add_column("GiB", justify="right")
-    memory.add_column("")
+    memory = make_table("memory of a step, all modules tapped", "GiB", "", title=title)
+    memory.columns[-1].justify = "left"
     rows = (
         ("weights", needs.weights, f"teacher {needs.teacher_parameters / 1e6:.1f} M, student "
          f"{needs.student_parameters / 1e6:.1f} M, projections {needs.projection_parameters / 1e6:.1f} M"),
@@ -66,6 +64,7 @@ def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> N
         ("running average", needs.average, ""),
         ("held probe batch", needs.probe, f"{config.probe_size} items, as the teacher shows them"),
         ("activations", needs.activations, f"{needs.activations / config.batch_size / 2**20:.0f} MiB an item"),
+        ("kept by CUDA graphs", needs.kept, "beside the probe, and beside the first steps of another arm"),
     )  # fmt: skip
     for name, size, remark in rows:
         if size:
@@ -74,9 +73,7 @@ def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> N
     memory.add_row("peak of a step", f"{needs.step_peak / GIB:.2f}", "the most alive at once")
     console.print(memory)
 
-    work = Table(header_style="bold")
-    for heading in ("10^12 operations a step", "teacher", "student", "losses", "backward", "all"):
-        work.add_column(heading, justify="left" if heading.startswith("10") else "right")
+    work = make_table("10^12 operations a step", "teacher", "student", "losses", "backward", "all")
     parts = (
         needs.teacher_operations,
         needs.student_operations,
@@ -87,9 +84,8 @@ def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> N
     work.add_row("", *(f"{part / 1e12:.2f}" for part in parts))
     console.print(work)
 
-    speed = Table(title="Predictions, not measurements", title_justify="left", header_style="bold")
-    for heading in ("GPU", "ms a step", "items a second", "largest batch, about"):
-        speed.add_column(heading, justify="left" if heading == "GPU" else "right")
+    headings = ("GPU", "ms a step", "items a second", "largest batch, about")
+    speed = make_table(*headings, title="Predictions, not measurements")
     for gpu in GPUS:
         seconds = predicted_seconds(needs, gpu, config)
         items = config.batch_size * engine.accumulate / seconds
@@ -101,11 +97,10 @@ def _show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> N
     console.print(
         f"Assumed: {100 * config.utilisation:.0f} % of the makers' {peak} peak, 80 % of the bandwidth in the "
         f"optimiser, {100 * (HEADROOM - 1):.0f} % more memory than the tensors take.",
-        highlight=False,
     )
     if advice:
-        console.print(f"Does not fit {config.memory:g} GB. What to change:", style="bold", highlight=False)
+        console.print(f"Does not fit {config.memory:g} GB. What to change:", style="bold")
         for line in advice:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
     else:
-        console.print(f"Fits {config.memory:g} GB.", style="bold", highlight=False)
+        console.print(f"Fits {config.memory:g} GB.", style="bold")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from optima.distill import DistillConfig
+from optima.runs.config import DistillConfig
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from optima.assets import STUDENT
+from optima.assets import TEACHER as SHIPPED_TEACHER
 from optima.coca import CoCa, CoCaConfig
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import preset
 from optima.commands.plan.config import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
 from optima.data.records import FORMATS
-from optima.distill import ASSETS
-from optima.recipes.write_large import TEACHER, TEACHER_FILES
+from optima.recipes.coca_large import TEACHER, TEACHER_FILES
 from optima.task import TASKS
 from optima.tasks.fit import refuse_misfit
 from optima_core.errors import OptimaError
@@ -64,7 +65,7 @@ def _sizes(
     A teacher that a shipped recipe still waits for has the sizes of the model that the recipe says to finetune.
     """
     if path is None:
-        return load_coca(ASSETS / f"{role}.safetensors").config, f"the shipped {role}"
+        return load_coca(SHIPPED_TEACHER if role == "teacher" else STUDENT).config, f"the shipped {role}"
     if path.suffix != ".safetensors":
         return preset(str(path), teacher), str(path)
     if path.exists():

@@ -50,7 +50,8 @@ class Needs:
 
     weights: both models and the projections. probe: the held batch and what the teacher shows of it. activations: what
     a batch's forward passes and losses leave for the backward pass. probe_peak, step_peak: the most alive at once while
-    the held batch is measured, which the batch size does not change, and in a step.
+    the held batch is measured, which the batch size does not change, and in a step. kept: by recorded steps (CUDA
+    graphs) between replays.
     """
 
     teacher_parameters: int
@@ -68,6 +69,7 @@ class Needs:
     student_operations: float
     loss_operations: float
     backward_operations: float
+    kept: int = 0
 
     @property
     def operations(self) -> float:
@@ -76,8 +78,8 @@ class Needs:
 
     @property
     def peak(self) -> int:
-        """The most alive at once, from the start on."""
-        return max(self.probe_peak, self.step_peak)
+        """The most alive at once, from the start on: a recorded step lies beside the first steps of another arm."""
+        return max(self.probe_peak, self.step_peak) + self.kept
 
     @property
     def resident(self) -> int:
@@ -186,6 +188,7 @@ def measure_needs(
         step.advance()
 
     times = engine.accumulate / min(engine.accumulate, 2)
+    resident = weights + states + averaged + probe_bytes
     return Needs(
         teacher_parameters=_parameters(teacher),
         student_parameters=_parameters(student),
@@ -202,6 +205,7 @@ def measure_needs(
         student_operations=times * work.counts["student"],
         loss_operations=times * work.losses(step.objective),
         backward_operations=times * work.counts["backward"],
+        kept=memory.peak - resident if engine.cuda_graphs and device == "gpu" else 0,
     )
 
 

@@ -44,5 +44,5 @@ def largest_batch(needs: Needs, batch_size: int, memory: float) -> int:
     room = memory * 1e9 / HEADROOM
     if needs.probe_peak > room:
         return 0
-    each = max(1, needs.step_peak - needs.resident) / batch_size
+    each = max(1, needs.step_peak - needs.resident + needs.kept) / batch_size
     return max(0, int((room - needs.resident - needs.gradients) / each))

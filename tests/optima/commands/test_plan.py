@@ -16,9 +16,9 @@ from optima.coca.presets import preset
 from optima.commands.plan import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
 from optima.commands.plan.predict import GPUS, largest_batch, predicted_seconds
-from optima.distill import DistillConfig
 from optima.run import main
-from optima.run_directory import RunDirectory
+from optima.runs.config import DistillConfig
+from optima.runs.directory import RunDirectory
 from optima_core import DistillerConfig, ObjectiveConfig
 
 MIB = 2**20
@@ -58,6 +58,7 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
         objective=ObjectiveConfig(attention_heads="mean"),
         read_arm=chosen.pop("read_arm", True),
         ema=chosen.pop("ema", 0.0),
+        cuda_graphs=chosen.pop("cuda_graphs", False),
     )
     models = [config_from_dict(chosen.pop(name)) for name in ("teacher", "student")]
     return measure_needs(*models, chosen.pop("task"), engine=engine, **chosen, **others)
@@ -146,6 +147,14 @@ def test_an_update_behind_gates_keeps_copies_of_projections_and_moments() -> Non
     assert known.projection_parameters == projections
     copies = 4 * projections * 3
     assert 0.9 * copies < gated.step_peak - known.step_peak < 1.1 * copies
+
+
+def test_a_recorded_step_keeps_its_memory() -> None:
+    launched, recorded = (planned(settings(batch_size=8, cuda_graphs=graphs)) for graphs in (False, True))
+    assert recorded.step_peak == launched.step_peak
+    assert recorded.peak == launched.peak + launched.step_peak - launched.resident
+    memory = 2 * recorded.peak / 1e9
+    assert 0.4 < largest_batch(recorded, 8, memory) / largest_batch(launched, 8, memory) < 0.6
 
 
 def test_the_running_average_is_as_large_as_the_student_and_fp16_is_planned_too() -> None:

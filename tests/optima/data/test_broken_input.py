@@ -14,11 +14,11 @@ from broken import BROKEN_LINES, BROKEN_PICTURES, BROKEN_TEXTS, ODD_PICTURES, en
 from miniatures import make_coco, make_nlvr2, make_snli_ve, make_vqav2, write_json
 from PIL import Image, ImageOps
 
+from optima.commands.prepare import prepare
 from optima.data import images
 from optima.data.config import LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.images import decode, inspect
 from optima.data.loader import make_loader
-from optima.data.prepare import prepare
 from optima.data.record import RejectionLog
 from optima.data.records import open_records
 from optima_core.errors import OptimaError

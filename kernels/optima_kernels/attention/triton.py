@@ -1,0 +1,272 @@
+"""How the attention-map kernels are launched: which layers share a launch, in which tiles, with which memory."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from optima_kernels.attention import blocked
+from optima_kernels.attention.problem import Layer, Options, Solution, empty_gradients
+from optima_kernels.attention.tiles import Tiles, Tiling, padded, tiles_of
+from optima_kernels.attention.triton_kernels import key_kernel, lse_kernel, query_kernel
+from optima_kernels.attention.triton_mean_kernels import mean_kernel, mean_key_kernel, mean_query_kernel
+from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.target import target_of
+
+LOG2E = math.log2(math.e)
+
+# A kernel's arguments are at most 4 KiB; a layer takes up to eleven pointers.
+MOST_LAYERS_PER_LAUNCH = 32
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
+
+# What score gradients are multiplied by before they are rounded to float16 for a product: the mean map element is
+# 1 / keys, and the gradient of MSE smaller still, where float16 has few bits or none. They are at most 1.
+FLOAT16_GAIN = 2**14
+
+
+def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """Every layer's sums and gradients, layers that look alike in one launch a kernel; `gate` [L] on their device."""
+    with torch.cuda.device_of(layers[0].q_s):
+        results: dict[int, Solution] = {}
+        layers = [_readable(layer) for layer in layers]
+        for members in _alike(layers):
+            gates = None if gate is None else torch.stack([gate[i] for i in members]).float()
+            results |= zip(members, _launch([layers[i] for i in members], options, gates), strict=True)
+        return [results[i] for i in range(len(layers))]
+
+
+def _by_torch(layer: Layer, options: Options) -> Solution:
+    """By torch's operators on the same device, for what the kernels do not take."""
+    solution = blocked.solve([layer], options, None)[0]
+    if not options.with_grad:
+        return solution
+    grad_q, grad_k = empty_gradients(layer, "triton")
+    assert solution.grad_q is not None and solution.grad_k is not None
+    return solution._replace(grad_q=grad_q.copy_(solution.grad_q), grad_k=grad_k.copy_(solution.grad_k))
+
+
+def _readable(layer: Layer) -> Layer:
+    """q and k of one dtype a side, with features next to each other; a mask with a stride (0 where it broadcasts) in
+    each dimension; log-sum-exps in float32."""
+    tensors: dict[str, Any] = {}
+    for side in ("s", "t"):
+        q, k = getattr(layer, f"q_{side}"), getattr(layer, f"k_{side}")
+        dtype = torch.promote_types(q.dtype, k.dtype)
+        tensors[f"q_{side}"], tensors[f"k_{side}"] = (_dense_rows(x.to(dtype)) for x in (q, k))
+        lse = getattr(layer, f"lse_{side}")
+        if lse is not None:
+            tensors[f"lse_{side}"] = lse.float().contiguous()
+    if layer.mask is not None:
+        mask = layer.mask.float() if layer.mask.dtype == torch.float64 else layer.mask
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        tensors["mask"] = mask.expand(layer.q_s.shape[0], -1, layer.q_s.shape[2], layer.k_s.shape[2])
+        if mask.shape[1] == 1:
+            tensors["mask"] = tensors["mask"].expand(-1, layer.q_s.shape[1], -1, -1)
+    if layer.key_lengths is not None:
+        tensors["key_lengths"] = layer.key_lengths.contiguous()
+    return layer._replace(**tensors)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Rows of a tile are addressed in 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(2) < 2**22 else x.contiguous()
+
+
+def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
+    """Indices of layers that one launch can serve."""
+    groups: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        key = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in layer)
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
+        for first in range(0, len(members), MOST_LAYERS_PER_LAUNCH):
+            yield members[first : first + MOST_LAYERS_PER_LAUNCH]
+
+
+def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """Layers of one look; `gate` has an entry for each of them."""
+    first = layers[0]
+    widest = max(padded(first.q_s.shape[3]), padded(first.q_t.shape[3]))
+    dtype = torch.promote_types(first.q_s.dtype, first.q_t.dtype)
+    tiles = tiles_of(target_of(first.q_s.device), widest, dtype)
+    if tiles is None:
+        return [_by_torch(layer, options) for layer in layers]
+
+    batch, heads, queries, d_s = first.q_s.shape
+    gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
+    shared: dict[str, Any] = {
+        "key_lengths": _pointers(layers, "key_lengths"),
+        "gate": gate,
+        "N": queries,
+        "M": first.k_s.shape[2],
+        "LAYERS": len(layers),
+        "CAUSAL": options.causal,
+        "LENGTHS": first.key_lengths is not None,
+        "GATED": gate is not None,
+        "WIDEN": INTERPRETED,  # its bf16 products are wrong
+        **_mask_arguments(first.mask, _pointers(layers, "mask")),
+    }
+    lse_s, lse_t = (_log_sums(layers, side, tiles.lse, shared) for side in ("s", "t"))
+    shared |= {"lse_s": lse_s, **_side(layers, "s")}
+    teacher = {"lse_t": lse_t, **_side(layers, "t")}
+    gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
+    solve_layers = _means if options.mean_heads else _matches
+    totals, counts = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
+    return [Solution(totals[i], counts[i], *gradients[i]) for i in range(len(layers))]
+
+
+def _pointers(layers: Sequence[Layer], name: str) -> tuple[Tensor, ...] | None:
+    return None if getattr(layers[0], name) is None else tuple(getattr(layer, name) for layer in layers)
+
+
+def _side(layers: Sequence[Layer], side: str) -> dict[str, Any]:
+    """What kernels are told of q and k of student or teacher."""
+    q, k = getattr(layers[0], f"q_{side}"), getattr(layers[0], f"k_{side}")
+    upper, width = side.upper(), q.shape[3]
+    return {
+        f"q_{side}": _pointers(layers, f"q_{side}"),
+        f"k_{side}": _pointers(layers, f"k_{side}"),
+        f"s_q_{side}": q.stride(),
+        f"s_k_{side}": k.stride(),
+        f"scale_{side}": getattr(layers[0], f"scale_{side}") * LOG2E,
+        f"GROUP_{upper}": q.shape[1] // k.shape[1],
+        f"D_{upper}": width,
+        f"BD_{upper}": padded(width),
+    }
+
+
+def _rows(layers: Sequence[Layer], heads: int, extent: int) -> Tensor:
+    """Memory for float32 rows: [layers, B, heads, extent]."""
+    q_s = layers[0].q_s
+    return q_s.new_empty((len(layers), q_s.shape[0], heads, extent), dtype=torch.float32)
+
+
+def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Each layer's log-sum-exps [B, H, N], those handed in or new ones."""
+    given = _pointers(layers, f"lse_{side}")
+    if given is not None:
+        return given
+    q, k = getattr(layers[0], f"q_{side}"), getattr(layers[0], f"k_{side}")
+    batch, heads, queries, width = q.shape
+    lse, row_tiles = _rows(layers, heads, queries), triton.cdiv(queries, tiling.queries)
+    lse_kernel[(row_tiles * batch * heads, len(layers))](
+        q=_pointers(layers, f"q_{side}"),
+        k=_pointers(layers, f"k_{side}"),
+        s_q=q.stride(),
+        s_k=k.stride(),
+        lse=lse,
+        H=heads,
+        TILES=row_tiles,
+        scale=getattr(layers[0], f"scale_{side}") * LOG2E,
+        GROUP=heads // k.shape[1],
+        D=width,
+        BD=padded(width),
+        **tiling.arguments(),
+        **shared,
+    )
+    return lse.unbind()
+
+
+Gradients = Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
+
+
+def _matches(
+    layers: Sequence[Layer],
+    options: Options,
+    tiles: Tiles,
+    shared: dict[str, Any],
+    teacher: dict[str, Any],
+    gain: int,
+    gradients: Gradients,
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts of terms [layers, B], head by head; `gradients` are filled."""
+    batch, heads, queries, _ = layers[0].q_s.shape
+    heads_k, keys = layers[0].k_s.shape[1:3]
+    row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
+    mse, with_grad = options.kind == "mse", options.with_grad
+    grad_q, grad_k = zip(*gradients, strict=True)
+    total, count = _rows(layers, heads, row_tiles), _rows(layers, heads, row_tiles)
+    shared = shared | teacher | {"H": heads, "MSE": mse, "GAIN": gain, "grad_scale": layers[0].scale_s / gain}
+    shared["row_term"] = _rows(layers, heads, queries).unbind() if mse else None
+
+    for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
+        query_kernel[(row_tiles * batch * heads, len(layers))](
+            total=total if loss else None,
+            count=count if loss else None,
+            grad_q=grad_q if grad else None,
+            TILES=row_tiles,
+            LOSS=loss,
+            GRAD=grad,
+            **tiles.query.arguments(),
+            **shared,
+        )
+    if with_grad:
+        key_kernel[(key_tiles * batch * heads_k, len(layers))](
+            grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared
+        )
+    return total.sum((2, 3)), count.sum((2, 3))
+
+
+def _means(
+    layers: Sequence[Layer],
+    options: Options,
+    tiles: Tiles,
+    shared: dict[str, Any],
+    teacher: dict[str, Any],
+    gain: int,
+    gradients: Gradients,
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts of terms [layers, B] of means over heads; `gradients` are filled."""
+    first = layers[0]
+    batch, heads, queries, _ = first.q_s.shape
+    heads_k, keys = first.k_s.shape[1:3]
+    row_tiles, key_tiles = triton.cdiv(queries, tiles.mean.queries), triton.cdiv(keys, tiles.mean.keys)
+    total = _rows(layers, 1, row_tiles * key_tiles)
+    quotients = None
+    if options.with_grad:
+        dtype = torch.float32 if first.q_s.dtype == torch.float32 else torch.bfloat16
+        # Rows begin where 16 bytes can be read at once.
+        shape = (batch, queries, triton.cdiv(keys, 16) * 16)
+        quotients = tuple(first.q_s.new_empty(shape, dtype=dtype) for _ in layers)
+    stored = {"quotients": quotients, "s_quotients": None if quotients is None else quotients[0].stride(1)}
+    mean_kernel[(batch * row_tiles * key_tiles, len(layers))](
+        total=total,
+        TILES=row_tiles,
+        KEY_TILES=key_tiles,
+        HEADS_S=heads,
+        HEADS_T=first.q_t.shape[1],
+        MSE=options.kind == "mse",
+        GRAD=options.with_grad,
+        **tiles.mean.arguments(),
+        **stored,
+        **shared,
+        **teacher,
+    )
+    if options.with_grad:
+        grad_q, grad_k = zip(*gradients, strict=True)
+        row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
+        shared = shared | stored | {"H": heads, "unit": gain / heads, "grad_scale": first.scale_s / gain}
+        shared["row_term"] = _rows(layers, heads, queries).unbind()
+        mean_query_kernel[(row_tiles * batch * heads, len(layers))](
+            grad_q=grad_q, TILES=row_tiles, **tiles.query.arguments(), **shared
+        )
+        mean_key_kernel[(key_tiles * batch * heads_k, len(layers))](
+            grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared
+        )
+    return total.sum((2, 3)), torch.stack([blocked.count_terms(layer, options) for layer in layers])
+
+
+def _mask_arguments(mask: Tensor | None, masks: tuple[Tensor, ...] | None) -> dict[str, Any]:
+    """What kernels are told of masks; PER_ELEMENT says that a mask knows more than which keys a sample has."""
+    if mask is None:
+        return {"mask": None, "s_mask": None, "MASK": NO_MASK, "PER_ELEMENT": False, "LOWEST": 0.0}
+    return {
+        "mask": masks,
+        "s_mask": mask.stride(),
+        "MASK": BOOL_MASK if mask.dtype == torch.uint8 else ADDITIVE_MASK,
+        "PER_ELEMENT": any(mask.shape[i] > 1 and mask.stride(i) != 0 for i in (1, 2)),
+        "LOWEST": torch.finfo(mask.dtype).min if mask.is_floating_point() else 0.0,
+    }

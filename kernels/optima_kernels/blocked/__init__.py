@@ -1,1 +1,0 @@
-"""Losses as torch calls over tiles: bounded memory on any device, the default on CPU and the fallback on CUDA."""

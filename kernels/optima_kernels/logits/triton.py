@@ -1,0 +1,221 @@
+"""Vocabulary divergence on a GPU: chunks of tokens in scratch, gradients in the forward pass.
+
+For a chunk of tokens two matrix products make both models' logits, one kernel (`triton_rows`) turns the student's into
+their gradient in place, and two more products spend that on the gradients of state and head. The products are the
+vendor's, or, since those would run whether or not a gate is open, Triton's own where there is a gate
+(`triton_products`).
+
+Logits of bfloat16 states are stored in bfloat16, as eager torch has them under autocast, but with float32 sums around
+them; those of float16 and float32 states in float32. In float16 the gradient of the logits is stored 2^10 times as
+large, and divided again after the products: unscaled, that of a student near its teacher would underflow.
+
+Why chunks and not recomputed tiles, counted at 2048 tokens, V = 49408 and widths 768 and 1024 in bfloat16: recomputing
+in the gradients of state and head (what cut cross entropy does) takes 6656 multiply-adds for every logit instead of
+3328; chunks take 14 bytes of traffic for every logit.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from optima_kernels.logits.problem import Layer, Options, Solution
+from optima_kernels.logits.triton_products import PADDING, GatedProducts, VendorProducts
+from optima_kernels.logits.triton_rows import row_kernel
+
+DIVERGENCE = {"forward": 0, "reverse": 1, "jsd": 2}
+# What float16 gradients of logits are multiplied by, and what they are cut off at.
+NARROW_SCALE, NARROW_LIMIT = 2.0**10, 60000
+# Unless the caller says otherwise a chunk has a quarter of the tokens, within these bounds, or more if it takes no more
+# bytes than that. Bounds and parts are by measurement on an H100, see `bench/logits.py`.
+CHUNK_TOKENS, LEAST_BYTES = (1024, 2048), 2**26
+# The teacher's logits are made for a quarter of a chunk at a time, but at least for so many tokens: with fewer the
+# product waits for its head to be read.
+PARTS, PART_TOKENS = 4, 256
+
+
+def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """See `logits.problem`. No gate is read by the host."""
+    with torch.cuda.device_of(layers[0].h_s):  # type: ignore[no-untyped-call]
+        return [
+            _solve(_dense(layer), options, None if gate is None else gate[i : i + 1]) for i, layer in enumerate(layers)
+        ]
+
+
+def _dense(layer: Layer) -> Layer:
+    """Heads in the dtype of their states, and every tensor with the elements of a row next to each other."""
+    dense: dict[str, Tensor] = {}
+    for name, like in (("h_s", layer.h_s), ("w_s", layer.h_s), ("h_t", layer.h_t), ("w_t", layer.h_t)):
+        x = getattr(layer, name).to(like.dtype)
+        dense[name] = x if x.stride(-1) == 1 else x.contiguous()
+    return layer._replace(**dense)
+
+
+def _solve(layer: Layer, options: Options, gate: Tensor | None) -> Solution:
+    tokens, vocabulary = len(layer.h_s), len(layer.w_s)
+    columns = math.ceil(vocabulary / PADDING) * PADDING
+    products = VendorProducts(layer, columns) if gate is None else GatedProducts(layer, gate)
+    solution = Solution.empty(layer, options)
+    share, factors = _shares(layer, options, solution.scale)
+    chunk, part = chunk_tokens(layer, options, columns)
+    z_s, z_t, gradient = _scratch(layer, options, (chunk, part), columns)
+    values = layer.h_s.new_empty((2, tokens), dtype=torch.float32)
+    biases = [_padded(bias, columns) for bias in (layer.bias_s, layer.bias_t)]
+
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        size = rows.stop - start
+        products.student_logits(layer.h_s[rows], z_s[:size])
+        for first in range(start, rows.stop, part):
+            of_part = slice(first, min(first + part, rows.stop))
+            within = slice(first - start, of_part.stop - start)
+            products.teacher_logits(layer.h_t[of_part], z_t[: of_part.stop - first])
+            _compare(layer, options, gate, of_part, (z_s[within], z_t), biases, factors, values, gradient[within])
+        d_logits = gradient[:size]
+        if options.wants[0]:
+            products.state(d_logits, solution.state[rows])
+        if options.wants[1]:
+            products.head(d_logits, _counted(layer, rows), solution.head, accumulate=start > 0)
+        if options.wants[2]:
+            products.bias(d_logits, solution.bias, accumulate=start > 0)
+    torch.mul(values.sum(1), share, out=solution.losses)
+    solution.losses[0] *= options.temperature**2
+    return solution
+
+
+def _counted(layer: Layer, rows: slice) -> Tensor:
+    """The student's state, 0 where a token does not count: 0 times what it holds there might be NaN."""
+    state = layer.h_s[rows]
+    return state if layer.counts is None else state.masked_fill(~layer.counts[rows, None], 0.0)
+
+
+def chunk_tokens(layer: Layer, options: Options, columns: int) -> tuple[int, int]:
+    """Tokens of a chunk, and of the part of it that is compared at a time."""
+    tokens = len(layer.h_s)
+    of_chunk, of_part = (columns * size for size in _bytes_a_logit(layer, options))
+    least = min(max(tokens // 4, CHUNK_TOKENS[0]), CHUNK_TOKENS[1]) * (of_chunk + of_part / PARTS)
+    budget = max(least, LEAST_BYTES) if options.budget_bytes is None else options.budget_bytes
+    most = budget / (of_chunk + of_part)
+    if most > PART_TOKENS:
+        most = min((budget - PART_TOKENS * of_part) / of_chunk, PARTS * PART_TOKENS)
+    if most == PARTS * PART_TOKENS:
+        most = budget / (of_chunk + of_part / PARTS)
+    chunk = _even(tokens, max(int(most), 1))
+    part = min(max(chunk // PARTS, PART_TOKENS), chunk)
+    return (chunk, part) if any(options.wants) else (part, part)  # for values alone nothing is kept of a whole chunk
+
+
+def _even(tokens: int, most: int) -> int:
+    """At most `most`, so that the last chunk is not much smaller than the others; a multiple of what `PARTS` tiles of a
+    product have for rows."""
+    even = math.ceil(tokens / math.ceil(tokens / most))
+    return min(math.ceil(even / 512) * 512, most, tokens)
+
+
+def _bytes_a_logit(layer: Layer, options: Options) -> tuple[int, int]:
+    """Of the student's, with the gradient where that cannot lie in its place, and of the teacher's."""
+    of_student, of_teacher = (_stored(h.dtype).itemsize for h in (layer.h_s, layer.h_t))
+    return of_student + (layer.h_s.dtype.itemsize if _is_apart(layer, options) else 0), of_teacher
+
+
+def _is_apart(layer: Layer, options: Options) -> bool:
+    """Whether the gradient of the logits has another dtype than they, that of the operands of a product."""
+    return any(options.wants) and _stored(layer.h_s.dtype) != layer.h_s.dtype
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """What the logits of states of that dtype are stored in."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _scratch(layer: Layer, options: Options, tokens: tuple[int, int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's logits of a chunk, the teacher's of a part of it, and the gradient of the student's: in their
+    place, if its dtype is theirs."""
+    z_s, z_t = (
+        h.new_empty((size, columns), dtype=_stored(h.dtype))
+        for h, size in zip((layer.h_s, layer.h_t), tokens, strict=True)
+    )
+    return z_s, z_t, layer.h_s.new_empty((tokens[0], columns)) if _is_apart(layer, options) else z_s
+
+
+def _padded(bias: Tensor | None, columns: int) -> Tensor | None:
+    if bias is None:
+        return None
+    padded = bias.new_zeros(columns, dtype=torch.float32)
+    padded[: len(bias)] = bias
+    return padded
+
+
+def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a value counts in the mean of divergence and cross entropy, [2]; and with labels, what the gradients of both
+    are to be multiplied by in a row, the larger of them 1. Sets `scale` to what they lack then."""
+    tokens = len(layer.h_s)
+    share = scale.new_zeros(2)
+    share[0] = 1.0 / tokens if layer.counts is None else layer.counts.sum().clamp(min=1).reciprocal()
+    unscaled = 1.0 / NARROW_SCALE if layer.h_s.dtype == torch.float16 else 1.0
+    if layer.labels is None:
+        torch.mul(share[0], options.temperature * unscaled, out=scale)
+        return share, None
+    share[1] = (layer.labels >= 0).sum().clamp(min=1).reciprocal()
+    factors = share.clone()
+    factors[0] *= options.temperature
+    if layer.factors is None:
+        factors[1] *= options.label_weight
+    else:
+        factors *= layer.factors
+    torch.mul(factors.abs().amax(), unscaled, out=scale)
+    return share, factors / torch.where(scale == 0, 1, scale / unscaled)
+
+
+def _compare(
+    layer: Layer,
+    options: Options,
+    gate: Tensor | None,
+    rows: slice,
+    logits: tuple[Tensor, Tensor],
+    biases: Sequence[Tensor | None],
+    factors: Tensor | None,
+    values: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Launches `row_kernel` on a chunk."""
+    (z_s, z_t), (bias_s, bias_t), labels = logits, biases, layer.labels
+    vocabulary, columns, narrow = len(layer.w_s), z_s.shape[1], gradient.dtype == torch.float16
+    row_kernel[(rows.stop - rows.start,)](
+        z_s=z_s,
+        z_t=z_t,
+        bias_s=bias_s,
+        bias_t=bias_t,
+        counts=None if layer.counts is None else layer.counts[rows].view(torch.uint8),
+        labels=None if labels is None else labels[rows],
+        factors=factors,
+        gate=gate,
+        values=values[:, rows],
+        gradient=gradient,
+        inverse_temperature=1.0 / options.temperature,
+        beta=options.beta,
+        part=NARROW_SCALE if narrow else 1.0,
+        T=values.shape[1],
+        V=vocabulary,
+        S=columns,
+        GATED=gate is not None,
+        KIND=DIVERGENCE[options.divergence],
+        BIASED_S=bias_s is not None,
+        BIASED_T=bias_t is not None,
+        COUNTED=layer.counts is not None,
+        LABELS=labels is not None,
+        PLAIN=labels is not None and options.temperature != 1.0,
+        GRADIENT=any(options.wants),
+        LIMIT=NARROW_LIMIT if narrow else 0,
+        **_walk(columns, z_s.dtype),
+    )
+
+
+def _walk(columns: int, dtype: torch.dtype) -> dict[str, Any]:
+    """How a program walks a row: 16 bytes a thread and load, two loads of each model at a time."""
+    each = 16 // dtype.itemsize
+    lanes = min(triton.next_power_of_2(columns), 8 * 32 * each)
+    return {"R": 2, "BC": lanes, "num_warps": max(lanes // (32 * each), 1)}

@@ -1,0 +1,70 @@
+"""Which implementation of a loss runs: "reference", "blocked" or "triton".
+
+The choice depends on the device and on what is installed, never on a tensor's value, so it is made once while a graph
+is traced and costs nothing in a compiled step.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "blocked", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+HAS_TRITON = find_spec("triton") is not None
+# Triton reads this variable when a kernel is decorated, so it must be set before our kernels are imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
+    """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
+
+    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.shared.selfcheck`.
+
+    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
+    """
+    if backend is None:
+        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, tensor.device) else "blocked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="blocked"')
+        if not runs_triton(tensor):
+            raise ValueError(
+                f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
+                "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+            )
+    return cast(Backend, backend)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can be launched on the tensor."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def _is_trusted(loss: str, device: torch.device) -> bool:
+    from optima_kernels.shared import selfcheck
+
+    return selfcheck.is_trusted(loss, device)
+
+
+# What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a
+# half, in every process that never compiles.
+_is_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float32, or float64 when any of `tensors` is float64."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask about
+        return None
+    return torch.get_autocast_dtype(device)
