@@ -22,6 +22,7 @@ import yaml
 from optima.coca import MODULES
 from optima.commands.console import make_console, make_table
 from optima.commands.options import CompareConfig
+from optima.plain_yaml import load_yaml
 from optima.report.comparison import (
     HEADINGS,
     Outcome,
@@ -102,7 +103,7 @@ def _settle(config: CompareConfig) -> None:
         values.pop(name)
     path = config.run / "settings.yaml"
     if path.exists():
-        before, now = (flat(found) for found in (yaml.safe_load(path.read_text(encoding="utf-8")), values))
+        before, now = (flat(found) for found in (load_yaml(path.read_text(encoding="utf-8"), str(path)), values))
         for name in sorted(before | now):
             if before.get(name) != now.get(name):
                 raise OptimaError(

@@ -42,6 +42,9 @@ from optima_core.parallel import Ranks, join_ranks
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord
 
+STATE = {"distiller": dict, "config": str, "learning_curve": list, "seconds": float, "command": str}
+"""What a checkpoint holds: key -> type."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -76,7 +79,7 @@ def distill(config: DistillConfig) -> Summary | None:
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        state = directory.checkpoints.load() if directory is not None else None
+        state = directory.checkpoints.load(STATE) if directory is not None else None
         if directory is not None and state is not None:
             _refuse_other_run(config, directory, state)
 

@@ -54,6 +54,8 @@ def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torc
             for name, value in found.scores.items():
                 table.add_row(name, f"{value:.1f}")
             console.print(table)
+        if unused := data.unused(config.split):
+            print(f"{len(found.indices):,} items count; {unused:,} that cannot be used are left out")
         if config.predictions is not None:
             name, content = data.submission(config.split, found.indices, found.predictions)
             write_atomically(config.predictions / name, content.encode())

@@ -8,12 +8,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from optima import __version__
 from optima.commands import COMMANDS, DEFAULT, Command
+from optima.limits import MAX_CONFIG_BYTES, MAX_SHOWN_CHARACTERS
+from optima.plain_yaml import load_yaml, refuse_hostile_yaml
 from optima.recipes import RECIPES, recipes_of
+from optima.untrusted import read_file, shown
 from optima_core.errors import OptimaError
 
 _HELP = ("-h", "--help", "help")
@@ -48,6 +50,7 @@ def _configured(name: str, command: Command, words: list[str]) -> Any:
     words = _with_bare_words(_with_values(_with_recipes(words, name, command), config), command.bare)
     if command.resumes:
         words = _with_own_config(words, config)
+    _refuse_hostile(words, config)
     try:
         options = parser.parse_args(words).clone()
     except ArgumentError as error:
@@ -154,15 +157,43 @@ def _with_own_config(words: list[str], config: type[Any]) -> list[str]:
     run = values.get("run")
     if run is None and "config" in values:
         text = values["config"]
-        given = yaml.safe_load(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text)
+        given = _file_values(Path(text)) if Path(text).is_file() else load_yaml(text, "config")
         run = given.get("run") if isinstance(given, dict) else None
     own = Path(str(run)) / "config.yaml" if run is not None else config.run / "config.yaml"
     return ["--config", str(own), *words] if own.is_file() else words
 
 
+def _refuse_hostile(words: Sequence[str], config: type[Any]) -> None:
+    """Raises OptimaError for values, and files of values, that would hold up whoever reads them."""
+    parts = [name.split(".") for name, _ in _leaves(config)]
+    groups = {"config", *(".".join(part[:depth]) for part in parts for depth in range(1, len(part)))}
+    for name, value in _values(words):
+        refuse_hostile_yaml(value, shown(name, 80))
+        if name in groups and len(value) < MAX_SHOWN_CHARACTERS and Path(value).exists():
+            _refuse_files_within(_file_values(Path(value)), groups, "" if name == "config" else f"{name}.", value)
+
+
+def _file_values(path: Path) -> Any:
+    try:
+        text = read_file(path, "config", MAX_CONFIG_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptimaError(f"config {path} is not UTF-8: {error.reason}") from error
+    return load_yaml(text, f"config {path}")
+
+
+def _refuse_files_within(values: Any, groups: set[str], prefix: str, path: str) -> None:
+    """Raises OptimaError where a file names another one in place of a group of options."""
+    for group in groups:
+        found = values
+        for part in group.removeprefix(prefix).split(".") if group.startswith(prefix) else ():
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, str) and found is not values:
+            raise OptimaError(f"config {path}: {group} must be an object of options, got {found!r:.80}")
+
+
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options among the words, without their dashes, and their values."""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("--"):
             option, separator, value = word[2:].partition("=")
             yield option, value if separator else after
@@ -213,11 +244,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
         r'Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)', line
     )
     if wrong is None:
-        return line
+        return shown(line, 600)
     name, kind, value = wrong.groups()
     choices = [*re.findall(r"'([^']*)'", re.sub("<class '.*?'>", "", kind)), *(["null"] if "NoneType" in kind else [])]
     types = [found for found in re.findall(r"<class '([^']+)'>", kind) if found != "NoneType"]
-    return f"{name} must be {' or '.join(types + choices)}, got {value}"
+    return f"{name} must be {' or '.join(types + choices)}, got {shown(value)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -21,6 +21,10 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from optima.limits import MAX_VOCABULARY, MAX_VOCABULARY_BYTES
+from optima.sizes import whole_number
+from optima.untrusted import read_json
+
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
 
@@ -145,7 +149,11 @@ def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
 
     Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
     """
-    words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    words: dict[str, int] = read_json(vocabulary, "vocabulary", MAX_VOCABULARY_BYTES)
+    if not isinstance(words, dict):
+        raise ValueError(f"an object is wanted, got {words!r:.80}")
+    for word, number in words.items():
+        whole_number(number, f"the id of {word!r:.80}", 0, MAX_VOCABULARY)
     backend = HuggingFaceTokenizer(WordLevel(words, unk_token=UNKNOWN))
     backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
     backend.pre_tokenizer = WhitespaceSplit()

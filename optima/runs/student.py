@@ -18,7 +18,7 @@ from optima.coca.config import GenerationConfig
 from optima.coca.generate import generate
 from optima.data.images import inspect
 from optima.data.normalise import normalise
-from optima.data.record import Unusable
+from optima.data.record import ImageSource, Unusable
 from optima.data.transform import evaluation_window, picture
 from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
@@ -82,11 +82,9 @@ class Student:
         squares = []
         for path in map(Path, pictures):
             try:
-                content = path.read_bytes()
+                content = ImageSource(str(path)).read()
                 header = inspect(content)
                 squares.append(picture(content, header, evaluation_window(header.width, header.height, config), config))
-            except OSError as error:
-                raise OptimaError(f"picture {path} cannot be read: {error.strerror}") from None
             except Unusable as error:
                 raise OptimaError(f"picture {path}: {error}") from None
         return normalise(torch.stack(squares)).to(self.device)
@@ -95,7 +93,7 @@ class Student:
 def load_student(run: str | Path, device: str | torch.device | None = None) -> Student:
     """The student of a finished run, on `device`; None takes the GPU if there is one.
 
-    Raises OptimaError if the directory holds none, or the device cannot be used.
+    Raises OptimaError if the directory holds none, or words of another model, or the device cannot be used.
     """
     model, words = load_coca(Path(run) / "student.safetensors"), read_words(Path(run))
     size, most = model.config.image_encoder.image_size, model.config.text_decoder.context_length
@@ -105,6 +103,12 @@ def load_student(run: str | Path, device: str | torch.device | None = None) -> S
         raise OptimaError(
             f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}"
         )
+    spec, vocabulary = model.head_specs.get(words.task), model.config.text_decoder.vocab_size
+    classes = 0 if spec is None else spec.classes
+    if words.task != "captioning" and len(words.classes) != classes:
+        raise OptimaError(f"{run}: the student has {classes} answers to {words.task}, {NAME} has {len(words.classes)}")
+    if words.tokenizer.vocab_size > vocabulary:
+        raise OptimaError(f"{run}: the student knows {vocabulary} tokens, {NAME} has {words.tokenizer.vocab_size}")
     try:
         return Student(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), words)
     except (RuntimeError, AssertionError) as error:

@@ -15,7 +15,7 @@ from PIL import Image
 from optima.data.config import LoaderConfig, TransformConfig
 from optima.data.loader import Loader, make_loader
 from optima.data.order import Order, once
-from optima.data.record import ImageSource, Record, Records
+from optima.data.record import ImageSource, Record, Records, RejectionLog
 from optima.data.records import open_records
 from optima_core.errors import OptimaError
 
@@ -223,7 +223,7 @@ def test_an_unusable_picture_is_reported_once_and_not_replaced(tmp_path: Path, e
     broken = Path(records[2].images[0].path)
     broken.write_bytes(broken.read_bytes()[:-40])
     report = tmp_path / "rejected.jsonl"
-    with loader_of(records, engine, report=report) as loader:
+    with loader_of(records, engine, report=RejectionLog(report)) as loader:
         batches = [loader.load(step) for step in range(6)]
         seen = Counter(
             place for batch in batches for place in zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)

@@ -1,5 +1,6 @@
 """Captions and answers about picture files: the same as evaluation gives, and one line for what cannot be done."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Literal, get_args
@@ -115,7 +116,7 @@ def test_a_word_the_student_does_not_know_is_named(runs: Path, capsys: pytest.Ca
         (["answer", "0-0.png", "--run", "captioning", "--text", "a dog"], "taught captioning; use `caption`"),
         (["answer", "0-0.png", "--run", "nlvr2", "--text", "a dog"], "nlvr2 takes 2 pictures a text, got 1"),
         (["answer", "0-0.png", "--run", "vqa", "--text", "is there a dog " * 9], "the text is too long"),
-        (["caption", "missing.png", "--run", "captioning"], "missing.png cannot be read: No such file"),
+        (["caption", "missing.png", "--run", "captioning"], "there is no "),
         (["caption", "words.json", "--run", "captioning"], "words.json: "),
         (["caption", "0-0.png", "--run", "nowhere"], "nowhere/student.safetensors does not exist"),
         (["caption", "--run", "captioning"], "picture"),
@@ -130,6 +131,43 @@ def test_what_cannot_be_done_is_one_line(
     assert main(placed) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("vqa", {"text_length": "x"}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 10**9}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 999}, "says 999"),
+        ("vqa", {"classes": None}, "classes must be a list of texts"),
+        ("vqa", {"classes": ["yes"]}, "words.json has 1"),
+        ("vqa", {"task": ["vqa"]}, "unknown task"),
+        ("vqa", {"tokenizer": 3}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": []}}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": {"model": {}}}}, "no tokenizer"),
+    ],
+)
+def test_words_of_another_shape_are_refused_in_one_line(
+    task: str, change: dict[str, object], said: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / task / "student.safetensors")
+    (tmp_path / "words.json").write_text(json.dumps(json.loads((runs / task / "words.json").read_text()) | change))
+    assert main(["answer", str(runs / task / "0-0.png"), "--run", str(tmp_path), "--text", "is there a dog"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "3", "[]", "null", "{", ""])
+def test_words_that_are_none_are_refused_in_one_line(
+    content: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / "vqa" / "student.safetensors")
+    (tmp_path / "words.json").write_text(content)
+    assert main(["caption", str(runs / "vqa" / "0-0.png"), "--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "words.json" in error
     assert error.count("\n") == 1
 
 
