@@ -124,8 +124,8 @@ def test_what_everyone_may_import_of_the_package_itself_imports_nothing() -> Non
 def test_nothing_is_imported_in_a_circle() -> None:
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
     for found in IMPORTS:
-        # The kernels' self-check runs the losses that ask for its verdict, and a package hands out what is above it when
-        # asked; elsewhere not even an import within a function closes a circle.
+        # The kernels' self-check runs the losses that ask for its verdict, and a package hands out what is in it when
+        # asked to; elsewhere not even an import within a function closes a circle.
         late = package_of(found.importer) == "optima_kernels" or found.importer in PACKAGES
         if (found.at_once or not late) and found.module != found.importer:
             graph[found.importer].add(found.module)
