@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from optima.commands import doctor
 from optima_kernels.shared import selfcheck, selfcheck_process, variants
 from optima_kernels.shared.dispatch import INTERPRETED, choose_backend
 from optima_kernels.shared.selfcheck_process import Answer
@@ -320,7 +321,6 @@ def test_a_directory_that_cannot_be_written_costs_only_the_memory(
 def test_doctor_prints_every_outcome(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answered: Callable[[Answer], list[str]]
 ) -> None:
-    doctor = pytest.importorskip("optima.doctor")
     monkeypatch.setattr(doctor, "INTERPRETED", True)
     asked = answered(Answer("wrong", 0.5, "off by a half"))
     monkeypatch.setenv("COLUMNS", "300")

@@ -79,3 +79,11 @@ _is_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that sums are kept in: float32, or float64 when any of `tensors` is float64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask about
+        return None
+    return torch.get_autocast_dtype(device)
