@@ -18,12 +18,12 @@ class Tiling(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A tiling for each kernel."""
+    """A tiling for each kernel; those of means take the queries' and the keys'."""
 
     lse: Tiling
     query: Tiling
     key: Tiling
-    mean: Tiling
+    mean: Tiling | None  # None where kernels of means do not fit
 
 
 # Of `count_kernel`, on every chip: it has no product.
@@ -38,9 +38,9 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     heads. Then loads are not made ahead, which would cost registers that are not there and, on Hopper, make products
     wait for each other.
 
-    Fixed, not tuned at run time. Four warps wherever products are a warp group's, which are then waited for by that
-    group alone. Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of
-    the time of 64 keys in two, because more programs fit a multiprocessor.
+    Fixed, not tuned at run time. Four warps wherever products are a warp group's, which that group alone then waits for.
+    Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of the time
+    of 64 keys in two, because more programs fit a multiprocessor.
     """
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
@@ -48,8 +48,10 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         if width > 128:
             return None
         # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
-        square, query = Tiling(32, 32, 4, 1), Tiling(32, 16, 4 if width <= 64 else 8, 1)
-        return Tiles(square, query, square, square)
+        square = Tiling(32, 32, 4, 1)
+        if width <= 64:
+            return Tiles(square, Tiling(32, 16, 4, 1), square, square)
+        return Tiles(square, Tiling(32, 16, 8, 1), square, None)
     if width > 256:
         return None
     if width > 128:

@@ -98,7 +98,7 @@ def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> l
         reads_maps=options.mean_heads or mask["PER_ELEMENT"],
         grouped=first.k_s.shape[1] < first.q_s.shape[1],
     )
-    if tiles is None:
+    if tiles is None or (options.mean_heads and tiles.mean is None):
         return [_by_torch(layer, options) for layer in layers]
 
     gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
@@ -256,6 +256,7 @@ def _means(
     first = layers[0]
     batch, heads, queries, _ = first.q_s.shape
     heads_k, keys = first.k_s.shape[1:3]
+    assert tiles.mean is not None
     row_tiles, key_tiles = triton.cdiv(queries, tiles.mean.queries), triton.cdiv(keys, tiles.mean.keys)
     total = _rows(layers, 1, row_tiles * key_tiles)
     quotients = None
