@@ -38,9 +38,9 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     heads. Then loads are not made ahead, which would cost registers that are not there and, on Hopper, make products
     wait for each other.
 
-    Fixed, not tuned at run time. Four warps wherever products are a warp group's, which that group alone then waits for.
-    Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of the time
-    of 64 keys in two, because more programs fit a multiprocessor.
+    Fixed, not tuned at run time. Four warps wherever products are a warp group's, which that group alone then waits
+    for. Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of
+    the time of 64 keys in two, because more programs fit a multiprocessor.
     """
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
