@@ -54,10 +54,17 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         return Tiles(square, Tiling(32, 16, 8, 1), square, None)
     if width > 256:
         return None
+    if target.startswith("gfx"):
+        return Tiles(*(Tiling(32, 64 if width <= 128 else 32, 4, 1),) * 4)
+    # Where a warp group's products do not read their left side from shared memory, it takes registers.
+    roomy = target.startswith("sm_9")
     if width > 128:
-        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
+        query = Tiling(64, 16, 4, 1) if roomy else Tiling(32, 32, 4, 1)
+        return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
+    if width > 64 and reads_maps and not roomy:
+        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(64, 32, 4, 1))
     ahead = 1 if reads_maps else 3
-    key_ahead = 1 if grouped and width > 64 else ahead
+    key_ahead = 1 if grouped and not (roomy and width <= 64) else ahead
     return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), Tiling(32, 64, 4, key_ahead), Tiling(64, 64, 4, 2))
 
 
