@@ -46,11 +46,14 @@ def attention_map_loss(
     - `kind="kl"`: one term `sum_j P_t log(P_t / P_s)` per valid row (h, i), one that attends to any key;
     - `kind="mse"`: one term `(P_s - P_t)^2` per valid element (h, i, j), an element being valid when i attends to j.
 
+    Of H query heads and H_k key heads, H / H_k query heads that follow each other read one key head; for
+    `heads="relation"` key heads are repeated for them before the concatenated heads are cut anew.
     `lse_s` and `lse_t` only save the other backends a pass: here the log-sum-exp is always computed.
     Arguments, shapes and errors are those of `optima_kernels.attention_map_loss`. The sums are kept in float32, or in
     float64 when an input is float64, and the result has that dtype.
     """
     dtype = _dtype(q_s, k_s, q_t, k_t)
+    k_s, k_t = _of_every_query_head(k_s, q_s.shape[1]), _of_every_query_head(k_t, q_t.shape[1])
     if heads == "relation":
         assert relation_heads is not None
         q_s, k_s, q_t, k_t = (_regroup_heads(x, relation_heads) for x in (q_s, k_s, q_t, k_t))
@@ -248,6 +251,10 @@ def _regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:
     """[B, H, N, d] -> [B, R, N, H * d / R]: the concatenated heads cut anew, as MiniLMv2 does (arXiv 2012.15828)."""
     x_BNHd = x_BHNd.transpose(1, 2)
     return x_BNHd.reshape(*x_BNHd.shape[:2], relation_heads, -1).transpose(1, 2)
+
+
+def _of_every_query_head(k_BHMd: Tensor, query_heads: int) -> Tensor:
+    return k_BHMd.repeat_interleave(query_heads // k_BHMd.shape[1], dim=1)
 
 
 def _attended_elements(

@@ -1,6 +1,6 @@
 """The loader's engine over NVIDIA DALI: decodes and resamples on the GPU where there is one, else on the CPU.
 
-Bytes and windows are chosen by `optima.data.loader`, as for the torch engine, and fed in: DALI's own readers would
+Bytes and windows are chosen by `optima.data.engine`, as for the torch engine, and fed in: DALI's own readers would
 shuffle in an order of their own, and resume through a blob, where a step's number is enough. What DALI decodes are
 JPEGs of one or three components that lie upright; the few others of a batch are made on the side by
 `optima.data.images`, so that both engines agree on them bit for bit.
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from optima.data.loader import Engine, Fault, Job, LoaderConfig, PictureBatch, Pictures, Ready, assemble
+from optima.data.config import LoaderConfig
+from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures, Ready, assemble
 from optima.data.record import Unusable
 from optima.data.torch_engine import load_job
 from optima.data.transform import resample

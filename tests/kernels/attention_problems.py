@@ -21,15 +21,20 @@ class Case:
     batch: int = 2
     heads_s: int = 3
     heads_t: int = 3
+    group_s: int = 1  # query heads that share a key head
+    group_t: int = 1
     queries: int = 19
     keys: int = 23
     width_s: int = 16
     width_t: int = 24
     dtype: torch.dtype = torch.float32
+    dtype_k: torch.dtype | None = None  # of k_s, where it is another
+    dtype_t: torch.dtype | None = None  # of the teacher
     mask: str | None = None
     key_lengths: bool = False
     sample_weight: bool = False
     gate: float | None = None
+    lse: str = ""  # sides whose log-sum-exps are given
     layout: str = "contiguous"
     options: dict[str, Any] = field(default_factory=lambda: {"kind": "kl"})
 
@@ -37,14 +42,15 @@ class Case:
         """The tensor arguments, the same values at every call."""
         generator = torch.Generator().manual_seed(self.generator_seed)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.dtype).to(dtype or self.dtype)
+        def normal(own: torch.dtype | None, *shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(own or self.dtype).to(dtype or own or self.dtype)
 
+        keys_s, keys_t = self.heads_s // self.group_s, self.heads_t // self.group_t
         result = {
-            "q_s": normal(self.batch, self.heads_s, self.queries, self.width_s),
-            "k_s": normal(self.batch, self.heads_s, self.keys, self.width_s),
-            "q_t": normal(self.batch, self.heads_t, self.queries, self.width_t),
-            "k_t": normal(self.batch, self.heads_t, self.keys, self.width_t),
+            "q_s": normal(None, self.batch, self.heads_s, self.queries, self.width_s),
+            "k_s": normal(self.dtype_k, self.batch, keys_s, self.keys, self.width_s),
+            "q_t": normal(self.dtype_t, self.batch, self.heads_t, self.queries, self.width_t),
+            "k_t": normal(self.dtype_t, self.batch, keys_t, self.keys, self.width_t),
         }
         result = {name: LAYOUTS[self.layout](x) for name, x in result.items()}
         mask = self._mask(generator)
@@ -56,7 +62,7 @@ class Case:
             result["sample_weight"] = torch.rand(self.batch, generator=generator)
         if self.gate is not None:
             result["gate"] = torch.tensor(self.gate)
-        return result
+        return result | {f"lse_{side}": self._log_sums(side, result) for side in self.lse}
 
     def _mask(self, generator: torch.Generator) -> Tensor | None:
         if self.mask is None:
@@ -73,12 +79,34 @@ class Case:
             return ~forbidden[:, :1, :1]
         if self.mask == "additive":
             return bias.masked_fill(forbidden, -torch.inf)
+        if self.mask == "additive per sample":
+            return bias[:, :1, :1].masked_fill(forbidden[:, :1, :1], -torch.inf)
         if self.mask == "additive lowest":
             return bias[0, 0].masked_fill(forbidden[0, 0], torch.finfo(bias.dtype).min)
         assert self.mask == "cls"  # causal text with a last query that sees all but padding, as in CoCa
         causal = torch.ones(self.queries, self.keys, dtype=torch.bool).tril()
         causal[-1] = ~forbidden[0, 0, 0]
         return causal
+
+    def _log_sums(self, side: str, tensors: dict[str, Tensor]) -> Tensor:
+        """Of every row of masked, scaled scores, as a forward pass would hand them out; NaN where there is no key, which nobody may look at."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        q, k = tensors[f"q_{side}"].double(), tensors[f"k_{side}"].double()
+        k = torch.stack([k[:, h * k.shape[1] // q.shape[1]] for h in range(q.shape[1])], 1)
+        scale = self.options.get(f"scale_{side}") or q.shape[-1] ** -0.5
+        scores = q @ k.transpose(-1, -2) * scale
+        o_i, o_j = torch.arange(self.queries)[:, None], torch.arange(self.keys)
+        if self.options.get("causal", False):
+            scores = scores.masked_fill(o_j > o_i, -torch.inf)
+        if "key_lengths" in tensors:
+            scores = scores.masked_fill(o_j >= tensors["key_lengths"][:, None, None, None], -torch.inf)
+        mask = tensors.get("mask")
+        if mask is not None and mask.is_floating_point():
+            scores = (scores + mask).masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+        elif mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        log_sums = scores.logsumexp(-1)
+        return log_sums.masked_fill(log_sums == -torch.inf, torch.nan).to(dtype)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -103,10 +131,28 @@ def expected(case: Case) -> tuple[Tensor, ...]:
     return loss_and_gradients(reference.attention_map_loss, case.tensors(torch.float64), **case.options)
 
 
+def rounding_of_given_rows(case: Case, tensors: dict[str, Tensor]) -> float:
+    """What an error of a few roundings in the log-sum-exps handed in does to a loss or a gradient at most."""
+    rows = [tensors[f"lse_{side}"] for side in case.lse]
+    if not rows:
+        return 0.0
+    largest = max(x.nan_to_num().abs().max().item() for x in rows)
+    reach = max(tensors[name].nan_to_num().abs().max().item() for name in STUDENT)
+    return 4.0 * torch.finfo(rows[0].dtype).eps * (1.0 + largest) * max(1.0, reach)
+
+
+def widest_error(case: Case, tolerances: dict[torch.dtype, float]) -> tuple[float, torch.dtype]:
+    """The tolerance of the coarsest dtype of a case, and that dtype."""
+    used = [x for x in (case.dtype, case.dtype_k, case.dtype_t) if x is not None]
+    return max((tolerances[dtype], i, dtype) for i, dtype in enumerate(used))[::2]
+
+
 def cases(dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...], most_tokens: int) -> st.SearchStrategy[Case]:
-    """Shapes, masks, head options, scales, layouts and dtypes, drawn independently."""
+    """Shapes, groups, masks, head options, scales, known rows, layouts and dtypes, drawn independently."""
     count, tokens, width = st.integers(1, 3), st.integers(1, most_tokens), st.sampled_from(widths)
+    heads, group = st.integers(1, 4), st.sampled_from([1, 1, 2, 3, 4])
     scale = st.sampled_from([None, 0.3])
+    other = st.sampled_from([None, None, None, *dtypes])
     options = st.fixed_dictionaries(
         {
             "kind": st.sampled_from(["kl", "mse"]),
@@ -116,22 +162,29 @@ def cases(dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...], most_tokens:
             "scale_t": scale,
         }
     )
-    masks = st.sampled_from([None, None, "bool", "bool per sample", "additive", "additive lowest", "cls"])
+    masks = st.sampled_from(
+        [None, None, "bool", "bool per sample", "additive", "additive per sample", "additive lowest", "cls"]
+    )
     drawn = st.builds(
         Case,
         generator_seed=st.integers(0, 2**31),
         batch=count,
-        heads_s=count,
-        heads_t=count,
+        heads_s=heads,
+        heads_t=heads,
+        group_s=group,
+        group_t=group,
         queries=tokens,
         keys=tokens,
         width_s=width,
         width_t=width,
         dtype=st.sampled_from(dtypes),
+        dtype_k=other,
+        dtype_t=other,
         mask=masks,
         key_lengths=st.booleans(),
         sample_weight=st.booleans(),
         gate=st.sampled_from([None, None, 1.0, 0.25]),
+        lse=st.sampled_from(["", "", "s", "t", "st"]),
         layout=st.sampled_from(list(LAYOUTS)),
         options=options,
     )
@@ -139,9 +192,11 @@ def cases(dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...], most_tokens:
 
 
 def _consistent(case: Case) -> Case:
-    if case.options["heads"] == "match":
-        return replace(case, heads_t=case.heads_s)
+    heads_t = case.heads_s if case.options["heads"] == "match" else case.heads_t
+    group_s = case.group_s if case.heads_s % case.group_s == 0 else 1
+    group_t = case.group_t if heads_t % case.group_t == 0 else 1
+    case = replace(case, heads_t=heads_t, group_s=group_s, group_t=group_t)
     if case.options["heads"] == "relation":
         relation_heads = 2 if case.width_s % 2 == 0 and case.width_t % 2 == 0 else 1
-        return replace(case, options=case.options | {"relation_heads": relation_heads})
+        return replace(case, lse="", options=case.options | {"relation_heads": relation_heads})
     return case

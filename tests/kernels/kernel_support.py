@@ -63,16 +63,17 @@ def assert_agree(
     solve: Callable[[], Mapping[str, Tensor]],
     dtype: torch.dtype,
     what: str,
+    floor: float = 0.0,
 ) -> None:
     """Relative RMS of every value at most `tolerance`, or where the problem is ill-conditioned an error at most
-    `rounding_errors`; `solve` computes `exact` anew."""
+    `rounding_errors`, and `floor` in any case; `solve` computes `exact` anew."""
     assert actual.keys() == exact.keys()
     if any(relative_rms(actual[name], exact[name]) > tolerance for name in exact):
         floors = rounding_errors(solve, exact, dtype)
     else:
         floors = dict.fromkeys(exact, torch.finfo(torch.float64).eps)  # where `exact` is 0
     for name in exact:
-        assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=floors[name])
+        assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=max(floor, floors[name]))
 
 
 def rounding_errors(

@@ -11,22 +11,14 @@ Between the passes two tensors of the size of q_s and k_s are alive, and no teac
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.attention import blocked
-from optima_kernels.attention.problem import (
-    HeadMatching,
-    Kind,
-    MapLayer,
-    MapOptions,
-    MapSums,
-    empty_gradients,
-    regroup_heads,
-)
+from optima_kernels.attention.operator import attention_operator
+from optima_kernels.attention.problem import HeadMatching, Kind, regroup_heads
 from optima_kernels.shared.checks import (
     check_choice,
     check_device,
@@ -36,9 +28,7 @@ from optima_kernels.shared.checks import (
     check_shape,
 )
 from optima_kernels.shared.dispatch import choose_backend, compute_dtype
-from optima_kernels.shared.gates import apply_gate, closed_gates
 from optima_kernels.shared.layers import PerLayer, per_layer
-from optima_kernels.shared.registration import FusedOperator, multiply
 
 
 def attention_map_loss(
@@ -72,13 +62,15 @@ def attention_map_loss(
     Args:
         q_s: student queries [B, H, N, d]; float32, float16, bfloat16 or, except on the triton backend, float64. Any
             strides. Gets a gradient.
-        k_s: student keys [B, H, M, d]; M differs from N in cross attention. Gets a gradient.
+        k_s: student keys [B, H_k, M, d]; M differs from N in cross attention. H_k divides H: each key head serves
+            H / H_k query heads that follow each other, as in grouped-query attention. Gets a gradient.
         q_t: teacher queries [B, H_t, N, d_t]. Never gets a gradient.
-        k_t: teacher keys [B, H_t, M, d_t]. Never gets a gradient.
+        k_t: teacher keys [B, H_tk, M, d_t], grouped or not whatever the student's are. Never gets a gradient.
         kind: "kl" or "mse".
         heads: "match" compares head h with head h and needs H = H_t; "mean" compares the maps' means over heads;
             "relation" first cuts the concatenated heads of each side anew into `relation_heads` heads (MiniLMv2,
-            arXiv 2012.15828), so that both widths H * d and H_t * d_t must be divisible by it.
+            arXiv 2012.15828), so that both widths H * d and H_t * d_t must be divisible by it; grouped key heads are
+            repeated for that, once for each query head that reads them.
         relation_heads: how many heads to cut, with `heads="relation"` only.
         causal: query i attends to keys j <= i only, both counted from 0 (as torch's `is_causal`).
         mask: broadcastable to [B, H, N, M] (one head with "mean", `relation_heads` with "relation"). Bool: True
@@ -87,7 +79,7 @@ def attention_map_loss(
         scale_s: of the student's scores; by default d ** -0.5, d being the width after any regrouping.
         scale_t: of the teacher's scores, likewise.
         lse_s: log-sum-exp (natural) of the student's masked, scaled scores [B, H, N], if the forward attention kept
-            it. It saves the triton backend a pass and changes nothing else; rows without a key may hold anything.
+            it. It saves the other backends a pass and changes nothing else; rows without a key may hold anything.
         lse_t: the teacher's.
         sample_weight: w, [B]; 1 if not given.
         gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and no work is done, on a
@@ -152,7 +144,7 @@ def attention_map_losses(
     """
     layers = len(q_s)
     optional = {"mask": mask, "key_lengths": key_lengths, "lse_s": lse_s, "lse_t": lse_t}
-    check_layers(layers, k_s=k_s, q_t=q_t, k_t=k_t, sample_weight=sample_weight, **optional)
+    check_layers(layers, like="q_s", k_s=k_s, q_t=q_t, k_t=k_t, sample_weight=sample_weight, **optional)
     check_choice("kind", kind, get_args(Kind))
     check_choice("heads", heads, get_args(HeadMatching))
     check_gate(gate, layers)
@@ -184,142 +176,24 @@ def attention_map_losses(
         for x, k in zip(masks, k_s, strict=True)
     ]
     if relation_heads is not None:
+        k_s, k_t = ([_as_many_heads(k, q) for k, q in zip(*side, strict=True)] for side in ((k_s, q_s), (k_t, q_t)))
         q_s, k_s, q_t, k_t = ([regroup_heads(x, relation_heads) for x in side] for side in (q_s, k_s, q_t, k_t))
-    tensors: list[Tensor] = []
-    slots: list[int] = []
-    for arguments in zip(q_s, k_s, q_t, k_t, masks, lengths, lses_s, lses_t, weights, strict=True):
-        for argument in arguments:
-            slots.append(-1 if argument is None else len(tensors))
-            if argument is not None:
-                tensors.append(argument)
-    slots.append(-1 if gate is None else len(tensors))
-    if gate is not None:
-        tensors.append(gate)
-    problem = Problem(
-        slots=slots,
-        scales_s=[q.shape[-1] ** -0.5 if scale_s is None else scale_s for q in q_s],
-        scales_t=[q.shape[-1] ** -0.5 if scale_t is None else scale_t for q in q_t],
-        kind=kind,
-        mean_heads=heads == "mean",
-        causal=causal,
-        backend=chosen,
-        with_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (*q_s, *k_s)),
-    )
-    return _operator(tensors, *problem)[0]
+    return attention_operator(
+        *map(list, (q_s, k_s, q_t, k_t, masks, lengths, lses_s, lses_t, weights)),
+        gate,
+        [q.shape[-1] ** -0.5 if scale_s is None else scale_s for q in q_s],
+        [q.shape[-1] ** -0.5 if scale_t is None else scale_t for q in q_t],
+        kind,
+        heads == "mean",
+        causal,
+        chosen,
+        torch.is_grad_enabled() and any(x.requires_grad for x in (*q_s, *k_s)),
+    )[0]
 
 
-LAYER_ARGUMENTS = 9  # q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, sample_weight
-
-
-class Problem(NamedTuple):
-    """What the operator is told besides a flat list of tensors.
-
-    `slots` says where in that list an argument is, or -1: `LAYER_ARGUMENTS` of them a layer, and at last the gate.
-    """
-
-    slots: Sequence[int]
-    scales_s: Sequence[float]
-    scales_t: Sequence[float]
-    kind: str
-    mean_heads: bool
-    causal: bool
-    backend: str
-    with_grad: bool
-
-    def layers(self, tensors: Sequence[Tensor]) -> list[MapLayer]:
-        """The layers, without their sample weights."""
-        rows = [self._row(tensors, i) for i in range(len(self.scales_s))]
-        scales = zip(self.scales_s, self.scales_t, strict=True)
-        return [MapLayer._make((*row[:-1], *scale)) for row, scale in zip(rows, scales, strict=True)]
-
-    def sample_weights(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        return [self._row(tensors, i)[-1] for i in range(len(self.scales_s))]
-
-    def gate(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        return tensors[self.slots[-1]] if self.slots[-1] >= 0 else None
-
-    def students(self) -> list[int]:
-        """Where in the list q_s and k_s of every layer are."""
-        return [self.slots[i + j] for i in range(0, len(self.slots) - 1, LAYER_ARGUMENTS) for j in (0, 1)]
-
-    def _row(self, tensors: Sequence[Tensor], layer: int) -> list[Tensor | None]:
-        slots = self.slots[layer * LAYER_ARGUMENTS : (layer + 1) * LAYER_ARGUMENTS]
-        return [tensors[slot] if slot >= 0 else None for slot in slots]
-
-
-def _forward(
-    tensors: Sequence[Tensor],
-    slots: Sequence[int],
-    scales_s: Sequence[float],
-    scales_t: Sequence[float],
-    kind: str,
-    mean_heads: bool,
-    causal: bool,
-    backend: str,
-    with_grad: bool,
-) -> list[Tensor]:
-    """Losses [L], the factor [L, B] to multiply gradients by, and those of plain sums (q and k of every layer)."""
-    problem = Problem(slots, scales_s, scales_t, kind, mean_heads, causal, backend, with_grad)
-    layers, gate = problem.layers(tensors), problem.gate(tensors)
-    options = MapOptions(cast(Kind, kind), mean_heads, causal)
-    if backend == "triton":
-        from optima_kernels.attention import triton
-
-        sums = triton.attention_map_sums(layers, options, with_grad, gate)
-    else:
-        sums = [
-            _nothing(layer, with_grad) if closed else blocked.attention_map_sums([layer], options, with_grad)[0]
-            for layer, closed in zip(layers, closed_gates(gate, len(layers)), strict=True)
-        ]
-    total, count = torch.stack([x.total for x in sums]), torch.stack([x.terms for x in sums])
-    weights = zip(problem.sample_weights(tensors), total, strict=True)
-    weight = torch.stack([torch.ones_like(sums) if w is None else w.to(sums.dtype) for w, sums in weights])
-    denominator = (weight * count).sum(1)
-    counted = denominator > 0
-    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
-    losses = apply_gate(torch.where(counted, (factor * total).sum(1), 0), gate)
-    factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
-    return [losses, factor, *(x for layer in sums for x in (layer.grad_q, layer.grad_k) if x is not None)]
-
-
-def _nothing(layer: MapLayer, with_grad: bool) -> MapSums:
-    """What a layer behind a closed gate has."""
-    gradients = [x.zero_() for x in empty_gradients(layer, keys_last=True)] if with_grad else [None, None]
-    zeros = layer.q_s.new_zeros(layer.q_s.shape[0], dtype=compute_dtype(*layer[:4]))
-    return MapSums(zeros, zeros, *gradients)
-
-
-def _fake(tensors: Sequence[Tensor], *options: Any) -> list[Tensor]:
-    problem = Problem(*options)
-    layers = problem.layers(tensors)
-    dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
-    factor = tensors[0].new_empty((len(layers), tensors[0].shape[0]), dtype=dtype)
-    keys_last = problem.backend == "blocked" or problem.mean_heads
-    gradients = [x for layer in layers for x in empty_gradients(layer, keys_last)] if problem.with_grad else []
-    return [factor.new_empty(len(layers)), factor, *gradients]
-
-
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    tensors, *options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.students = Problem(*options).students()
-    ctx.dtypes = [tensors[i].dtype for i in ctx.students]
-    ctx.tensors = len(tensors)
-
-
-def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    result: list[Tensor | None] = [None] * ctx.tensors
-    if d_losses is not None:
-        factor, *gradients = ctx.saved_tensors
-        per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
-        for i, (slot, dtype, gradient) in enumerate(zip(ctx.students, ctx.dtypes, gradients, strict=True)):
-            result[slot] = multiply(gradient, per_sample[i // 2], in_graph).to(dtype)
-    return result, *(None,) * len(Problem._fields)
-
-
-_operator = FusedOperator("attention_map_losses", _forward, _fake, _setup_context, _backward)
+def _as_many_heads(k: Tensor, q: Tensor) -> Tensor:
+    """Keys repeated for each query head that reads them."""
+    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def _check_layer(
@@ -347,9 +221,14 @@ def _check_layer(
     heads_t, keys, d_t = q_t.shape[1], k_s.shape[2], q_t.shape[3]
     if batch != like.shape[0]:
         raise ValueError(f"q_s must have one batch size in all layers, not both {like.shape[0]} and {batch}")
-    check_shape("k_s", k_s, (batch, heads_s, keys, d_s), "batch, heads and width of q_s")
+    check_shape("k_s", k_s, (batch, k_s.shape[1], keys, d_s), "batch and width of q_s")
     check_shape("q_t", q_t, (batch, heads_t, queries, d_t), "batch and queries of q_s")
-    check_shape("k_t", k_t, (batch, heads_t, keys, d_t), "batch, heads and width of q_t, keys of k_s")
+    check_shape("k_t", k_t, (batch, k_t.shape[1], keys, d_t), "batch and width of q_t, keys of k_s")
+    for side, q, k in (("s", q_s, k_s), ("t", q_t, k_t)):
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(
+                f"k_{side} must have a number of heads that divides the {q.shape[1]} heads of q_{side}, not {k.shape[1]}"
+            )
     if (relation_heads is not None) != (heads == "relation"):
         raise ValueError(f'relation_heads must be given with heads="relation" and only then, not {relation_heads!r}')
     maps_s, maps_t, maps = heads_s, heads_t, heads_s

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima_kernels.attention.problem import MapLayer, MapOptions, MapSums, empty_gradients
+from optima_kernels.attention.problem import Layer, Options, Solution, empty_gradients
 from optima_kernels.shared.cpu_products import add_product, is_faster, product
 from optima_kernels.shared.dispatch import compute_dtype
+from optima_kernels.shared.gates import closed_gates
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -49,35 +50,49 @@ class Tile(NamedTuple):
     keys: int
 
 
-def attention_map_sums(layers: Sequence[MapLayer], options: MapOptions, with_grad: bool) -> list[MapSums]:
-    """Sums, counts and gradients of every layer, one layer after the other."""
+def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """Every layer's sums and gradients, one layer after the other; `gate` [L] on their device."""
     with torch.no_grad(), torch.autocast(layers[0].q_s.device.type, enabled=False):
-        return [_layer_sums(layer, options, with_grad) for layer in layers]
+        return [
+            _nothing(layer, options) if closed else _solve(layer, options)
+            for layer, closed in zip(layers, closed_gates(gate, len(layers)), strict=True)
+        ]
 
 
-def _layer_sums(layer: MapLayer, options: MapOptions, with_grad: bool) -> MapSums:
+def _nothing(layer: Layer, options: Options) -> Solution:
+    """What a layer behind a closed gate has."""
+    gradients = [x.zero_() for x in empty_gradients(layer, "blocked")] if options.with_grad else [None, None]
+    zeros = layer.q_s.new_zeros(layer.q_s.shape[0], dtype=compute_dtype(*layer[:4]))
+    return Solution(zeros, zeros, *gradients)
+
+
+def _solve(layer: Layer, options: Options) -> Solution:
     q_s, k_s, q_t, k_t = layer[:4]
     dtype = compute_dtype(q_s, k_s, q_t, k_t)
     batch = q_s.shape[0]
     total = q_s.new_zeros(batch, dtype=dtype)
     count = q_s.new_zeros(batch, dtype=dtype)
     # A product that writes whole rows of M keys was measured a quarter faster than one that writes rows of d.
-    grad_q, grad_k = empty_gradients(layer, keys_last=True) if with_grad else (None, None)
+    grad_q, grad_k = empty_gradients(layer, "blocked") if options.with_grad else (None, None)
     if grad_k is not None:
         grad_k.zero_()
     scratch = Scratch(q_s.device, dtype)
     compare = _compare_kl if options.kind == "kl" else _compare_mse
     compare_means = _compare_mean_kl if options.kind == "kl" else _compare_mean_mse
+    scale = layer.scale_s * (2.0 if options.kind == "mse" else 1.0)  # MSE's score gradients come halved
+
     for tile in _tiles(layer, options):
-        b, h_s, h_t = tile.samples, tile.heads, slice(None) if options.mean_heads else tile.heads
+        b, h_s = tile.samples, tile.heads
+        h_t = slice(0, q_t.shape[1]) if options.mean_heads else h_s
         attends, bias = _attends(layer, options, tile), _bias(layer, tile, dtype)
         lse_s, lse_t = _known_rows(layer, tile, h_t, attends is not None, dtype)
-        q, k = q_s[b, h_s, tile.queries].to(dtype), k_s[b, h_s, : tile.keys].to(dtype)
+        q, k = q_s[b, h_s, tile.queries].to(dtype), _keys_of(k_s, q_s.shape[1], tile, h_s).to(dtype)
         rows_s = _Rows(scratch.tile("student", (*q.shape[:3], tile.keys)), lse_s is not None)
         _fill_scores(rows_s.scores, q, k, layer.scale_s * LOG2E, attends, bias, lse_s)
-        q, k = q_t[b, h_t, tile.queries].to(dtype), k_t[b, h_t, : tile.keys].to(dtype)
+        q, k = q_t[b, h_t, tile.queries].to(dtype), _keys_of(k_t, q_t.shape[1], tile, h_t).to(dtype)
         rows_t = _Rows(scratch.tile("teacher", (*q.shape[:3], tile.keys)), lse_t is not None)
         _fill_scores(rows_t.scores, q, k, layer.scale_t * LOG2E, attends, bias, lse_t)
+
         if options.mean_heads:
             counted = None if attends is None else attends.any(-1, keepdim=True)
             sums, grad_scores = compare_means(rows_s, rows_t, counted, scratch)
@@ -87,8 +102,16 @@ def _layer_sums(layer: MapLayer, options: MapOptions, with_grad: bool) -> MapSum
         maps = 1 if options.mean_heads else rows_s.scores.shape[1]
         count[b] += _count(attends, options.kind, (rows_s.scores.shape[0], maps, *rows_s.scores.shape[2:]))
         if grad_q is not None and grad_k is not None:
-            _add_gradients(grad_scores, layer, tile, grad_q, grad_k)
-    return MapSums(total, count, grad_q, grad_k)
+            _add_gradients(grad_scores, layer, tile, scale, grad_q, grad_k)
+    return Solution(total, count, grad_q, grad_k)
+
+
+def _keys_of(k: Tensor, query_heads: int, tile: Tile, heads: slice) -> Tensor:
+    """For each of a tile's query heads the keys that it reads: [b, h, m, d], a view where every head has its own."""
+    group = query_heads // k.shape[1]
+    if group == 1:
+        return k[tile.samples, heads, : tile.keys]
+    return k[tile.samples, :, : tile.keys][:, torch.arange(heads.start, heads.stop, device=k.device) // group]
 
 
 class _Rows(NamedTuple):
@@ -113,7 +136,7 @@ class Scratch:
         return self.buffers[name][:size].view(tuple(shape))
 
 
-def _tiles(layer: MapLayer, options: MapOptions) -> Iterator[Tile]:
+def _tiles(layer: Layer, options: Options) -> Iterator[Tile]:
     batch, heads, queries, _ = layer.q_s.shape
     keys = layer.k_s.shape[2]
     budget = TILE_ELEMENTS.get(layer.q_s.device.type, TILE_ELEMENTS_OTHERWISE)
@@ -128,7 +151,8 @@ def _tiles(layer: MapLayer, options: MapOptions) -> Iterator[Tile]:
             for i in range(0, queries, query_step):
                 end = min(i + query_step, queries)
                 attended = min(keys, end) if options.causal else keys
-                yield Tile(slice(b, b + sample_step), slice(h, h + head_step), slice(i, end), attended)
+                samples, of_heads = slice(b, min(b + sample_step, batch)), slice(h, min(h + head_step, heads))
+                yield Tile(samples, of_heads, slice(i, end), attended)
 
 
 def _even_step(length: int, most: int) -> int:
@@ -161,7 +185,7 @@ def _fill_scores(
 
 
 def _known_rows(
-    layer: MapLayer, tile: Tile, heads_t: slice, masked: bool, dtype: torch.dtype
+    layer: Layer, tile: Tile, heads_t: slice, masked: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """The tile's log-sum-exp of student and teacher where it is known, in base 2, [b, h, n, 1].
 
@@ -178,7 +202,7 @@ def _known_rows(
     return known[0], known[1]
 
 
-def _attends(layer: MapLayer, options: MapOptions, tile: Tile) -> Tensor | None:
+def _attends(layer: Layer, options: Options, tile: Tile) -> Tensor | None:
     """Which query attends to which key, broadcastable to the tile; None when all do."""
     device = layer.q_s.device
     o_key = torch.arange(tile.keys, device=device)
@@ -198,7 +222,7 @@ def _attends(layer: MapLayer, options: MapOptions, tile: Tile) -> Tensor | None:
     return attends.expand((1,) * (4 - attends.dim()) + attends.shape)
 
 
-def _bias(layer: MapLayer, tile: Tile, dtype: torch.dtype) -> Tensor | None:
+def _bias(layer: Layer, tile: Tile, dtype: torch.dtype) -> Tensor | None:
     if layer.mask is None or not layer.mask.is_floating_point():
         return None
     return _mask_tile(layer.mask, tile).to(dtype) * LOG2E
@@ -240,13 +264,16 @@ def _compare_kl(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tenso
 
 
 def _compare_mse(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """sum (P_s - P_t)^2; its gradient to S_s is P_s (G - sum_j G P_s) with G = 2 (P_s - P_t)."""
-    p_s, p_t = _maps_(student), _maps_(teacher)
-    half_g = torch.sub(p_s, p_t, out=p_t)
-    product = torch.mul(half_g, half_g, out=scratch.tile("product", p_s.shape))
-    sums = product.sum((1, 2, 3))
-    row_term = torch.mul(half_g, p_s, out=product).sum(-1, keepdim=True)
-    return sums, half_g.sub_(row_term).mul_(p_s).mul_(2)
+    """sum (P_s - P_t)^2, and half of its gradient to S_s, P_s (G - sum_j G P_s) with G = P_s - P_t."""
+    p_s, p_t = _maps_(student), teacher.scores.exp2_()
+    if teacher.normalised:
+        half_g = torch.sub(p_s, p_t, out=p_t)
+    else:
+        half_g = torch.addcmul(p_s, p_t, p_t.sum(-1, keepdim=True).reciprocal_(), value=-1, out=p_t)
+    sums = torch.linalg.vector_norm(half_g, dim=-1).square_().sum((1, 2))
+    # torch's softmax backward visits each row once.
+    out = scratch.tile("product", p_s.shape)
+    return sums, torch._softmax_backward_data(half_g, p_s, -1, p_s.dtype, grad_input=out)
 
 
 def _compare_mean_kl(student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
@@ -282,7 +309,7 @@ def _mean_of_logs_(rows: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor, Tenso
 def _compare_mean_mse(
     student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """sum (mean_h P_s - mean_h P_t)^2, whose gradient reaches every head as 1 / H of that to the mean."""
+    """sum (mean_h P_s - mean_h P_t)^2, and half of its gradient, which reaches every head as 1 / H of that to the mean."""
     p_s = _maps_(student)
     difference = p_s.mean(1, keepdim=True).sub_(_maps_(teacher).mean(1, keepdim=True))
     if counted is not None:
@@ -291,25 +318,31 @@ def _compare_mean_mse(
     product = torch.mul(p_s, difference, out=scratch.tile("product", p_s.shape))
     row_term = product.sum(-1, keepdim=True)
     centred = torch.sub(difference, row_term, out=product)
-    return sums, p_s.mul_(centred).mul_(2 / p_s.shape[1])
+    return sums, p_s.mul_(centred).mul_(1 / p_s.shape[1])
 
 
-def _add_gradients(grad_scores: Tensor, layer: MapLayer, tile: Tile, grad_q: Tensor, grad_k: Tensor) -> None:
+def _add_gradients(grad_scores: Tensor, layer: Layer, tile: Tile, scale: float, grad_q: Tensor, grad_k: Tensor) -> None:
     """grad_q = scale dS k, and grad_k += scale dS^T q, of one tile."""
     dtype = grad_scores.dtype
+    heads, group = grad_q.shape[1], grad_q.shape[1] // grad_k.shape[1]
     q = layer.q_s[tile.samples, tile.heads, tile.queries].to(dtype).flatten(0, 1)
-    k = layer.k_s[tile.samples, tile.heads, : tile.keys].to(dtype).flatten(0, 1)
+    k = _keys_of(layer.k_s, heads, tile, tile.heads).to(dtype).flatten(0, 1)
     grad_scores = grad_scores.flatten(0, 1)
     # A tile holds several samples only with all their heads, so (b, h) is one contiguous range of both gradients.
-    first = tile.samples.start * grad_q.shape[1] + tile.heads.start
-    group = slice(first, first + grad_scores.shape[0])
-    out_q = grad_q.flatten(0, 1)[group, tile.queries]
-    out_k = grad_k.transpose(2, 3).flatten(0, 1)[group, :, : tile.keys]
+    first = tile.samples.start * heads + tile.heads.start
+    maps = range(first, first + grad_scores.shape[0])
+    out_q = grad_q.flatten(0, 1)[maps.start : maps.stop, tile.queries]
+    out_k = grad_k.transpose(2, 3).flatten(0, 1)[:, :, : tile.keys]
     if is_faster(q[0].numel() * k.shape[1], q, k, grad_scores):
-        q, k = q * layer.scale_s, k * layer.scale_s
-        for map_q, map_k, q_map, k_map, scores in zip(out_q, out_k, q, k, grad_scores, strict=True):
+        q, k = q * scale, k * scale
+        for i, map_q, q_map, k_map, scores in zip(maps, out_q, q, k, grad_scores, strict=True):
             map_q.copy_(product(scores, k_map))
-            add_product(map_k, q_map.t(), scores)
+            add_product(out_k[i // group], q_map.t(), scores)
         return
-    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=layer.scale_s, out=out_q)
-    torch.baddbmm(out_k, q.transpose(1, 2), grad_scores, alpha=layer.scale_s, out=out_k)
+    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=scale, out=out_q)
+    if group == 1:
+        out_k = out_k[maps.start : maps.stop]
+        torch.baddbmm(out_k, q.transpose(1, 2), grad_scores, alpha=scale, out=out_k)
+        return
+    for i, q_map, scores in zip(maps, q, grad_scores, strict=True):
+        out_k[i // group].addmm_(q_map.t(), scores, alpha=scale)

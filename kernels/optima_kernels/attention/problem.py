@@ -1,12 +1,14 @@
 """What the public attention loss hands to a backend, and what it gets back.
 
-A backend knows nothing of sample weights, means or the incoming gradient. It returns, per layer and sample, the plain
-sum and the number of the loss's terms, and the gradient of the plain sum; `optima_kernels.attention` does the rest.
+A backend is a function `solve(layers, options, gate)`. It knows nothing of sample weights, means or the incoming
+gradient: it returns, per layer and sample, the plain sum and the number of the loss's terms, and the gradient of the
+plain sum; `optima_kernels.attention.operator` does the rest.
 """
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from optima_kernels.shared.dispatch import compute_dtype
@@ -16,16 +18,18 @@ HeadMatching = Literal["match", "mean", "relation"]
 
 
 @dataclass(frozen=True)
-class MapOptions:
+class Options:
     """What is compared. `mean_heads` compares the maps' means over heads; else head h is compared with head h."""
 
     kind: Kind
     mean_heads: bool
     causal: bool
+    with_grad: bool
 
 
-class MapLayer(NamedTuple):
-    """One layer: q [B, H, N, d], k [B, H, M, d]; H is shared unless heads are averaged, d never need be."""
+class Layer(NamedTuple):
+    """One layer: q [B, H, N, d], k [B, H_k, M, d], where H_k divides H and each key head serves H / H_k query heads
+    that follow each other. H is the same on both sides unless heads are averaged; H_k and d never need be."""
 
     q_s: Tensor
     k_s: Tensor
@@ -39,26 +43,28 @@ class MapLayer(NamedTuple):
     scale_t: float
 
 
-class MapSums(NamedTuple):
+class Solution(NamedTuple):
     """A layer's result; the gradients are those of `total.sum()`, and None where they were not asked for."""
 
     total: Tensor  # [B]
     terms: Tensor  # [B], how many; same dtype as total
-    grad_q: Tensor | None  # [B, H, N, d], compute dtype
-    grad_k: Tensor | None  # [B, H, M, d], compute dtype
+    grad_q: Tensor | None  # [B, H, N, d], as `empty_gradients` says
+    grad_k: Tensor | None  # [B, H_k, M, d]
 
 
-def empty_gradients(layer: MapLayer, keys_last: bool = False) -> tuple[Tensor, Tensor]:
-    """Memory for the gradients of q_s and k_s, in the dtype that sums are kept in.
+def empty_gradients(layer: Layer, backend: str) -> tuple[Tensor, Tensor]:
+    """Memory for the gradients of q_s and k_s.
 
-    With `keys_last` that of k_s, still [B, H, M, d], is stored [B, H, d, M].
+    "triton" keeps them in bfloat16 beside bfloat16 students, else in float32: of float16 the range is too small for
+    plain sums, which the mean divides and a loss scale multiplies. "blocked" keeps them in the dtype of its sums, and that
+    of k_s, still [B, H_k, M, d], is stored [B, H_k, d, M].
     """
-    q_s, k_s, q_t, k_t = layer[:4]
-    dtype = compute_dtype(q_s, k_s, q_t, k_t)
-    grad_q = q_s.new_empty(q_s.shape, dtype=dtype)
-    if keys_last:
-        return grad_q, k_s.new_empty(k_s.transpose(2, 3).shape, dtype=dtype).transpose(2, 3)
-    return grad_q, k_s.new_empty(k_s.shape, dtype=dtype)
+    q_s, k_s = layer.q_s, layer.k_s
+    if backend == "triton":
+        dtype = torch.bfloat16 if q_s.dtype == k_s.dtype == torch.bfloat16 else torch.float32
+        return q_s.new_empty(q_s.shape, dtype=dtype), k_s.new_empty(k_s.shape, dtype=dtype)
+    dtype = compute_dtype(*layer[:4])
+    return q_s.new_empty(q_s.shape, dtype=dtype), k_s.new_empty(k_s.transpose(2, 3).shape, dtype=dtype).transpose(2, 3)
 
 
 def regroup_heads(x_BHNd: Tensor, relation_heads: int) -> Tensor:

@@ -70,10 +70,10 @@ def check_gate(gate: Tensor | None, layers: int | None = None) -> None:
         raise ValueError(f"gate must have shape {expected}, one entry a loss, not {tuple(gate.shape)}")
 
 
-def check_layers(layers: int, **arguments: PerLayer) -> None:
-    """Every argument that is a sequence has an entry for each of `layers` layers."""
+def check_layers(layers: int, *, like: str = "h_s", **arguments: PerLayer) -> None:
+    """Every argument that is a sequence has an entry for each of `layers` layers, as many as argument `like` has."""
     if layers == 0:
-        raise ValueError("h_s must hold at least one layer, not none")
+        raise ValueError(f"{like} must hold at least one layer, not none")
     for name, argument in arguments.items():
         if argument is not None and not isinstance(argument, Tensor) and len(argument) != layers:
-            raise ValueError(f"{name} must have {layers} entries, one a layer like h_s, not {len(argument)}")
+            raise ValueError(f"{name} must have {layers} entries, one a layer like {like}, not {len(argument)}")

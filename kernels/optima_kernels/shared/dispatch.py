@@ -19,21 +19,22 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
+def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: str = "") -> Backend:
     """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
 
-    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.shared.selfcheck`.
+    Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), or those that the
+    loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
 
     Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
     """
     if backend is None:
-        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, tensor.device) else "blocked"
+        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, variant, tensor.device) else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="blocked"')
-        if not (tensor.is_cuda or INTERPRETED):
+        if not runs_triton(tensor):
             raise ValueError(
                 f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
                 "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
@@ -41,10 +42,15 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
     return cast(Backend, backend)
 
 
-def _is_trusted(loss: str, device: torch.device) -> bool:
-    from optima_kernels.shared import selfcheck
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can be launched on the tensor."""
+    return tensor.is_cuda or INTERPRETED
 
-    return selfcheck.is_trusted(loss, device)
+
+def _is_trusted(loss: str, variant: str, device: torch.device) -> bool:
+    from optima_kernels.shared import selfcheck, variants
+
+    return all(selfcheck.is_trusted(loss, each, device) for each in ([variant] if variant else variants.usual(loss)))
 
 
 # What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a

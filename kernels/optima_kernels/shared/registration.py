@@ -6,7 +6,8 @@ with a fake kernel and a backward. Such an operator costs tens of microseconds a
 eager calls go through an equivalent `autograd.Function` instead.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -16,6 +17,22 @@ from torch.autograd.function import once_differentiable
 
 Outputs = Sequence[Tensor]
 Sizes = tuple[int | None, ...]
+
+_always_operators = False
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """While entered, every loss is one operator of torch, as in a compiled graph, rather than what it is made of.
+
+    On fake tensors an operator computes shapes alone: what it returns and keeps, and none of its inner steps.
+    """
+    global _always_operators
+    before, _always_operators = _always_operators, True
+    try:
+        yield
+    finally:
+        _always_operators = before
 
 
 class FusedOperator:
@@ -61,8 +78,9 @@ class FusedOperator:
 
     def __call__(self, *arguments: Any, in_graph: bool | None = None) -> Outputs:
         """`forward(*arguments)`; whether it is being traced is asked of torch when not given."""
-        traced = torch.compiler.is_compiling() if in_graph is None else in_graph
-        if traced:
+        if in_graph is None:
+            in_graph = torch.compiler.is_compiling() or _always_operators
+        if in_graph:
             return cast(Outputs, self.operator(*arguments))
         sizes = tuple(len(x) if isinstance(x, list) else None for x in arguments)
         return cast(Outputs, self.function.apply(sizes, *_flat(sizes, arguments)))  # type: ignore[no-untyped-call]

@@ -1,0 +1,129 @@
+"""The attention-map loss as an operator of torch: weights, means and gates around what a backend solves."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from optima_kernels.attention import blocked
+from optima_kernels.attention.problem import Kind, Layer, Options, Solution, empty_gradients
+from optima_kernels.shared.dispatch import compute_dtype
+from optima_kernels.shared.gates import apply_gate
+from optima_kernels.shared.registration import FusedOperator
+
+Tensors = Sequence[Tensor]
+MaybeTensors = Sequence[Tensor | None]
+
+
+def _forward(
+    q_s: Sequence[Tensor],
+    k_s: Sequence[Tensor],
+    q_t: Sequence[Tensor],
+    k_t: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    key_lengths: Sequence[Tensor | None],
+    lse_s: Sequence[Tensor | None],
+    lse_t: Sequence[Tensor | None],
+    sample_weight: Sequence[Tensor | None],
+    gate: Tensor | None,
+    scales_s: Sequence[float],
+    scales_t: Sequence[float],
+    kind: str,
+    mean_heads: bool,
+    causal: bool,
+    backend: str,
+    with_grad: bool,
+) -> list[Tensor]:
+    """Losses [L], the factor [L, B] to multiply gradients by, and those of plain sums (q and k of every layer).
+
+    Lists have one entry a layer: q and k [B, H, tokens, d], mask [B or 1, maps or 1, N or 1, M], key_lengths [B], lse
+    [B, maps, N], sample_weight [B]; gate is [L].
+    """
+    layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
+    options = Options(cast(Kind, kind), mean_heads, causal, with_grad)
+    solutions = _solve(layers, options, gate, backend)
+    total, count = torch.stack([x.total for x in solutions]), torch.stack([x.terms for x in solutions])
+    if any(w is not None for w in sample_weight):
+        weights = zip(sample_weight, total, strict=True)
+        weight = torch.stack([torch.ones_like(x) if w is None else w.to(x.dtype) for w, x in weights])
+        denominator = (weight * count).sum(1)
+    else:
+        weight, denominator = torch.ones_like(total), count.sum(1)
+    counted = denominator > 0
+    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
+    losses = apply_gate(torch.where(counted, (factor * total).sum(1), 0), gate)
+    factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
+    return [losses, factor, *(x for layer in solutions for x in (layer.grad_q, layer.grad_k) if x is not None)]
+
+
+def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None, backend: str) -> list[Solution]:
+    if backend == "triton":
+        from optima_kernels.attention import triton
+
+        return triton.solve(layers, options, gate)
+    return blocked.solve(layers, options, gate)
+
+
+def _fake(
+    q_s: Tensors,
+    k_s: Tensors,
+    q_t: Tensors,
+    k_t: Tensors,
+    mask: MaybeTensors,
+    key_lengths: MaybeTensors,
+    lse_s: MaybeTensors,
+    lse_t: MaybeTensors,
+    sample_weight: MaybeTensors,
+    gate: Tensor | None,
+    scales_s: Sequence[float],
+    scales_t: Sequence[float],
+    kind: str,
+    mean_heads: bool,
+    causal: bool,
+    backend: str,
+    with_grad: bool,
+) -> list[Tensor]:
+    layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
+    dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
+    factor = q_s[0].new_empty((len(layers), q_s[0].shape[0]), dtype=dtype)
+    gradients = [x for layer in layers for x in empty_gradients(layer, backend)] if with_grad else []
+    return [factor.new_empty(len(layers)), factor, *gradients]
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for pair in zip(*inputs[:2], strict=True) for x in pair]
+    # A list of nothing but tensors is owed a list of gradients.
+    ctx.without_gradient = [
+        [None] * len(x) if isinstance(x, list) and all(isinstance(y, Tensor) for y in x) else None for x in inputs
+    ]
+
+
+def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if d_losses is None:
+        return tuple(ctx.without_gradient)
+    factor, *gradients = ctx.saved_tensors
+    per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
+    scaled = [
+        _times(gradient, per_sample[i // 2], dtype, in_graph)
+        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
+    ]
+    return scaled[::2], scaled[1::2], *ctx.without_gradient[2:]
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool) -> Tensor:
+    """`gradient * factor` in `dtype`, read and written once.
+
+    In the memory of `gradient` where dtypes agree, unless a second backward pass may come to read it. Of that autograd
+    alone knows; AOTAutograd asks it by the same call before it donates buffers.
+    """
+    if in_graph or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor).to(dtype)
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+attention_operator = FusedOperator("attention_map_losses", _forward, _fake, _setup_context, _backward)

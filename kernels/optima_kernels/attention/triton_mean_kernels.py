@@ -1,0 +1,250 @@
+"""Attention-map kernels for means over heads: per sample one map of quotients is stored, 1 / H of a layer's maps.
+
+The loss looks at the means, so its gradient to every head's map is the same up to a factor 1 / H: that to the mean, G.
+
+- `mean_kernel` owns a tile of queries and keys, walks over the heads of both sides, and leaves the loss and G.
+- `mean_query_kernel` owns queries of a head: the row terms r = sum_j P G, then the gradient of q from P (G - r).
+- `mean_key_kernel` owns keys and walks over the queries of every head that reads them.
+
+A constant added to a row of G changes nothing, r takes it away. So KL's -mean_t / mean_s is stored as
+(mean_s - mean_t) / mean_s, which 16 bits hold to their relative precision however near the means are.
+
+A student's mean below `LEAST` counts as `LEAST`: its logarithm, and with it the loss, ends at -83. Log-sum-exps and
+names are those of `triton_kernels`.
+"""
+
+import triton
+import triton.language as tl
+
+from optima_kernels.attention.triton_kernels import (
+    SIZES,
+    allowed,
+    dot,
+    ends,
+    head,
+    length_of,
+    log_sums,
+    of_layer,
+    rows,
+    where_am_i,
+)
+
+LEAST = tl.constexpr(2.0**-120)
+
+
+@triton.jit
+def sum_over_heads(
+    q, k, s_q, s_k, lse, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+    LAYERS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's maps, 0 where nothing is attended to: [BI, BJ]."""
+    b_sum = tl.zeros([BI, BJ], tl.float32)
+    for i_h in range(HEADS):
+        b_q = rows(head(q, i_l, i_b, i_h, s_q, LAYERS), i_0, s_q[2], m_i, BI, D, BD, WIDEN)  # [BI, BD]
+        b_k = rows(head(k, i_l, i_b, i_h // GROUP, s_k, LAYERS), j_0, s_k[2], m_j, BJ, D, BD, WIDEN)  # [BJ, BD]
+        b_lse = log_sums(of_layer(lse, i_l, LAYERS) + (i_b * HEADS + i_h) * N, i_0, N, BI)
+        b_log = dot(b_q, tl.trans(b_k)) * scale + b_bias - b_lse[:, None]
+        b_sum += tl.exp2(tl.where(m_ij, b_log, -1e30))
+    return b_sum
+
+
+@triton.jit(do_not_specialize=[*SIZES, "KEY_TILES"])
+def mean_kernel(
+    q_s, k_s, q_t, k_t, s_q_s, s_k_s, s_q_t, s_k_t, mask, s_mask, key_lengths, gate, lse_s, lse_t,
+    quotients, s_quotients, total, N, M, TILES, KEY_TILES, scale_s, scale_t,
+    LAYERS: tl.constexpr, HEADS_S: tl.constexpr, HEADS_T: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
+    D_S: tl.constexpr, D_T: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+    MSE: tl.constexpr, GRAD: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """A tile's sum of terms into total [LAYERS, B, TILES * KEY_TILES], and with GRAD its G into quotients [B, N, >= M]
+    a layer, 0 where nothing is attended to."""
+    i_l = tl.program_id(1)
+    i_b = (tl.program_id(0) // (TILES * KEY_TILES)).to(tl.int64)
+    i_0, j_0 = tl.program_id(0) // KEY_TILES % TILES * BI, tl.program_id(0) % KEY_TILES * BJ
+    p_total = total + i_l.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    if GATED:  # noqa: SIM102
+        if tl.load(gate + i_l) == 0:
+            tl.store(p_total, 0.0)
+            return
+
+    o_i, o_j = i_0 + tl.arange(0, BI), j_0 + tl.arange(0, BJ)
+    length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
+    _, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    b_g = tl.zeros([BI, BJ], tl.float32)
+    b_terms = tl.zeros([BI, BJ], tl.float32)
+    if j_0 < end:
+        m_i, m_j = o_i < N, o_j < length
+        of_sample = mask
+        if MASK != 0:
+            of_sample = head(mask, i_l, i_b, 0, s_mask, LAYERS)
+        m_ij, b_bias = allowed(
+            of_sample, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length,
+            CAUSAL, MASK, PER_ELEMENT, LOWEST,
+        )  # fmt: skip
+        m_ij = m_ij & m_i[:, None]
+        b_mean_s = sum_over_heads(
+            q_s, k_s, s_q_s, s_k_s, lse_s, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_s,
+            HEADS_S, GROUP_S, D_S, BD_S, BI, BJ, LAYERS, WIDEN,
+        ) * (1.0 / HEADS_S)  # fmt: skip
+        b_mean_t = sum_over_heads(
+            q_t, k_t, s_q_t, s_k_t, lse_t, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_t,
+            HEADS_T, GROUP_T, D_T, BD_T, BI, BJ, LAYERS, WIDEN,
+        ) * (1.0 / HEADS_T)  # fmt: skip
+        b_difference = b_mean_s - b_mean_t
+        if MSE:
+            b_terms = b_difference * b_difference
+            b_g = 2.0 * b_difference
+        else:
+            b_mean_s = tl.maximum(b_mean_s, LEAST)
+            b_terms = b_mean_t * (tl.log2(tl.maximum(b_mean_t, LEAST)) - tl.log2(b_mean_s)) * 0.6931471805599453
+            b_g = b_difference / b_mean_s
+        b_terms = tl.where(m_ij, b_terms, 0.0)
+        b_g = tl.where(m_ij, b_g, 0.0)
+
+    tl.store(p_total, tl.sum(b_terms))
+    if GRAD:
+        quotients = of_layer(quotients, i_l, LAYERS) + (i_b * N + i_0) * s_quotients
+        p_g = quotients + (tl.arange(0, BI)[:, None] * s_quotients + o_j[None, :])
+        tl.store(p_g, b_g.to(p_g.dtype.element_ty), mask=(o_i < N)[:, None] & (o_j < M)[None, :])
+
+
+@triton.jit
+def quotient_tile(quotients, s_quotients, i_0, r_i, o_j, N, M):
+    """G of queries i_0 + r_i and keys o_j, [BI, 1] and [1, BJ] or [1, BI] and [BJ, 1], in float32."""
+    pointers = quotients + tl.cast(i_0, tl.int64) * s_quotients + (r_i * s_quotients + o_j)
+    return tl.load(pointers, mask=(i_0 + r_i < N) & (o_j < M), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def map_tile(
+    b_q, b_k, b_lse, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale,
+    BI: tl.constexpr, BJ: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """The student's map: [BI, BJ]."""
+    b_log = dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None]
+    if j_0 + BJ > whole:
+        m_ij, b_bias = allowed(
+            mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length,
+            CAUSAL, MASK, PER_ELEMENT, LOWEST,
+        )  # fmt: skip
+        b_log = tl.where(m_ij, b_log + b_bias, -1e30)
+    return tl.exp2(b_log)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mean_query_kernel(
+    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, row_term, grad_q,
+    H, N, M, TILES, scale_s, unit, grad_scale,
+    LAYERS: tl.constexpr, GROUP_S: tl.constexpr, D_S: tl.constexpr, BD_S: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is rounded to q's dtype."""
+    i_l, i_b, i_h, _, i_0 = where_am_i(H, TILES, BI)
+    o_i, o_d = i_0 + tl.arange(0, BI), tl.arange(0, BD_S)
+    m_i = o_i < N
+    o_rows = (i_b * H + i_h) * N
+    grad_q = of_layer(grad_q, i_l, LAYERS) + (o_rows + i_0) * D_S
+    p_grad_q = grad_q + tl.arange(0, BI)[:, None] * D_S + o_d[None, :]
+    m_grad_q = m_i[:, None] & (o_d < D_S)[None, :]
+    if GATED:  # noqa: SIM102
+        if tl.load(gate + i_l) == 0:
+            tl.store(p_grad_q, tl.zeros([BI, BD_S], p_grad_q.dtype.element_ty), mask=m_grad_q)
+            return
+
+    length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
+    if MASK != 0:
+        mask = head(mask, i_l, i_b, 0, s_mask, LAYERS)
+    quotients = of_layer(quotients, i_l, LAYERS) + i_b * N * s_quotients
+    k_s = head(k_s, i_l, i_b, i_h // GROUP_S, s_k_s, LAYERS)
+    b_q_s = rows(head(q_s, i_l, i_b, i_h, s_q_s, LAYERS), i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
+    b_lse_s = log_sums(of_layer(lse_s, i_l, LAYERS) + o_rows, i_0, N, BI)
+    r_i = tl.arange(0, BI)[:, None]
+    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+
+    b_row_term = tl.zeros([BI], tl.float32)
+    for j_0 in range(0, end, BJ):
+        o_j = j_0 + tl.arange(0, BJ)
+        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
+        b_p = map_tile(
+            b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
+            BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
+        )  # fmt: skip
+        b_row_term += tl.sum(b_p * b_g, 1)
+    tl.store(of_layer(row_term, i_l, LAYERS) + o_rows + o_i, b_row_term, mask=m_i)
+
+    b_grad_q = tl.zeros([BI, BD_S], tl.float32)
+    for j_0 in range(0, end, BJ):
+        o_j = j_0 + tl.arange(0, BJ)
+        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
+        b_p = map_tile(
+            b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
+            BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
+        )  # fmt: skip
+        b_grad_scores = b_p * (b_g * unit - b_row_term[:, None] * unit)
+        b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
+    tl.store(p_grad_q, (b_grad_q * grad_scale).to(p_grad_q.dtype.element_ty), mask=m_grad_q)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mean_key_kernel(
+    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, row_term, grad_k,
+    H, N, M, TILES, scale_s, unit, grad_scale,
+    LAYERS: tl.constexpr, GROUP_S: tl.constexpr, D_S: tl.constexpr, BD_S: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """grad_k [B, H / GROUP_S, M, D_S] a layer; keys that nobody attends to get zeros. Tiles of maps are [BJ, BI]."""
+    i_l, i_b, i_h_k, _, j_0 = where_am_i(H // GROUP_S, TILES, BJ)
+    o_j, o_d = j_0 + tl.arange(0, BJ), tl.arange(0, BD_S)
+    grad_k = of_layer(grad_k, i_l, LAYERS) + ((i_b * (H // GROUP_S) + i_h_k) * M + j_0) * D_S
+    p_grad_k = grad_k + tl.arange(0, BJ)[:, None] * D_S + o_d[None, :]
+    m_grad_k = (o_j < M)[:, None] & (o_d < D_S)[None, :]
+    if GATED:  # noqa: SIM102
+        if tl.load(gate + i_l) == 0:
+            tl.store(p_grad_k, tl.zeros([BJ, BD_S], p_grad_k.dtype.element_ty), mask=m_grad_k)
+            return
+
+    length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
+    m_j = o_j < length
+    if MASK != 0:
+        mask = head(mask, i_l, i_b, 0, s_mask, LAYERS)
+    quotients = of_layer(quotients, i_l, LAYERS) + i_b * N * s_quotients
+    q_s = of_layer(q_s, i_l, LAYERS) + i_b * s_q_s[0]
+    lse_s, row_term = of_layer(lse_s, i_l, LAYERS), of_layer(row_term, i_l, LAYERS)
+    b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+    # The first query that attends to a key of this tile, and the first from which on all attend to all for sure.
+    start, whole, end = 0, tl.where(j_0 + BJ > length, N, 0), N
+    if CAUSAL:
+        start, whole = j_0 // BI * BI, tl.maximum(whole, j_0 + BJ - 1)
+    if MASK != 0:
+        whole = N + BI
+    if LENGTHS:
+        end = tl.where(j_0 < length, N, 0)
+
+    b_grad_k = tl.zeros([BJ, BD_S], tl.float32)
+    for i_g in range(GROUP_S):
+        i_h = i_h_k * GROUP_S + i_g
+        o_rows = (i_b * H + i_h) * N
+        head_q_s = q_s + i_h * s_q_s[1]
+        for i_0 in range(start, end, BI):
+            o_i = i_0 + tl.arange(0, BI)
+            r_i = tl.arange(0, BI)[None, :]
+            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
+            b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[:, None], N, M)
+            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
+            if i_0 < whole:
+                m_ji, b_bias = allowed(
+                    mask, s_mask, i_0, r_i, o_j[:, None], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+                )  # fmt: skip
+                b_log_s = tl.where(m_ji, b_log_s + b_bias, -1e30)
+            b_p = tl.exp2(b_log_s)
+            b_row_term = tl.load(row_term + o_rows + o_i, mask=o_i < N, other=0.0) * unit
+            b_grad_scores = b_p * (b_g * unit - b_row_term[None, :])
+            b_grad_k = tl.dot(b_grad_scores.to(b_q_s.dtype), b_q_s, b_grad_k, input_precision="ieee")
+    tl.store(p_grad_k, (b_grad_k * grad_scale).to(p_grad_k.dtype.element_ty), mask=m_grad_k)
