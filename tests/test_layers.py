@@ -15,7 +15,8 @@ PACKAGES = {"optima_kernels": ROOT / "kernels", "optima_core": ROOT / "core", "o
 """Packages, lowest first, and where their folders are."""
 
 ROOMS = {
-    "task": 0, "assets": 0, "recipes": 0,
+    "limits": -1,
+    "task": 0, "assets": 0, "recipes": 0, "plain_yaml": 0, "sizes": 0, "untrusted": 0,
     "data": 1, "coca": 1,
     "metrics": 2,
     "tasks": 3,
