@@ -4,6 +4,7 @@ The choice depends on the device and on what is installed, never on a tensor's v
 is traced and costs nothing in a compiled step.
 """
 
+import functools
 import os
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
@@ -25,7 +26,8 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: str 
     Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), or those that the
     loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
 
-    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
+    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device;
+    RuntimeError when its interpreter cannot work with the installed numpy.
     """
     if backend is None:
         return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, variant, tensor.device) else "blocked"
@@ -39,7 +41,23 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: str 
                 f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
                 "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
             )
+        if INTERPRETED:
+            check_interpreter()
     return cast(Backend, backend)
+
+
+@functools.cache
+def check_interpreter() -> None:
+    """Raises RuntimeError where Triton's interpreter would fail in the middle of a kernel."""
+    import numpy
+    import triton
+
+    versions = [tuple(int(x) for x in module.__version__.split(".")[:2]) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton.__version__} needs numpy below 2.4, not {numpy.__version__}: "
+            "pip install 'numpy<2.4', or triton 3.7 with the torch that goes with it"
+        )
 
 
 def runs_triton(tensor: Tensor) -> bool:
