@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +50,27 @@ def test_captions_are_those_of_the_evaluation(runs: Path, capsys: pytest.Capture
     assert main(["caption", *files, "--run", str(runs / "captioning")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)]
+
+
+def test_a_picture_may_be_a_path_a_name_pixels_or_a_pil_picture(runs: Path, tmp_path: Path) -> None:
+    student = load_student(runs / "captioning", device="cpu")
+    files = [runs / "captioning" / f"{number}-0.png" for number in range(3)]
+    expected = student.caption(files)
+    opened = [Image.open(file) for file in files]
+    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in opened]
+    assert student.caption(opened) == student.caption(pixels) == student.caption(torch.stack(pixels)) == expected
+    for single in (files[0], str(files[0]), opened[0], pixels[0]):
+        assert student.caption(single) == expected[0]
+    answerer = load_student(runs / "vqa", device="cpu")
+    assert answerer.answer("is there a dog", opened[0]) == answerer.answer("is there a dog", [str(files[0])])
+
+
+@pytest.mark.parametrize("given", [3, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)])
+def test_what_is_no_picture_is_refused_by_what_it_is(given: object, runs: Path) -> None:
+    with pytest.raises(
+        OptimaError, match=r"picture number 1 must be a path, a PIL picture or a uint8 tensor \[3, H, W]"
+    ):
+        load_student(runs / "captioning", device="cpu").caption([given])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])
