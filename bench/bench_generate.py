@@ -14,7 +14,8 @@ import time
 import torch
 
 from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
-from optima.coca.generate import GenerationConfig, generate
+from optima.coca.config import GenerationConfig
+from optima.coca.generate import generate
 
 
 def main() -> None:

@@ -14,13 +14,15 @@ from typing import get_args
 
 import torch
 
+from optima.assets import TEACHER
 from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
-from optima.distill import ASSETS, DistillConfig, Initialisation, load_start
+from optima.runs.config import DistillConfig, Initialisation
+from optima.runs.start import make_start
 from optima.tasks.evaluate import evaluate
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
-from optima_core import Distiller, DistillerConfig
+from optima_core import Distiller, DistillerConfig, LossTerm
 
 PER_ROUND = 25
 
@@ -29,9 +31,9 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
     """Each measure before and after."""
     config = DistillConfig(init=init, seed=seed, engine=DistillerConfig(rounds=steps // PER_ROUND))
     torch.manual_seed(seed)
-    teacher = load_coca(ASSETS / "teacher.safetensors").requires_grad_(False)
+    teacher = load_coca(TEACHER).requires_grad_(False)
     data = PictogramTask(config.task, seed, torch.device("cpu"))
-    student = load_start(config, teacher, data).train()
+    student = make_start(config, teacher, data).train()
     distiller = Distiller(
         student,
         TaskForward(student, config.task),
@@ -44,18 +46,19 @@ def run(init: Initialisation, seed: int, steps: int, items: int) -> dict[str, li
     )
     found: dict[str, list[float]] = {}
 
-    def measure(probe: dict[str, torch.Tensor]) -> None:
+    def measure(probe: dict[str, float]) -> None:
         scores = evaluate(student, data, "validation", limit=items).scores
         for name in ("kind_accuracy", "count_accuracy", "scene_accuracy"):
             found.setdefault(name, []).append(scores[name])
         for name in ("task", "logits"):
-            found.setdefault(name, []).append(float(probe[name]))
-        found.setdefault("total", []).append(float(distiller.objective.total(probe)))
+            found.setdefault(name, []).append(probe[name])
+        weights = {name: distiller.objective.weight(LossTerm.parse(name)) for name in probe}
+        found.setdefault("total", []).append(sum(weights[name] * loss for name, loss in probe.items()))
 
-    measure(distiller.initial_probe)
+    measure(distiller.initial_probe.named())
     while distiller.round < config.engine.rounds:
         record = distiller.run_round()
-    measure({name: torch.tensor(value) for name, value in record.probe.items()})
+    measure(record.probe)
     return found
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from optima.data.loader import LoaderConfig, make_loader
+from optima.data.config import LoaderConfig
+from optima.data.loader import make_loader
 from optima.data.pictograms.render import render
 from optima.data.pictograms.stream import Pictograms
 from optima.data.record import ImageSource, Record, Records

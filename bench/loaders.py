@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.contest import Contest, Run, Sweep, Unavailable
-from optima.data.loader import EngineName, LoaderConfig, make_loader
+from optima.data.config import EngineName, LoaderConfig, TransformConfig
+from optima.data.loader import make_loader
 from optima.data.record import ImageSource, Record, Records
-from optima.data.transform import TransformConfig
 from optima_core.errors import OptimaError
 
 

@@ -2,8 +2,8 @@
 
 Teacher 24 x 1024 (16 heads), student 12 x 768 (12 heads), 384 px in patches of 16: 577 tokens; batch 4. A step is the
 teacher's forward pass, the student's forward and backward pass, a hidden and an attention loss on every student layer,
-clipping and AdamW; ours also selects and updates the bandit. The learning rate is 0, so that every repetition is the
-same step; AdamW computes as much.
+clipping and AdamW. Ours is the step that the engine takes, `optima_core.Step`; what a round adds to its steps (a probe,
+the bandit) is not in it. The learning rate is 0, so that every repetition is the same step; AdamW computes as much.
 
 The usual way is what a user of torch writes without this package. Head means: eager attention in both models, since
 fused attention returns no maps; forward hooks keep the maps and states of the paired layers. Relations between
@@ -13,7 +13,7 @@ is the same to the last option, and so are weights, data and optimiser. On a CPU
 products where they are faster than torch's own; "usual way, our linear layers" shows how much that makes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -27,16 +27,25 @@ from bench.contest import Bar, Contest, Run, Sweep
 from optima.coca.config import ImageEncoderConfig
 from optima.coca.image_encoder import ImageEncoder
 from optima.coca.layers import Linear
-from optima_core import ModulePair
-from optima_core.bandit import make_policy
-from optima_core.objective import Forward, Objective, ObjectiveConfig
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
+from optima_core import (
+    DistillerConfig,
+    Forward,
+    ModulePair,
+    Objective,
+    ObjectiveConfig,
+    OptimiserConfig,
+    Step,
+    WantedTaps,
+)
+from optima_core.config import Precision
+from optima_core.graphs import WARM_UP, CudaRecorder
+from optima_core.optimiser import clip_gradients, make_optimiser
 from optima_core.precision import arithmetic
-from optima_core.reward import RewardMeter
 from optima_kernels.reference import regroup_heads
 
 MODULE = "image_encoder"
 Matching = Literal["mean", "relation"]
+AS_IT_IS = OptimiserConfig(learning_rate=0.0)
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,18 @@ def sweeps(device: torch.device) -> list[Sweep]:
 
 def _contest(device: torch.device, sizes: Sizes, heads: Matching, name: str) -> Contest:
     problem = cache(lambda: Problem(device, sizes, heads))
+    contenders = {
+        "usual way": lambda: problem().usual(),
+        "usual way, our linear layers": lambda: problem().usual(our_linear_layers=True),
+        "optima": lambda: problem().ours(),
+        "no distillation": lambda: problem().undistilled(),
+    }
+    if device.type == "cuda":
+        contenders["optima, CUDA graph"] = lambda: problem().replayed()
     return Contest(
         suite="whole_step",
         name=name,
-        contenders={
-            "usual way": lambda: problem().usual(),
-            "usual way, our linear layers": lambda: problem().usual(our_linear_layers=True),
-            "optima": lambda: problem().ours(),
-            "no distillation": lambda: problem().undistilled(),
-        },
+        contenders=contenders,
         unequal=("no distillation",),
         tolerance=1e-3 if device.type == "cpu" else 5e-2,
         rounds=3,
@@ -110,35 +122,48 @@ class Problem:
         config = ImageEncoderConfig(self.sizes.image, self.sizes.patch, width, layers, heads)
         return ImageEncoder(config, self.sizes.classes).to(self.device)
 
-    def ours(self) -> Run:
-        """As the engine does it, with a bandit of three arms whose choice is the tower in every round."""
-        student, objective = self.student, self.objective
-        trained = [*student.parameters(), *objective.parameters()]
-        policy, meter = make_policy("discounted_thompson", arms=3), RewardMeter()
-        rounds = {"bandit": policy.init(batch=1, seed=0, device=self.device)}
-        student_layers, teacher_layers = (wanted[MODULE] for wanted in objective.wanted([MODULE]))
-        gates = {MODULE: torch.ones((), device=self.device)}
-        update = self._updates(trained)
+    def ours(self, capturable: bool = False) -> Run:
+        """The engine's own step."""
+        student, engine = (
+            self.student,
+            DistillerConfig(objective=self.config, optimiser=AS_IT_IS, precision=self.precision),
+        )
+        step = Step(student, self._shows(student), self._shows(self.teacher), [self.pair], engine)
+        step.objective.load_state_dict(self.objective.state_dict())
+        projections = step.objective.projections[MODULE]
+        for group in step.optimiser.param_groups:
+            group["capturable"] = capturable
 
         def run() -> list[Tensor]:
-            arm, rounds["bandit"] = policy.select(rounds["bandit"])
-            with self._arithmetic():
-                with torch.no_grad():
-                    feature, _, taps = self.teacher(self.images, teacher_layers)
-                    teacher = Forward(feature.new_zeros(()), None, {MODULE: taps})
-                feature, _, taps = student(self.images, student_layers)
-                student_shows = Forward(F.cross_entropy(feature, self.labels), None, {MODULE: taps})
-                terms = objective(student_shows, teacher, gates)
-            del taps, teacher, student_shows
-            total = objective.total(terms)
-            total.backward()
-            tracked = torch.stack([term.detach() for term in terms.values()]).float()[None]
-            rounds.setdefault("reward", meter.init(tracked))
-            reward, rounds["reward"] = meter.measure(rounds["reward"], tracked)
-            rounds["bandit"] = policy.update(rounds["bandit"], arm, reward)
-            return update(total, student, objective.projections[MODULE])
+            total = step.backward(step.losses(self.images, {MODULE: None}))
+            gradients = _compared(student, projections)
+            step.update({MODULE: None})
+            step.advance()
+            return [total, *gradients]
 
         return run
+
+    def replayed(self) -> Run:
+        """The same, recorded as the engine records it with cuda_graphs."""
+        run, recorder = self.ours(capturable=True), CudaRecorder(self.device)
+        for _ in range(WARM_UP):
+            recorder.warm(run)
+        replay, found = recorder.record(run)
+
+        def again() -> list[Tensor]:
+            replay()
+            return found
+
+        return again
+
+    def _shows(self, tower: ImageEncoder) -> Callable[[Tensor, WantedTaps], Forward]:
+        """The tower as the engine runs it."""
+
+        def forward(images: Tensor, wanted: WantedTaps) -> Forward:
+            feature, _, taps = tower(images, wanted[MODULE])
+            return Forward(F.cross_entropy(feature, self.labels), None, {MODULE: taps})
+
+        return forward
 
     def usual(self, our_linear_layers: bool = False) -> Run:
         teacher, student = same_weights(self.teacher), same_weights(self.student)
@@ -197,23 +222,32 @@ class Problem:
 
         return run
 
+    @property
+    def precision(self) -> Precision:
+        return "fp32" if self.device.type == "cpu" else "bf16"
+
     def _arithmetic(self) -> Any:
-        return arithmetic("fp32" if self.device.type == "cpu" else "bf16", self.device)
+        return arithmetic(self.precision, self.device)
 
     def _updates(self, trained: Sequence[nn.Parameter]) -> Any:
         """Clipping and AdamW; returns the loss and gradients that contenders must agree in."""
-        optimiser, _ = make_optimiser(trained, OptimiserConfig(learning_rate=0.0), steps=1)
+        optimiser, _ = make_optimiser(trained, AS_IT_IS, steps=1)
 
         def update(total: Tensor, student: ImageEncoder, projections: nn.Module | None) -> list[Tensor]:
             clip_gradients(trained, 1.0)
             optimiser.step()
-            shown = [student.patch.weight, *(block.attention.qkv.weight for block in student.blocks)]  # type: ignore
-            shown += [] if projections is None else list(projections.parameters())
-            gradients = [parameter.grad for parameter in shown]
+            gradients = _compared(student, projections)
             optimiser.zero_grad(set_to_none=True)
             return [total.detach(), *gradients]
 
         return update
+
+
+def _compared(student: ImageEncoder, projections: nn.Module | None) -> list[Tensor | None]:
+    """The gradients that contenders must agree in."""
+    shown = [student.patch.weight, *(block.attention.qkv.weight for block in student.blocks)]  # type: ignore
+    shown += [] if projections is None else list(projections.parameters())
+    return [parameter.grad for parameter in shown]
 
 
 def same_weights(tower: ImageEncoder) -> ImageEncoder:

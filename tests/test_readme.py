@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from optima.assets import TEACHER
+from optima.data.config import TransformConfig
 from optima.data.pictograms import KINDS, Pictograms, describes, render
-from optima.distill import ASSETS
-from optima.run_directory import RunDirectory
-from optima.tasks import Task
+from optima.runs.directory import RunDirectory
+from optima.runs.words import write_words
+from optima.task import Task
 from optima.tasks.pictograms import PictogramTask
-from optima.words import write_words
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -64,8 +65,8 @@ def test_a_student_is_used_as_shown(
     runs: tuple[tuple[Task, str], ...] = (("captioning", "distill"), ("vqa", "vqa"))
     for task, name in runs:
         directory = RunDirectory(tmp_path / "runs" / name, resume=False, keep=1)
-        (directory.path / "student.safetensors").write_bytes((ASSETS / "teacher.safetensors").read_bytes())
-        write_words(directory, PictogramTask(task, 0, torch.device("cpu")))
+        (directory.path / "student.safetensors").write_bytes((TEACHER).read_bytes())
+        write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
     scene = next(s for s in map(Pictograms("test").scene, range(100)) if s.content.total == 1)
     Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

@@ -4,17 +4,43 @@
 that loads a batch, and for each model a function that returns a `Forward`.
 """
 
-from optima_core.adaptor import Adaptor, LayerPaths, LinearQK, LinearQKV, TorchAttention
-from optima_core.checkpoint import CheckpointStore
-from optima_core.engine import BanditConfig, Distiller, DistillerConfig, RewardConfig
-from optima_core.errors import OptimaError
-from optima_core.modules import ModulePair
-from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective, ObjectiveConfig
-from optima_core.optimiser import OptimiserConfig
-from optima_core.parallel import Ranks, join_ranks
-from optima_core.recompute import recompute_activations
-from optima_core.records import PendingRecord, RoundRecord
-from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
+from typing import TYPE_CHECKING
+
+from optima_core.lazily import attributes_from
+
+if TYPE_CHECKING:
+    from optima_core.adaptor import Adaptor, LayerPaths, LinearQK, LinearQKV, TorchAttention
+    from optima_core.bandit.config import BanditConfig
+    from optima_core.checkpoint import CheckpointStore
+    from optima_core.config import DistillerConfig, ObjectiveConfig, OptimiserConfig, RewardConfig
+    from optima_core.engine import Distiller
+    from optima_core.errors import OptimaError
+    from optima_core.modules import ModulePair
+    from optima_core.objective import Forward, LinearPrediction, LogitPrediction, Objective
+    from optima_core.parallel import Ranks, join_ranks
+    from optima_core.recompute import recompute_activations
+    from optima_core.records import PendingRecord, RoundRecord
+    from optima_core.step import Step
+    from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
+    from optima_core.terms import LossTerm
+else:
+    __getattr__ = attributes_from(
+        __name__,
+        adaptor=("Adaptor", "LayerPaths", "LinearQK", "LinearQKV", "TorchAttention"),
+        bandit=("BanditConfig",),
+        checkpoint=("CheckpointStore",),
+        config=("DistillerConfig", "ObjectiveConfig", "OptimiserConfig", "RewardConfig"),
+        engine=("Distiller",),
+        errors=("OptimaError",),
+        modules=("ModulePair",),
+        objective=("Forward", "LinearPrediction", "LogitPrediction", "Objective"),
+        parallel=("Ranks", "join_ranks"),
+        recompute=("recompute_activations",),
+        records=("PendingRecord", "RoundRecord"),
+        step=("Step",),
+        taps=("AttentionTap", "LayerTap", "Taps", "WantedTaps"),
+        terms=("LossTerm",),
+    )
 
 __all__ = [
     "Adaptor",
@@ -30,6 +56,7 @@ __all__ = [
     "LinearQK",
     "LinearQKV",
     "LogitPrediction",
+    "LossTerm",
     "ModulePair",
     "Objective",
     "ObjectiveConfig",
@@ -39,6 +66,7 @@ __all__ = [
     "Ranks",
     "RewardConfig",
     "RoundRecord",
+    "Step",
     "Taps",
     "TorchAttention",
     "WantedTaps",

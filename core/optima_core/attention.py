@@ -61,7 +61,6 @@ def _flash_on_cuda(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> b
     return q.device.type == "cuda" and fits and unmasked and _flash_enabled("cuda")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _flash_enabled(device: str) -> bool:
     """Whether torch may use its flash kernel: a property of the process, which a graph may take as it is."""
     if not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
@@ -69,3 +68,8 @@ def _flash_enabled(device: str) -> bool:
     return device == "cpu" or (
         torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
     )
+
+
+# What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, a second and more,
+# with every command.
+_flash_enabled._dynamo_marked_constant = True  # type: ignore[attr-defined]

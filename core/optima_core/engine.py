@@ -3,127 +3,42 @@
 One round: the policy picks an arm; for some steps the student learns with the layer losses of that arm's modules
 switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's
 reward.
-Everything that decides anything is a tensor on the device; the host reads once a round, for the record, and need not
-wait for that before it queues the next round.
+Everything that decides anything is a tensor on the device. The host reads once a round which arm was chosen, and taps
+that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
 
-import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from optima_core.bandit import Policy, arm_gates, arm_names, count_arms, make_policy
-from optima_core.bandit.registry import describe_hyper_parameters, discounts_rewards
+from optima_core.bandit.arms import arm_gates, arm_names, count_arms
+from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
-from optima_core.learner import Learner
+from optima_core.graphs import CudaRecorder, ReplayedStep
 from optima_core.modules import ModulePair
-from optima_core.objective import Forward, Objective, ObjectiveConfig
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser, still_behind_gates
+from optima_core.objective import Gates, LossVector
 from optima_core.parallel import Ranks
-from optima_core.precision import Precision, arithmetic, make_scaler
-from optima_core.records import PendingRecord, RoundRecord, Stopwatch
+from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import TRAINED, load_random, load_trained, random_state, trained_state, whole_student
-from optima_core.taps import WantedTaps
-
-Batch = TypeVar("Batch")
-ModelForward = Callable[[Batch, WantedTaps], Forward]
-"""(batch, wanted taps) -> what the model shows the objective."""
+from optima_core.step import Batch, ModelForward, Step
+from optima_core.terms import LossTerm
 
 
-@dataclass(frozen=True)
-class BanditConfig:
-    """Who chooses the module.
+class _Choice:
+    """What the policy chose for a round.
 
-    Attributes:
-        policy: Name of the policy, as `optima_core.bandit.make_policy` knows it.
-        arms: "modules" offers each module alone, "subsets" every non-empty set of modules.
-        min_share: Least share of the rounds of every arm, at most 1 / arms; policies that do not learn ignore it.
-        gamma: Discount per round of past rewards, for the policies that discount them: a memory of about 1 / (1 -
-            gamma) rounds. Shorter than the policies' own default, which suits thousands of rounds: in a run of tens,
-            rewards fall tenfold, and old ones say little about what an arm brings now.
-        options: Other hyper-parameters of the policy by name, e.g. nu; those left out keep their defaults.
+    arm: int64 [1]. gates: float32 [modules]. after: the bandit's state once its round is counted.
+    sent: the gates on their way to the host, if it is to read them.
     """
 
-    policy: str = "discounted_thompson"
-    arms: Literal["modules", "subsets"] = "modules"
-    min_share: float = 0.1
-    gamma: float = 0.8
-    options: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What a round earns.
-
-    Attributes:
-        source: "probe" measures the losses of a held batch after each round, "training" smooths those of the steps.
-        kind: "absolute" is how far the losses, each layer's among them, fell together, as a share of their first sum;
-            "relative" the mean over losses of how far each fell from where it stood, for losses whose sizes differ by
-            decades.
-        floor: Of "relative": share of a loss's first value added to where it stood, so that a loss near zero does not
-            rule; at least 0.
-        clip: A reward is clipped to plus and minus this.
-        baseline: Subtract the discounted mean of all rewards so far, so that zero is an average round. Not by default:
-            where losses fall ever more slowly, that mean lags behind and makes every reward negative, the earlier the
-            more, and the arm that was pulled last looks best because it was (bench/COMPARE.md).
-        normaliser: Rescale rewards by their running mean size ("ratio": 1 is an average round, however slowly losses
-            fall by now), z-score or quantiles.
-        gamma: Discount per round of baseline and normaliser, in (0, 1].
-    """
-
-    source: Literal["probe", "training"] = "probe"
-    kind: Literal["relative", "absolute"] = "absolute"
-    floor: float = 0.3
-    clip: float = 1.0
-    baseline: bool = False
-    normaliser: Literal["none", "ratio", "zscore", "quantile"] = "ratio"
-    gamma: float = 0.8
-
-
-@dataclass(frozen=True)
-class DistillerConfig:
-    """How the student is distilled.
-
-    Attributes:
-        rounds: Number of rounds; in each, one arm is distilled.
-        steps_per_round: Optimiser steps a round.
-        accumulate: Batches a step, whose gradients are averaged: the memory of one batch, the step of a larger one.
-            Each batch weighs the same, also where their masks leave different numbers of tokens.
-        objective: Weights and kinds of the losses.
-        optimiser: AdamW and its schedule over all steps.
-        bandit: Who chooses the module.
-        reward: What a round earns.
-        precision: Arithmetic of both models' forward passes; weights and optimiser stay fp32. "fp16" scales the losses,
-            and skips a step whose gradients overflow.
-        compile: Compile teacher, student and losses into one graph that serves every arm through its gates. All modules
-            are tapped then. The first step takes a minute or so; a CPU needs a C++ compiler.
-        ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
-            0.999 averages over about the last thousand steps.
-    """
-
-    rounds: int = 60
-    steps_per_round: int = 25
-    accumulate: int = 1
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    bandit: BanditConfig = field(default_factory=BanditConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    precision: Precision | Literal["fp16"] = "fp32"
-    compile: bool = False
-    ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "steps_per_round", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be a number of at least 0 and below 1, got {self.ema}")
+    def __init__(self, arm: Tensor, gates: Tensor, after: dict[str, Tensor], read: bool) -> None:
+        self.arm, self.gates, self.after = arm, gates, after
+        self.sent = Sent(gates) if read else None
 
 
 class Distiller(Generic[Batch]):
@@ -143,7 +58,7 @@ class Distiller(Generic[Batch]):
             its slice (`Ranks.share`) of the batch. With FSDP the student is sharded here, a teacher beforehand by
             `Ranks.shard`.
 
-    Raises ValueError if the configuration names a policy or option that does not exist.
+    Raises ValueError if an option of the policy does not fit the number of arms.
     """
 
     def __init__(
@@ -160,80 +75,48 @@ class Distiller(Generic[Batch]):
     ) -> None:
         self.config = config
         self.ranks = ranks or Ranks()
+        _refuse_unshared(config, self.ranks)
+        self.training: Step[Batch] = Step(student, student_forward, teacher_forward, modules, config, self.ranks)
         self.student = student
-        self.student_forward = student_forward
-        self.teacher_forward = teacher_forward
         self.load = load
         self.probe = probe
-        self.device = next(student.parameters()).device
-        self.names = tuple(pair.name for pair in modules)
-        self._arm_is_known = self.device.type == "cpu" and not config.compile
-        self._refuse_unshared()
-        weigh = self.ranks.weigh if self.ranks.count > 1 else None
-        self.objective = Objective(modules, config.objective, weigh).to(self.device)
-        self.learner = Learner(student, student_forward, self.objective)
-        self.learn = self.ranks.wrap(self.learner)
-        self.trained = [*student.parameters(), *self.objective.parameters()]
-        self.optimiser, self.schedule = make_optimiser(
-            self.trained, config.optimiser, config.rounds * config.steps_per_round
-        )
-        self.scaler = make_scaler(config.precision, self.device)
-        self.ema = _averaged(student, config.ema) if config.ema else None
-        self._terms = torch.compile(self._compute_terms, fullgraph=True) if config.compile else self._compute_terms
-        self._errors = _told_in_a_line if config.compile else contextlib.nullcontext
+        self.device = self.training.device
+        self.names = self.training.names
+        self.objective = self.training.objective
         arms = config.bandit.arms
-        self.policy = _make_policy(config.bandit, count_arms(len(modules), arms))
+        self.policy = config.bandit.make(count_arms(len(modules), arms))
         self.gates = arm_gates(len(modules), arms, self.device)
         self.arm_names = arm_names(self.names, arms)
-        reward = config.reward
-        self.meter = RewardMeter(
-            kind=reward.kind,
-            floor=reward.floor,
-            clip=reward.clip,
-            baseline=reward.baseline,
-            normaliser=reward.normaliser,
-            gamma=reward.gamma,
-        )
+        self.meter = RewardMeter(config.reward)
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
         self.pulls = torch.zeros(len(self.arm_names), dtype=torch.int64, device=self.device)
         self.round = 0
         self.step = 0
-        self._probed_teacher = self._forward_teacher(probe, self.names)
-        self.initial_probe = self._probe_terms()
-        self.reward = self.meter.init(_stacked(self.initial_probe))
+        # A graph that serves every arm taps all modules; then the host need not know the arm.
+        self._reads_arm = config.read_arm and not config.compile
+        replays = config.cuda_graphs and self.device.type == "cuda"
+        self._replayed = ReplayedStep(self.training, CudaRecorder(self.device)) if replays else None
+        self._next: _Choice | None = None
+        self._taught = self.training.teach(probe, self.names)
+        self.initial_probe = self.training.measure(probe, self._taught)
+        self._modules_of_terms = _modules_of(self.initial_probe.terms, self.names, self.device)
+        self.reward = self.meter.init(self.initial_probe.values[None])
         if not self.ranks.first:
             # Dropout differs between slices of a batch; the first rank draws what a single process does.
             torch.manual_seed(torch.initial_seed() + self.ranks.rank)
 
-    def _refuse_unshared(self) -> None:
-        """Raises OptimaError for what several ranks cannot do."""
-        config, sharded = self.config, self.ranks.sharded
-        for given, name, instead in (
-            (self.ranks.count > 1 and config.compile, "engine.compile", "leave it out"),
-            (sharded and config.ema > 0, "engine.ema", "take --parallel ddp"),
-            (sharded and config.precision == "fp16", "engine.precision fp16", "take bf16"),
-            (
-                sharded and config.optimiser.implementation == "apex",
-                "engine.optimiser.implementation apex",
-                "take adamw",
-            ),
-        ):
-            if given:
-                raise OptimaError(
-                    f"{name} does not work on {self.ranks.count} ranks with {self.ranks.strategy}; {instead}"
-                )
-
     @property
     def result(self) -> nn.Module:
         """The student to score and to keep: its running average if `ema` asks for one, otherwise itself."""
-        return self.student if self.ema is None else self.ema.module
+        average = self.training.average
+        return self.student if average is None else average.module
 
     def gather_result(self, copy: nn.Module) -> nn.Module:
         """`result`, of sharded parameters, written into an unsharded copy of the student.
 
         All ranks must call this; only the first one's copy is filled.
         """
-        weights = whole_student(self.learner)
+        weights = whole_student(self.training.learner)
         if self.ranks.first:
             copy.load_state_dict(weights)
         return copy
@@ -246,28 +129,36 @@ class Distiller(Generic[Batch]):
         return self.launch_round().result()
 
     def launch_round(self) -> PendingRecord:
-        """One round, of which the host reads nothing: on a GPU it is queued, and the next one may be queued behind it.
+        """One round. On a GPU it is queued, and the next one may be queued behind it.
 
-        A loss that is not finite is noticed by the record's `result`, so ask for that before you save the state.
+        The host waits for the arm, which the round before ends by choosing; with `read_arm: false` for nothing. A loss
+        that is not finite is noticed by the record's `result`, so ask for that before you save the state.
         """
-        arm, self.bandit = self.policy.select(self.bandit)
-        gates = self.gates[arm][0]
-        chosen = self._distilled(gates)
+        choice = self._next or self._choose()
+        self.bandit = choice.after
+        batches: Iterator[Batch] = map(self.load, itertools.count(self.step * self.config.accumulate))
+        # Loaded while a GPU ends the round before, whose end tells the arm.
+        batches = itertools.chain([next(batches)], batches)
+        gates = self._gates(choice)
         watch = Stopwatch(self.device)
-        steps: list[dict[str, Tensor]] = []
+        steps: list[LossVector] = []
+        run = self.training.run if self._replayed is None else self._replayed.run
         for _ in range(self.config.steps_per_round):
-            steps.append(self._train_step(gates, chosen))
+            steps.append(run(batches, gates))
+            if self.config.reward.source == "training":
+                self._observe(steps[-1], choice.gates)
             self.step += 1
         watch.stop()
-        probe = self._probe_terms()
+        probe = self.training.measure(self.probe, self._taught)
         if self.config.reward.source == "probe":
-            reward, self.reward = self.meter.measure(self.reward, _stacked(probe))
+            reward, self.reward = self.meter.measure(self.reward, probe.values[None])
         else:
             reward, self.reward = self.meter.finish(self.reward)
-        self.bandit = self.policy.update(self.bandit, arm, reward)
-        self.pulls = self.pulls.index_add(0, arm % len(self.arm_names), torch.ones_like(arm))
+        self.bandit = self.policy.update(self.bandit, choice.arm, reward)
+        self.pulls = self.pulls.index_add(0, choice.arm % len(self.arm_names), torch.ones_like(choice.arm))
         self.round += 1
-        return self._send_record(arm, gates, reward, steps, probe, watch, chosen)
+        self._next = self._choose()
+        return self._send_record(choice, reward, steps, probe, watch, tuple(gates))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
@@ -275,11 +166,12 @@ class Distiller(Generic[Batch]):
         Holds references to live tensors: write it out, or copy it, before the next round. With several ranks all must
         call this; the first one's result is whole, however the parameters are sharded.
         """
+        training = self.training
         return {
-            **trained_state(self.learner, self.optimiser),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": {} if self.ema is None else self.ema.state_dict(),
+            **trained_state(training.learner, training.optimiser),
+            "schedule": training.schedule.state_dict(),
+            "scaler": training.scaler.state_dict(),
+            "ema": {} if training.average is None else training.average.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
             "random": random_state(self.ranks),
@@ -293,125 +185,78 @@ class Distiller(Generic[Batch]):
 
         All ranks must call this; what the others hand in is not looked at, the first one's state is sent to them.
         """
-        load_trained(self.learner, self.optimiser, state, self.ranks)
+        training = self.training
+        load_trained(training.learner, training.optimiser, state, self.ranks)
         state = self.ranks.broadcast({name: part for name, part in state.items() if name not in TRAINED})
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        training.schedule.load_state_dict(state["schedule"])
+        training.scaler.load_state_dict(state["scaler"])
+        if training.average is not None:
+            training.average.load_state_dict(state["ema"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
         load_random(state["random"], self.ranks)
         self.pulls = state["pulls"].to(self.device)
         self.round = state["round"]
         self.step = state["step"]
+        self._next = None
+        if self._replayed is not None:
+            self._replayed.forget()
 
-    def _train_step(self, gates: Tensor, chosen: Sequence[str]) -> dict[str, Tensor]:
-        gate_of = {name: gates[self.names.index(name)] for name in chosen}
-        batches: list[dict[str, Tensor]] = []
-        for i in range(self.config.accumulate):
-            batch = self.load(self.step * self.config.accumulate + i)
-            with self.ranks.gradients_kept(self.learn, until_last=i + 1 < self.config.accumulate):
-                with arithmetic(self.config.precision, self.device), self._errors():
-                    terms = self._terms(batch, gate_of)
-                total = self.objective.total(terms) / self.config.accumulate
-                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-            batches.append({name: term.detach() for name, term in terms.items()})
-        self.scaler.unscale_(self.optimiser)
-        clip_gradients(self.trained, self.config.optimiser.clip)
-        # The modules of an arm that the host knows are all distilled.
-        gated = [(gate, tuple(self.objective.projections[name].parameters())) for name, gate in gate_of.items()]
-        with still_behind_gates(self.optimiser, [] if self._arm_is_known else gated):
-            self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.student)
-        own = {name: torch.stack([terms[name] for terms in batches]).mean(dim=0) for name in batches[0]}
-        terms = self.ranks.mean(own)
-        if self.config.reward.source == "training":
-            self._observe(terms, gates)
-        return terms
+    def _choose(self) -> _Choice:
+        """The next round's arm, queued; a pure function of the bandit's state, which stays as it is."""
+        arm, after = self.policy.select(self.bandit)
+        return _Choice(arm, self.gates[arm][0], after, self._reads_arm)
 
-    def _compute_terms(self, batch: Batch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The loss terms of a batch, for the modules that have a gate: what `compile` makes one graph of."""
-        wanted, wanted_of_teacher = self.objective.wanted(tuple(gates))
-        with torch.no_grad():
-            teacher = self.teacher_forward(batch, wanted_of_teacher)
-        terms: dict[str, Tensor] = self.learn(batch, wanted, teacher, gates)
-        return terms
+    def _gates(self, choice: _Choice) -> Gates:
+        """The modules to tap: those of the arm, without gates; all of them behind gates if the arm is not read."""
+        if choice.sent is None:
+            return dict(zip(self.names, choice.gates.unbind(), strict=True))
+        chosen = choice.sent.value().tolist()
+        return {name: None for name, gate in zip(self.names, chosen, strict=True) if gate}
 
-    def _distilled(self, gates: Tensor) -> tuple[str, ...]:
-        """The modules to tap: on a CPU those of the arm; elsewhere all, since reading the arm would stall.
-
-        One graph for all arms taps all modules, too.
-        """
-        if not self._arm_is_known:
-            return self.names
-        return tuple(name for name, gate in zip(self.names, gates.tolist(), strict=True) if gate)
-
-    def _forward_teacher(self, batch: Batch, modules: Sequence[str]) -> Forward:
-        _, wanted = self.objective.wanted(modules)
-        with torch.no_grad(), arithmetic(self.config.precision, self.device):
-            return self.teacher_forward(batch, wanted)
-
-    def _probe_terms(self) -> dict[str, Tensor]:
-        wanted, _ = self.objective.wanted(self.names)
-        open_gates = dict.fromkeys(self.names, torch.ones((), device=self.device))
-        # A probe is measured without dropout, and teaches no running statistics.
-        training = [module for module in self.student.modules() if module.training]
-        self.student.eval()
-        with torch.no_grad(), arithmetic(self.config.precision, self.device):
-            terms = self.ranks.mean(self.learn(self.probe, wanted, self._probed_teacher, open_gates))
-        for module in training:
-            module.training = True
-        return terms
-
-    def _observe(self, terms: dict[str, Tensor], gates: Tensor) -> None:
+    def _observe(self, found: LossVector, gates: Tensor) -> None:
         """Hands a step's losses to the reward; those of modules that were not distilled count as not measured."""
-        losses, measured = [], []
-        for name in self.initial_probe:
-            found = terms.get(name)
-            losses.append(torch.zeros((), device=self.device) if found is None else found.detach().float())
-            gate = gates[self.names.index(name.split("/")[1])] if "/" in name else torch.ones_like(gates[0])
-            measured.append((gate > 0) & (found is not None))
-        self.reward = self.meter.observe(self.reward, torch.stack(losses)[None], torch.stack(measured)[None])
+        values = dict(zip(found.terms, found.values.unbind(), strict=True))
+        nothing = found.values.new_zeros(())
+        losses = torch.stack([values.get(term, nothing) for term in self.initial_probe.terms])
+        measured = torch.cat([gates, gates.new_ones(1)])[self._modules_of_terms] > 0
+        self.reward = self.meter.observe(self.reward, losses[None], measured[None])
 
     def _send_record(
         self,
-        arm: Tensor,
-        gates: Tensor,
+        choice: _Choice,
         reward: Tensor,
-        steps: Sequence[dict[str, Tensor]],
-        probe: dict[str, Tensor],
+        steps: Sequence[LossVector],
+        probe: LossVector,
         watch: Stopwatch,
         tapped: Sequence[str],
     ) -> PendingRecord:
         """The numbers of the round that has just been queued, on their way to the host."""
         mean, std = self.policy.posterior(self.bandit)
         tensors = {
-            "arm": arm[0],
-            "gates": gates,
+            "arm": choice.arm[0],
+            "gates": choice.gates,
             "reward": reward[0],
             "pulls": self.pulls,
             "mean": mean[0],
             "std": std[0],
-            "losses": torch.stack([torch.stack([term.float() for term in terms.values()]) for terms in steps]),
-            "probe": torch.stack([term.float() for term in probe.values()]),
+            "losses": torch.stack([found.values for found in steps]),
+            "probe": probe.values,
         }
-        number, step, learning_rate = self.round, self.step, float(self.schedule.get_last_lr()[0])
+        number, step, learning_rate = self.round, self.step, float(self.training.schedule.get_last_lr()[0])
         layers = {name: pair.student_layers for name, pair in self.objective.pairs.items()}
         share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
-        terms, probe_terms = tuple(steps[0]), tuple(probe)
+        terms = steps[0].terms
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
             for i, row in enumerate(values["losses"], step - len(steps) + 1):
                 _refuse_non_finite(number, f"step {i}", terms, row)
-            _refuse_non_finite(number, f"the probe after step {step}", probe_terms, values["probe"])
+            _refuse_non_finite(number, f"the probe after step {step}", probe.terms, values["probe"])
             pulls = {name: int(count) for name, count in _named(self.arm_names, values["pulls"]).items() if count}
             modules = tuple(name for name, gate in _named(self.names, values["gates"]).items() if gate)
-            losses = _named(terms, values["losses"].mean(dim=0))
+            # Where all modules are tapped, those whose gates are closed have losses of 0, which nobody measured.
+            distilled = [i for i, term in enumerate(terms) if term.module is None or term.module in modules]
+            losses = LossVector(tuple(terms[i] for i in distilled), values["losses"].mean(dim=0)[distilled])
             return RoundRecord(
                 round=number,
                 step=step,
@@ -421,9 +266,8 @@ class Distiller(Generic[Batch]):
                 pulls=pulls,
                 mean={name: x for name, x in _named(self.arm_names, values["mean"]).items() if name in pulls},
                 std={name: x for name, x in _named(self.arm_names, values["std"]).items() if name in pulls},
-                # Where all modules are tapped, those whose gates are closed have losses of 0, which nobody measured.
-                losses={name: x for name, x in losses.items() if "/" not in name or name.split("/")[1] in modules},
-                probe=_named(probe_terms, values["probe"]),
+                losses=losses.named(),
+                probe=LossVector(probe.terms, values["probe"]).named(),
                 learning_rate=learning_rate,
                 tapped=share,
                 step_seconds=watch.seconds() / len(steps),
@@ -432,27 +276,28 @@ class Distiller(Generic[Batch]):
         return PendingRecord(tensors, describe)
 
 
-@contextlib.contextmanager
-def _told_in_a_line() -> Iterator[None]:
-    """What cannot be compiled ends in a page of advice, of which one line says what it was."""
-    try:
-        yield
-    except torch._dynamo.exc.Unsupported as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        context = [line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug context")]
-        raise OptimaError(
-            f"compile: teacher, student and losses do not make one graph ({lines[0]}: {' '.join(context)}); "
-            "take compile: false"
-        ) from error
+def _refuse_unshared(config: DistillerConfig, ranks: Ranks) -> None:
+    """Raises OptimaError for what several ranks cannot do."""
+    for given, name, instead in (
+        (ranks.count > 1 and config.compile, "engine.compile", "leave it out"),
+        (ranks.count > 1 and config.cuda_graphs, "engine.cuda_graphs", "leave it out"),
+        (ranks.sharded and config.ema > 0, "engine.ema", "take --parallel ddp"),
+        (ranks.sharded and config.precision == "fp16", "engine.precision fp16", "take bf16"),
+        (
+            ranks.sharded and config.optimiser.implementation == "apex",
+            "engine.optimiser.implementation apex",
+            "take adamw",
+        ),
+    ):
+        if given:
+            raise OptimaError(f"{name} does not work on {ranks.count} ranks with {ranks.strategy}; {instead}")
 
 
-def _stacked(terms: Mapping[str, Tensor]) -> Tensor:
-    """The losses that a reward is made of, those of every layer among them: float32 [1, losses]."""
-    return torch.stack(list(terms.values())).float()[None]
-
-
-def _averaged(student: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+def _modules_of(terms: Sequence[LossTerm], names: Sequence[str], device: torch.device) -> Tensor:
+    """Which module each loss belongs to: int64 [terms]; one more than the last for those of none."""
+    return torch.tensor(
+        [len(names) if term.module is None else names.index(term.module) for term in terms], device=device
+    )
 
 
 def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
@@ -460,22 +305,11 @@ def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=False))
 
 
-def _refuse_non_finite(round_number: int, place: str, names: Sequence[str], values: Tensor) -> None:
+def _refuse_non_finite(round_number: int, place: str, terms: Sequence[LossTerm], values: Tensor) -> None:
     """Names the terms that were bad first: one step later their gradients have spoilt all the others."""
-    bad = [name for name, value in _named(names, values).items() if not math.isfinite(value)]
+    bad = [term.name for term, value in zip(terms, values.tolist(), strict=True) if not math.isfinite(value)]
     if bad:
         raise OptimaError(
             f"loss {', '.join(bad)} became NaN or infinite in round {round_number}, at {place}; "
             "lower optimiser.learning_rate or the loss's weight; the last checkpoint is kept"
         )
-
-
-def _make_policy(config: BanditConfig, arms: int) -> Policy:
-    """The policy with those of the engine's settings that it knows and `options` does not give."""
-    make_policy(config.policy, arms=arms, **config.options)  # what is wrong with the options alone is said first
-    settings: dict[str, float] = {}
-    if "min_share" in describe_hyper_parameters(config.policy):
-        settings["min_share"] = min(config.min_share, 1 / arms)
-    if discounts_rewards(config.policy):
-        settings["gamma"] = config.gamma
-    return make_policy(config.policy, arms=arms, **settings | config.options)

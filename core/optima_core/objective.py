@@ -3,61 +3,29 @@
 L = w_task * task + w_logits * logits + sum over layers of the chosen modules of (w_hidden * hidden + w_attention *
 attention)
 
-The layer sums are means over a module's layers, so that the weights mean the same for a shallow and a deep module. Each
-module's terms carry a gate on the device: 1 where the module is distilled this round, else 0.
+The layer sums are means over a module's layers, so that the weights mean the same for a shallow and a deep module. The
+layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the module
+is distilled this round, else 0.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from optima_core.config import ObjectiveConfig
 from optima_core.modules import ModulePair
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
-from optima_kernels import attention_map_loss, hidden_mse, linear_kl, prediction_kl
-from optima_kernels.reference import attended_elements
+from optima_core.terms import LossGroup, LossTerm, record_order
+from optima_kernels import attention_map_losses, hidden_mses, linear_kl, prediction_kl
 
+Gates = Mapping[str, Tensor | None]
+"""Module name -> its gate, 0-d; None where the host knows that the module is distilled, and no gate is needed."""
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Weights and kinds of the losses.
-
-    Attributes:
-        task: Weight of the student's own task loss.
-        logits: Weight of the prediction distillation.
-        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers). With one of three
-            modules distilled at a time, 3 teaches as much over a run as 1 with all of them.
-        attention: Weight of the attention-map loss of each distilled module (mean over its layers), likewise.
-        temperature: Softmax temperature T of the prediction distillation, above 0.
-        divergence: Direction of the prediction distillation.
-        attention_kind: Compare attention maps by KL divergence or by squared error.
-        attention_heads: "match" pairs the heads one to one (equal numbers), "mean" compares head-averaged maps,
-            "relation" regroups q and k into relation_heads heads.
-        relation_heads: Number of heads after regrouping; with attention_heads "relation" only.
-        normalize: Normalisation of both sides of the hidden-state loss, or null for none.
-    """
-
-    task: float = 1.0
-    logits: float = 1.0
-    hidden: float = 3.0
-    attention: float = 3.0
-    temperature: float = 2.0
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    attention_kind: Literal["kl", "mse"] = "kl"
-    attention_heads: Literal["match", "mean", "relation"] = "match"
-    relation_heads: int | None = None
-    normalize: Literal["layernorm", "l2"] | None = "layernorm"
-
-    def __post_init__(self) -> None:
-        for name in ("task", "logits", "hidden", "attention"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}, a weight, must be a finite number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+Losses = dict[LossGroup, Tensor]
+"""The unweighted losses of a step."""
 
 
 class LogitPrediction(NamedTuple):
@@ -98,15 +66,35 @@ class Forward(NamedTuple):
     task_count: Tensor | int | None = None
 
 
-class _Mean(NamedTuple):
-    """A loss that is a mean, and over how many elements (up to a factor that is the same on all ranks)."""
+class LossVector(NamedTuple):
+    """Losses in the order in which records list them. values: float32 [terms], without a gradient."""
 
-    value: Tensor
-    elements: Callable[[], Tensor | int]
+    terms: tuple[LossTerm, ...]
+    values: Tensor
+
+    def named(self) -> dict[str, float]:
+        """The losses by their names in records; waits for the device."""
+        return dict(zip((term.name for term in self.terms), self.values.tolist(), strict=True))
+
+
+def as_vector(losses: Losses) -> LossVector:
+    """The losses as one vector."""
+    order = record_order(tuple(losses))
+    parts = {group: value.detach().float().flatten().unbind() for group, value in losses.items()}
+    return LossVector(
+        tuple(term for term, _, _ in order), torch.stack([parts[group][place] for _, group, place in order])
+    )
+
+
+class _Means(NamedTuple):
+    """Losses that are means, [layers] or 0-d, and over how many elements each (up to a factor common to all ranks)."""
+
+    values: Tensor
+    elements: Callable[[], Sequence[Tensor | int]]
 
 
 class Objective(nn.Module):
-    """Holds the learned projections from student to teacher width, one a layer, and computes the loss terms.
+    """Holds the learned projections from student to teacher width, one a layer, and computes the losses.
 
     weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
         one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
@@ -139,50 +127,59 @@ class Objective(nn.Module):
         teacher = {name: tuple(sorted(set(self.pairs[name].teacher_layer_of()))) for name in modules}
         return student, teacher
 
-    def forward(self, student: Forward, teacher: Forward, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The unweighted loss terms, scalars by name; but for the task's, a term of weight 0 is left out.
+    def forward(self, student: Forward, teacher: Forward, gates: Gates) -> Losses:
+        """The unweighted losses; but for the task's, one of weight 0 is left out.
 
-        Names: "task", "logits", "hidden/<module>/<layer>", "attention/<module>/<layer>" with the student's layer.
-        gates: module name -> 0-d tensor; the modules named here must have been tapped.
+        gates: of the modules that are compared, which must have been tapped.
         """
-        config = self.config
-        task_count = student.task_count
-        means = {"task": [_Mean(student.task_loss, lambda: 1 if task_count is None else task_count)]}
+        config, task_count = self.config, student.task_count
+        found = {LossGroup("task"): [_Means(student.task_loss, lambda: [1 if task_count is None else task_count])]}
         if config.logits and student.prediction is not None and teacher.prediction is not None:
-            means["logits"] = [self._prediction(student.prediction, teacher.prediction)]
+            found[LossGroup("logits")] = [self._prediction(student.prediction, teacher.prediction)]
         for name, gate in gates.items():
-            layers = self.pairs[name].teacher_layer_of()
-            tapped = dict(zip(sorted(set(layers)), teacher.taps[name], strict=True))
-            for i, tap in enumerate(student.taps[name]):
-                target = tapped[layers[i]]
-                if config.hidden:
-                    means[f"hidden/{name}/{i}"] = [self._hidden(name, i, tap, target, gate)]
-                if config.attention and tap.attention:
-                    means[f"attention/{name}/{i}"] = self._attention(tap, target, gate)
-        values = self._weighed([mean for found in means.values() for mean in found])
-        terms = {name: [next(values) for _ in found] for name, found in means.items()}
-        return {name: found[0] if len(found) == 1 else torch.stack(found).mean() for name, found in terms.items()}
+            pairs = self._pairs(name, student, teacher)
+            if config.hidden:
+                found[LossGroup("hidden", name, tuple(range(len(pairs))))] = [self._hidden(name, pairs, gate)]
+            if config.attention:
+                # A call compares maps of one kind: those of layers whose attentions are alike, first with first.
+                for layers, alike in _alike(pairs).items():
+                    found[LossGroup("attention", name, layers)] = [
+                        self._attention(alike, place, gate) for place in range(len(alike[0][0].attention))
+                    ]
+        return {group: _mean(means) for group, means in self._weighed(found).items()}
 
-    def _weighed(self, means: Sequence[_Mean]) -> Iterator[Tensor]:
-        values = [mean.value for mean in means]
-        if self.weigh is None:
-            return iter(values)
-        device = values[0].device
-        counts = torch.stack([torch.as_tensor(mean.elements(), dtype=torch.float64, device=device) for mean in means])
-        return (value * factor for value, factor in zip(values, self.weigh(counts).unbind(), strict=True))
+    def weight(self, group: LossGroup | LossTerm) -> float:
+        """The factor of a loss in the total; that of a layer is its share of the module's mean."""
+        weight: float = getattr(self.config, group.kind)
+        return weight if group.module is None else weight / self.pairs[group.module].student_layers
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms; a module's layers are averaged."""
-        total = torch.zeros((), device=next(iter(terms.values())).device)
-        for name, term in terms.items():
-            kind, *place = name.split("/")
-            layers = self.pairs[place[0]].student_layers if place else 1
-            total = total + getattr(self.config, kind) / layers * term
+    def total(self, losses: Losses) -> Tensor:
+        """The weighted sum of the losses."""
+        total = torch.zeros((), device=next(iter(losses.values())).device)
+        for group, values in losses.items():
+            total = total + self.weight(group) * (values.sum() if group.layers else values)
         return total
+
+    def _pairs(self, module: str, student: Forward, teacher: Forward) -> list[tuple[LayerTap, LayerTap]]:
+        """Each student layer's tap with that of the teacher layer it learns from."""
+        layers = self.pairs[module].teacher_layer_of()
+        tapped = dict(zip(sorted(set(layers)), teacher.taps[module], strict=True))
+        return [(tap, tapped[layer]) for tap, layer in zip(student.taps[module], layers, strict=True)]
+
+    def _weighed(self, found: dict[LossGroup, list[_Means]]) -> dict[LossGroup, list[Tensor]]:
+        means = [mean for of_group in found.values() for mean in of_group]
+        values = iter([mean.values for mean in means])
+        if self.weigh is not None:
+            counts = [list(mean.elements()) for mean in means]
+            device = means[0].values.device
+            factors = self.weigh(torch.stack([_count(x, device) for row in counts for x in row]))
+            shares = torch.split(factors, [len(row) for row in counts])
+            values = iter([mean.values * share.view_as(mean.values) for mean, share in zip(means, shares, strict=True)])
+        return {group: [next(values) for _ in of_group] for group, of_group in found.items()}
 
     def _prediction(
         self, student: LogitPrediction | LinearPrediction, teacher: LogitPrediction | LinearPrediction
-    ) -> _Mean:
+    ) -> _Means:
         config = self.config
         if isinstance(student, LinearPrediction) and isinstance(teacher, LinearPrediction):
             divergence = linear_kl(
@@ -198,7 +195,7 @@ class Objective(nn.Module):
             )
             assert isinstance(divergence, Tensor)
             mask = student.mask
-            return _Mean(divergence, lambda: len(student.hidden) if mask is None else mask.sum())
+            return _Means(divergence, lambda: [len(student.hidden) if mask is None else mask.sum()])
         if isinstance(student, LogitPrediction) and isinstance(teacher, LogitPrediction):
             divergence = prediction_kl(
                 student.logits,
@@ -208,58 +205,88 @@ class Objective(nn.Module):
                 sample_weight=student.weight,
             )
             weight = student.weight
-            return _Mean(divergence, lambda: len(student.logits) if weight is None else weight.sum())
+            return _Means(divergence, lambda: [len(student.logits) if weight is None else weight.sum()])
         raise TypeError("student and teacher must both give logits, or both states and a head")
 
-    def _hidden(self, module: str, layer: int, student: LayerTap, teacher: LayerTap, gate: Tensor) -> _Mean:
+    def _hidden(self, module: str, pairs: Sequence[tuple[LayerTap, LayerTap]], gate: Tensor | None) -> _Means:
         projections = self.projections[module]
         assert isinstance(projections, nn.ModuleList)
-        projection = projections[layer]
-        assert isinstance(projection, nn.Linear)
-        error = hidden_mse(
-            student.hidden,
-            teacher.hidden,
-            projection.weight,
-            projection.bias,
+        students = [student for student, _ in pairs]
+        errors = hidden_mses(
+            [student.hidden for student in students],
+            [teacher.hidden for _, teacher in pairs],
+            [projection.weight for projection in projections],  # type: ignore[misc]
+            [projection.bias for projection in projections],  # type: ignore[misc]
             normalize=self.config.normalize,
-            mask=student.valid,
-            gate=gate,
+            mask=[student.valid for student in students],
+            gate=_of_layers(gate, len(pairs)),
         )
-        valid, tokens = student.valid, student.hidden.shape[:-1].numel()
-        return _Mean(error, lambda: tokens if valid is None else valid.sum())
+        return _Means(
+            errors, lambda: [s.hidden.shape[:-1].numel() if s.valid is None else s.valid.sum() for s in students]
+        )
 
-    def _attention(self, student: LayerTap, teacher: LayerTap, gate: Tensor) -> list[_Mean]:
-        """One loss for each of the layer's maps (a decoder layer has a self- and a cross-attention map)."""
+    def _attention(self, pairs: Sequence[tuple[LayerTap, LayerTap]], place: int, gate: Tensor | None) -> _Means:
+        """The losses of the maps in one place of each layer (a decoder layer has a self- and a cross-attention map)."""
         config = self.config
+        ours, theirs = ([tap.attention[place] for tap in taps] for taps in zip(*pairs, strict=True))
         # Rows' sums belong to the heads that the forward pass had; regrouped ones have others.
         keep_lse = config.attention_heads != "relation"
-        return [
-            _Mean(
-                attention_map_loss(
-                    s.q,
-                    s.k,
-                    t.q,
-                    t.k,
-                    kind=config.attention_kind,
-                    heads=config.attention_heads,
-                    relation_heads=config.relation_heads,
-                    causal=s.causal,
-                    mask=s.mask,
-                    lse_s=s.lse if keep_lse else None,
-                    lse_t=t.lse if keep_lse else None,
-                    gate=gate,
-                ),
-                partial(_count_attended, s, config.attention_kind),
-            )
-            for s, t in zip(student.attention, teacher.attention, strict=True)
-        ]
+        losses = attention_map_losses(
+            [s.q for s in ours],
+            [s.k for s in ours],
+            [t.q for t in theirs],
+            [t.k for t in theirs],
+            kind=config.attention_kind,
+            heads=config.attention_heads,
+            relation_heads=config.relation_heads,
+            causal=ours[0].causal,
+            mask=[s.mask for s in ours],
+            lse_s=[s.lse if keep_lse else None for s in ours],
+            lse_t=[t.lse if keep_lse else None for t in theirs],
+            gate=_of_layers(gate, len(pairs)),
+        )
+        return _Means(losses, partial(_count_attended, ours, config.attention_kind))
 
 
-def _count_attended(tap: AttentionTap, kind: Literal["kl", "mse"]) -> Tensor | int:
-    """The rows (kl) or elements (mse) of the map that its loss is a mean over, of one head."""
+def _alike(
+    pairs: Sequence[tuple[LayerTap, LayerTap]],
+) -> dict[tuple[int, ...], list[tuple[LayerTap, LayerTap]]]:
+    """The layers that have attention maps, together where their maps are as many and see alike."""
+    found: dict[tuple[bool, ...], list[int]] = {}
+    for layer, (student, _) in enumerate(pairs):
+        if student.attention:
+            found.setdefault(tuple(one.causal for one in student.attention), []).append(layer)
+    return {tuple(layers): [pairs[layer] for layer in layers] for layers in found.values()}
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(dim=0)
+
+
+def _of_layers(gate: Tensor | None, layers: int) -> Tensor | None:
+    return None if gate is None else gate.repeat(layers)
+
+
+def _count(elements: Tensor | int, device: torch.device) -> Tensor:
+    """0-d, float64. A number is filled in by the device; as a tensor of the host's it would be waited for."""
+    if isinstance(elements, Tensor):
+        return elements.to(torch.float64)
+    return torch.full((), elements, dtype=torch.float64, device=device)
+
+
+def _count_attended(taps: Sequence[AttentionTap], kind: Literal["kl", "mse"]) -> list[Tensor | int]:
+    """The rows (kl) or elements (mse) of each map that its loss is a mean over, of one head."""
+    return [_attended(tap, kind) for tap in taps]
+
+
+def _attended(tap: AttentionTap, kind: Literal["kl", "mse"]) -> Tensor | int:
     batch, heads, queries, keys = (*tap.q.shape[:3], tap.k.shape[2])
     if tap.mask is None and (kind == "kl" or not tap.causal):
         return batch * queries * (1 if kind == "kl" else keys)
-    attends = attended_elements(queries, keys, tap.causal, tap.mask, None, tap.q.device)
+    attends = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=tap.q.device)
+    if tap.causal:
+        attends = attends.tril()
+    if tap.mask is not None:
+        attends = attends & tap.mask
     found = attends.any(dim=-1) if kind == "kl" else attends
-    return found.expand(batch, heads, queries, *found.shape[3:]).sum() / heads
+    return found.expand(batch, heads, *found.shape[2:]).sum() / heads

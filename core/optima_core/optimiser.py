@@ -3,53 +3,12 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from optima_core.config import OptimiserConfig
 from optima_core.errors import OptimaError
-
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-        implementation: "adamw" is torch's fused AdamW, "apex" the FusedAdam of NVIDIA's apex, on CUDA only.
-        learning_rate: Peak learning rate, reached at the end of the warm-up.
-        schedule: How the learning rate falls after the warm-up: along half a cosine, linearly, or not at all.
-        warmup: Share of all steps in which the learning rate rises linearly from zero, 0 to 1.
-        final: Learning rate at the last step, as a share of the peak; of no use with a constant schedule.
-        weight_decay: Decoupled weight decay, per step and learning rate, of tensors with two or more dimensions.
-        beta1: Decay of the mean of gradients.
-        beta2: Decay of the mean of squared gradients.
-        clip: Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
-    """
-
-    implementation: Literal["adamw", "apex"] = "adamw"
-    learning_rate: float = 2e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.05
-    final: float = 0.0
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("learning_rate", 0.0, math.inf),
-            ("warmup", 0.0, 1.0),
-            ("final", 0.0, math.inf),
-            ("weight_decay", 0.0, math.inf),
-            ("beta1", 0.0, 1.0),
-            ("beta2", 0.0, 1.0),
-            ("clip", 0.0, math.inf),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {getattr(self, name)}")
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

@@ -11,20 +11,18 @@ Everything goes through torch.distributed: gloo between CPUs, NCCL between GPUs.
 
 import contextlib
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from optima_core.errors import OptimaError
-
-Strategy = Literal["ddp", "fsdp"]
+from optima_core.processes import Strategy, count_processes
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others; the first one scores the student while they do."""
@@ -76,13 +74,13 @@ class Ranks:
         dist.all_reduce(total)
         return (counts * self.count / torch.where(total > 0, total, 1)).float()
 
-    def mean(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over the ranks of scalars by name; the same bits on every rank."""
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks of each value; the same bits on every rank."""
         if self.count == 1:
-            return dict(terms)
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        dist.all_reduce(values)
-        return dict(zip(terms, (values / self.count).unbind(), strict=True))
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.count
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all of them."""
@@ -168,7 +166,7 @@ def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
     Raises OptimaError if there are more processes than GPUs, or a rank is lost on the way.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = _count()
+    count = count_processes()
     if count == 1:
         yield Ranks(device=device)
         return
@@ -191,36 +189,3 @@ def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
             ) from error
         raise
     dist.destroy_process_group()
-
-
-def several() -> bool:
-    """Whether torchrun started more processes than this one."""
-    return _count() > 1
-
-
-def speaks() -> bool:
-    """Whether this process is to tell why the run ends: the first that asks, for the others end for the same reason."""
-    if not several():
-        return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
-        return store.add(f"optima/told/{attempt}", 1) == 1
-    except RuntimeError:  # the store has gone with the process that held it
-        return True
-
-
-def _count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leave(status: int) -> NoReturn:
-    """Ends a process that was one of several, at once.
-
-    With torch 2.13 the interpreter's own shutdown after gloo and DTensors hung or aborted in some of our runs, when all
-    work was done and the process group destroyed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Precision = Literal["fp32", "bf16"]
+from optima_core.config import Precision
 
 
 @contextlib.contextmanager

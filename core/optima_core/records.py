@@ -39,6 +39,29 @@ class RoundRecord:
     step_seconds: float = field(compare=False)
 
 
+class Sent:
+    """A tensor on its way to the host: on CUDA into pinned memory, behind the work that has been queued so far."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._value = tensor.detach()
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._value.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether `value` would not wait; always so on a CPU."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def value(self) -> Tensor:
+        """The tensor, on the CPU; waits for the device to come that far."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
+
+
 class PendingRecord:
     """A round's record on its way to the host.
 
@@ -50,28 +73,18 @@ class PendingRecord:
     def __init__(self, tensors: Mapping[str, Tensor], describe: Callable[[dict[str, Tensor]], RoundRecord]) -> None:
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._describe = describe
-        self._event: torch.cuda.Event | None = None
-        sent = torch.cat([tensor.detach().to(torch.float64).flatten() for tensor in tensors.values()])
-        if sent.device.type == "cuda":
-            self._values = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
-            self._values.copy_(sent, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-        else:
-            self._values = sent
+        self._sent = Sent(torch.cat([tensor.detach().to(torch.float64).flatten() for tensor in tensors.values()]))
 
     def ready(self) -> bool:
         """Whether `result` would not wait; always so on a CPU."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._sent.ready()
 
     def result(self) -> RoundRecord:
         """The record; waits for the device to finish the round.
 
         Raises OptimaError, naming the loss term, if a loss became NaN or infinite; the state is then not worth saving.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        parts = torch.split(self._values, [math.prod(shape) for shape in self._shapes.values()])
+        parts = torch.split(self._sent.value(), [math.prod(shape) for shape in self._shapes.values()])
         named = zip(self._shapes.items(), parts, strict=True)
         return self._describe({name: part.view(shape) for (name, shape), part in named})
 

@@ -13,11 +13,12 @@ Everything works on device tensors with a leading batch dimension, without host 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from optima_core.config import RewardConfig
 
 State = dict[str, Tensor]
 
@@ -59,44 +60,10 @@ class RewardMeter:
     Like a policy it holds settings only; its memory is a dictionary of tensors [batch, ...] that can be saved as it is.
 
     Attributes:
-        kind: `relative_decrement` or `absolute_decrement`.
-        floor: share of each loss's first value in the denominator of a relative decrement.
-        clip: bound on the size of a decrement, before baseline and normaliser.
-        baseline: subtract the discounted mean of all rewards so far, for rewards that drift slowly. Where they shrink
-            fast the mean lags behind, and whichever arm was pulled last looks good; `ratio` takes that away.
-        normaliser: `ratio` divides by the discounted mean size of rewards, so that 1 is an average round however slowly
-            losses fall by now; `zscore` divides the deviation from the discounted mean by the discounted standard
-            deviation; `quantile` maps the 20 % and 80 % quantiles of the last `window` rewards to -1 and 1 and clips,
-            as Graves et al. do.
-        gamma: discount per round of mean, size and standard deviation.
-        window: rounds remembered for the quantiles.
-        smoothing: weight of the past in the running training losses, per step that measured the loss.
+        config: How; its `source` is for the caller to follow.
     """
 
-    kind: Literal["relative", "absolute"] = "relative"
-    floor: float = 0.3
-    clip: float = 1.0
-    baseline: bool = False
-    normaliser: Literal["none", "ratio", "zscore", "quantile"] = "none"
-    gamma: float = 0.98
-    window: int = 200
-    smoothing: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("relative", "absolute"):
-            raise ValueError(f"kind must be 'relative' or 'absolute', got {self.kind!r}")
-        if self.normaliser not in ("none", "ratio", "zscore", "quantile"):
-            raise ValueError(f"normaliser must be 'none', 'ratio', 'zscore' or 'quantile', got {self.normaliser!r}")
-        if not 0 <= self.floor < math.inf:
-            raise ValueError(f"floor must be a finite number of at least 0, got {self.floor}")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 round, got {self.window}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
+    config: RewardConfig = field(default_factory=RewardConfig)
 
     def init(self, losses: Tensor) -> State:
         """The state at a run's start, given `losses` [batch, losses] of the probe batch."""
@@ -119,9 +86,9 @@ class RewardMeter:
             "total": scalar.clone(),
             "square": scalar.clone(),
         }
-        if self.normaliser == "quantile":
+        if self.config.normaliser == "quantile":
             # Unused places are infinite, so they sort behind the rewards.
-            state["history"] = torch.full((batch, self.window), math.inf, dtype=torch.float64, device=device)
+            state["history"] = torch.full((batch, self.config.window), math.inf, dtype=torch.float64, device=device)
             state["rounds"] = torch.zeros(batch, dtype=torch.int64, device=device)
         return state
 
@@ -131,7 +98,7 @@ class RewardMeter:
         What the others hold is ignored, be it NaN.
         """
         losses = losses.to(torch.float64)
-        smoothed = self.smoothing * state["level"] + (1.0 - self.smoothing) * losses
+        smoothed = self.config.smoothing * state["level"] + (1.0 - self.config.smoothing) * losses
         first = measured & ~state["seen"]
         return state | {
             "initial": torch.where(first, losses, state["initial"]),
@@ -146,17 +113,17 @@ class RewardMeter:
 
     def finish(self, state: State) -> tuple[Tensor, State]:
         """The reward, float64 [batch], of the round that ends here, from what was observed."""
-        if self.kind == "relative":
+        if self.config.kind == "relative":
             reward = relative_decrement(
-                state["before"], state["level"], state["initial"], floor=self.floor, clip=self.clip
+                state["before"], state["level"], state["initial"], floor=self.config.floor, clip=self.config.clip
             )
         else:
-            reward = absolute_decrement(state["before"], state["level"], state["initial"], clip=self.clip)
-        state = state | {"before": state["level"], "count": self.gamma * state["count"] + 1.0}
-        if self.baseline:
-            raw_total = self.gamma * state["raw_total"] + reward
+            reward = absolute_decrement(state["before"], state["level"], state["initial"], clip=self.config.clip)
+        state = state | {"before": state["level"], "count": self.config.gamma * state["count"] + 1.0}
+        if self.config.baseline:
+            raw_total = self.config.gamma * state["raw_total"] + reward
             state, reward = state | {"raw_total": raw_total}, reward - raw_total / state["count"]
-        match self.normaliser:
+        match self.config.normaliser:
             case "ratio":
                 return self._ratio(state, reward)
             case "zscore":
@@ -166,13 +133,13 @@ class RewardMeter:
         return reward, state
 
     def _ratio(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
-        size = self.gamma * state["size"] + reward.abs()
+        size = self.config.gamma * state["size"] + reward.abs()
         mean = size / state["count"]
         return torch.where(mean > 0, reward / torch.where(mean > 0, mean, 1.0), 0.0), state | {"size": size}
 
     def _zscore(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
-        total = self.gamma * state["total"] + reward
-        square = self.gamma * state["square"] + reward**2
+        total = self.config.gamma * state["total"] + reward
+        square = self.config.gamma * state["square"] + reward**2
         deviation = reward - total / state["count"]
         variance = square / state["count"] - (total / state["count"]) ** 2
         # A spread below rounding is none: the first reward, or rewards that are all alike.
@@ -181,11 +148,11 @@ class RewardMeter:
         return score, state | {"total": total, "square": square}
 
     def _quantile(self, state: State, reward: Tensor) -> tuple[Tensor, State]:
-        slot = (state["rounds"] % self.window)[:, None]
+        slot = (state["rounds"] % self.config.window)[:, None]
         history = state["history"].scatter(1, slot, reward[:, None])
         rounds = state["rounds"] + 1
         ascending = torch.sort(history, dim=-1).values
-        last = (rounds.clamp(max=self.window) - 1)[:, None]
+        last = (rounds.clamp(max=self.config.window) - 1)[:, None]
         low = ascending.gather(1, last // 5)[:, 0]
         high = ascending.gather(1, last - last // 5)[:, 0]
         spread = high - low

@@ -1,7 +1,22 @@
-"""CoCa in PyTorch: the same code for the `pico` models that are shipped and for the full-size ones."""
+"""CoCa in PyTorch: the same code for the small models that are shipped and for the full-size ones.
 
-from optima.coca.config import CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
-from optima.coca.model import MODULES, CoCa, CoCaOutput, HeadSpec, captioning_loss, contrastive_loss
+Configurations come at once; what needs torch is imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from optima.coca.config import (
+    MODULES,
+    CoCaConfig,
+    HeadSpec,
+    ImageEncoderConfig,
+    MultimodalDecoderConfig,
+    TextDecoderConfig,
+)
+
+if TYPE_CHECKING:
+    from optima.coca.model import CoCa, CoCaOutput, captioning_loss, contrastive_loss
 
 __all__ = [
     "MODULES",
@@ -15,3 +30,9 @@ __all__ = [
     "captioning_loss",
     "contrastive_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("optima.coca.model"), name)

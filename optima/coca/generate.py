@@ -5,54 +5,14 @@ early, which changes no result. A text never holds padding before its end: the p
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optima.coca.config import GenerationConfig
 from optima.coca.model import CoCa
 from optima_core.rng import make_keys, uniform
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How the next token is chosen.
-
-    Attributes:
-        strategy: "greedy" takes the most probable token, "beam" searches for the most probable text, "sample" draws.
-        beams: Texts that a beam search follows per picture.
-        length_penalty: Exponent a of a beam search's score, log-probability / tokens ** a (tokens: those generated, the
-            end included); 0 compares log-probabilities as they are and favours short texts, 1 compares means per token.
-        temperature: Sampling: logits are divided by this; above 0.
-        top_k: Sampling: only the k most probable tokens; 0 takes all.
-        top_p: Sampling: only the fewest most probable tokens that hold this share of what top_k left, in (0, 1]
-            (nucleus sampling, Holtzman et al., arXiv 1904.09751).
-        seed: Sampling: seed of the draws. A text is a function of the seed, its place in the batch, and the model.
-        check_every: Tokens between questions of the host whether all texts have ended; 0 never asks.
-    """
-
-    strategy: Literal["greedy", "beam", "sample"] = "greedy"
-    beams: int = 4
-    length_penalty: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    check_every: int = 8
-
-    def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise ValueError(f"beams must be at least 1, got {self.beams}")
-        if not 0 <= self.length_penalty < math.inf:
-            raise ValueError(f"length_penalty must be a finite number of at least 0, got {self.length_penalty}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        for name in ("top_k", "seed", "check_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class Beams(NamedTuple):

@@ -11,7 +11,7 @@ from optima.coca.cache import KeysValues, SelfAttentionCache
 from optima.coca.config import Activation
 from optima_core.attention import attention_with_lse
 from optima_core.taps import AttentionTap
-from optima_kernels.shared.cpu_products import linear
+from optima_kernels import linear
 
 
 def split_heads(x_BND: Tensor, heads: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,23 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optima.coca.cache import DecoderCache, SelfAttentionCache
-from optima.coca.config import CoCaConfig
+from optima.coca.config import CoCaConfig, HeadSpec
 from optima.coca.heads import ClassificationHead
 from optima.coca.image_encoder import ImageEncoder
 from optima.coca.multimodal_decoder import MultimodalDecoder
 from optima.coca.text_decoder import TextDecoder
 from optima_core.taps import Taps, WantedTaps
-
-MODULES = ("image_encoder", "text_decoder", "multimodal_decoder")
-"""The modules of a CoCa model: the arms of the bandit."""
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """A classification task: how many classes, and how many pictures one text speaks of."""
-
-    classes: int
-    pictures: int = 1
 
 
 class CoCaOutput(NamedTuple):

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from optima.coca.model import MODULES, CoCa
+from optima.coca.config import MODULES
+from optima.coca.model import CoCa
 from optima_core.modules import ModulePair
 
 

@@ -1,1 +1,1 @@
-"""Where pictures and texts come from: the embedded data set and the tokenizers."""
+"""Data sets, the embedded one and those that are files; how they are loaded and packed; and the tokenizers."""

@@ -17,9 +17,9 @@ official files, the root may hold the shards that `python -m optima.run prepare`
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from optima.data.answers import agreed_answer
+from optima.data.config import ANSWERS, DataName
 from optima.data.formats.coco import KARPATHY, read_coco, read_coco_karpathy
 from optima.data.formats.folder import read_folder
 from optima.data.formats.nlvr2 import SPLITS as NLVR2_SPLITS
@@ -28,16 +28,10 @@ from optima.data.formats.snli_ve import SPLITS as SNLI_VE_SPLITS
 from optima.data.formats.snli_ve import read_snli_ve
 from optima.data.formats.vqav2 import SPLITS as VQAV2_SPLITS
 from optima.data.formats.vqav2 import read_vqav2
-from optima.data.pictograms.stream import Task
 from optima.data.record import ImageSource, Record, Records, Rejection, write_rejections
 from optima.data.shards import is_packed, read_packed, read_webdataset
+from optima.task import Task
 from optima_core.errors import OptimaError
-
-DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder", "webdataset"]
-DATA_NAMES: tuple[DataName, ...] = get_args(DataName)
-
-ANSWERS = 3129
-"""Size of VQAv2's answer vocabulary by default, the field's usual one."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +107,8 @@ def _with_classes(records: Records, classes: tuple[str, ...]) -> Records:
 
 
 __all__ = [
-    "ANSWERS",
-    "DATA_NAMES",
     "FORMATS",
     "DataFormat",
-    "DataName",
     "ImageSource",
     "Record",
     "Records",

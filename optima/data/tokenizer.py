@@ -3,10 +3,9 @@
 A thin layer over HuggingFace `tokenizers`: fixed-length int64 rows with start, end and padding, which is all a CoCa
 wants to know about text. `word_tokenizer` reads the shipped word-level vocabulary of the embedded data set;
 `optima.data.clip` and `optima.data.sentencepiece` put CLIP's byte pairs and SentencePiece behind the same class, and
-any other `tokenizers` model fits there too. `named_tokenizer` is all of them by name.
+any other `tokenizers` model fits there too. `optima.data.tokenizers` has all of them by name.
 """
 
-import base64
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -22,7 +21,9 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
-from optima_core.errors import OptimaError
+from optima.limits import MAX_VOCABULARY, MAX_VOCABULARY_BYTES
+from optima.sizes import whole_number
+from optima.untrusted import read_json
 
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
@@ -142,62 +143,18 @@ class Tokenizer:
         return texts
 
 
-def tokenizer_from_json(values: dict[str, Any]) -> Tokenizer:
-    """The inverse of `Tokenizer.to_json`. Raises KeyError or ValueError if the values are not one's."""
-    from optima.data.clip import CleanedTexts
-    from optima.data.sentencepiece import SentencePieceModel
-
-    stored = values["backend"]
-    backend: Backend
-    try:
-        if "clip" in stored:
-            backend = CleanedTexts(HuggingFaceTokenizer.from_str(json.dumps(stored["clip"])))
-        elif "sentencepiece" in stored:
-            backend = SentencePieceModel(base64.b64decode(stored["sentencepiece"]))
-        else:
-            backend = HuggingFaceTokenizer.from_str(json.dumps(stored))
-    except OptimaError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"no tokenizer: {error}") from error
-    return Tokenizer(backend, values["pad"], values["start"], values["end"], values.get("pad_is_word", False))
-
-
 @cache
 def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
     """The word-level tokenizer of a vocabulary file: a JSON object from word to id, `<unk>` among them.
 
     Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
     """
-    words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    words: dict[str, int] = read_json(vocabulary, "vocabulary", MAX_VOCABULARY_BYTES)
+    if not isinstance(words, dict):
+        raise ValueError(f"an object is wanted, got {words!r:.80}")
+    for word, number in words.items():
+        whole_number(number, f"the id of {word!r:.80}", 0, MAX_VOCABULARY)
     backend = HuggingFaceTokenizer(WordLevel(words, unk_token=UNKNOWN))
     backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
     backend.pre_tokenizer = WhitespaceSplit()
     return Tokenizer(backend)
-
-
-def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a recipe names: `words`, `clip`, or a file.
-
-    A file is a SentencePiece `.model`, CLIP's byte pairs (`.txt.gz`), or a word-level vocabulary (`.json`).
-
-    Raises OptimaError if there is no such file, or it is none of these.
-    """
-    from optima.data.clip import clip_tokenizer
-    from optima.data.sentencepiece import sentencepiece_tokenizer
-
-    if name == "words":
-        return word_tokenizer()
-    if name == "clip":
-        return clip_tokenizer()
-    path = Path(name)
-    if not path.is_file():
-        raise OptimaError(f"tokenizer {name} is neither words nor clip nor a file")
-    if path.suffix == ".model":
-        return sentencepiece_tokenizer(path)
-    if path.suffix == ".gz":
-        return clip_tokenizer(path)
-    try:
-        return word_tokenizer(path)
-    except (ValueError, TypeError) as error:
-        raise OptimaError(f"tokenizer {name} is no vocabulary: a JSON object from word to id ({error})") from error

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from optima.data.loader import Engine, Fault, Job, LoaderConfig, PictureBatch, Pictures, assemble
+from optima.data.config import LoaderConfig
+from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures, assemble
 from optima.data.record import Unusable
 
 Result = tuple[PictureBatch, tuple[Fault, ...]]

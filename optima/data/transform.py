@@ -13,8 +13,7 @@ on any number of ranks.
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,45 +21,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optima.data.config import Interpolation, TransformConfig
+from optima.data.draws import Draws
 from optima.data.images import REDUCING_GAP, Header, decode
-from optima.data.pictograms.draws import Draws
-from optima.data.pictograms.stream import Task
 from optima.data.record import Record
-
-Interpolation = Literal["bicubic", "bilinear"]
+from optima.task import TASKS, Task
 
 _SIDES = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class TransformConfig:
-    """How pictures become squares.
-
-    Attributes:
-        image_size: Side of the square, pixels.
-        fit: Evaluation: "crop" takes the central square, "squash" the whole picture.
-        interpolation: Filter, antialiased; "bicubic" is what CLIP's and CoCa's weights were trained with.
-        least_area: Training: least share of a picture's area that a random crop takes; 1 trains on the evaluation's
-            window.
-        most_stretch: Training: most that a crop's shape is stretched, width to height or height to width.
-        mirror: Training: mirror every other picture, where left and right do not matter: never for VQA and NLVR2, nor
-            beside a text that names them.
-    """
-
-    image_size: int = 224
-    fit: Literal["crop", "squash"] = "crop"
-    interpolation: Interpolation = "bicubic"
-    least_area: float = 0.5
-    most_stretch: float = 4 / 3
-    mirror: bool = True
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        if not 0 < self.least_area <= 1:
-            raise ValueError(f"least_area must be above 0 and at most 1, got {self.least_area}")
-        if self.most_stretch < 1:
-            raise ValueError(f"most_stretch must be at least 1, got {self.most_stretch}")
 
 
 class Window(NamedTuple):
@@ -75,7 +42,7 @@ class Window(NamedTuple):
 
 def mirror_allowed(task: Task, record: Record) -> bool:
     """Whether a mirrored picture still fits the record: not for questions and pairs, nor beside a word for a side."""
-    return task in ("captioning", "snli_ve") and not any(_SIDES.search(text) for text in record.texts)
+    return TASKS[task].mirrors and not any(_SIDES.search(text) for text in record.texts)
 
 
 def evaluation_window(width: int, height: int, config: TransformConfig) -> Window:

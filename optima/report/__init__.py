@@ -5,6 +5,6 @@ script, no font, no picture is fetched, and its content security policy forbids 
 """
 
 from optima.report.page import write_report
-from optima.report.side_by_side import write_comparison
+from optima.report.side_by_side import write_side_by_side
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_report", "write_side_by_side"]

@@ -1,30 +1,25 @@
 """Numbers as the report prints them."""
 
-from __future__ import annotations
-
 import math
 
-TASKS = {
-    "captioning": "Captioning",
-    "vqa": "Visual question answering",
-    "nlvr2": "Statements about two pictures (NLVR2-shaped)",
-    "snli_ve": "Visual entailment (SNLI-VE-shaped)",
-}
+from optima.task import TASKS, title_on
+
 ABSENT = "–"
 
 
-def task_title(task: str) -> str:
-    return TASKS.get(task, words(task).capitalize())
+def task_title(task: str, data: str = "pictograms") -> str:
+    """A task on a data set; another name, such as that of a mean over tasks, in words."""
+    return title_on(task, data) if task in TASKS else spelled(task).capitalize()
 
 
-def words(name: str) -> str:
+def spelled(name: str) -> str:
     """An identifier as words: "image_encoder" -> "image encoder", "a+b" -> "a + b", "a/b" -> "a: b"."""
     return name.replace("+", " + ").replace("_", " ").replace("/", ": ")
 
 
 def label(name: str, most: int = 30) -> str:
     """A name as a plot has room for it: words, cut short where they would crowd the drawing out."""
-    text = words(name)
+    text = spelled(name)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -4,8 +4,6 @@ Policies are compared seed by seed: runs of one seed share their start and their
 far less noisy than the difference of two means. With a handful of seeds the interval must be Student's t.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

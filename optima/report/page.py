@@ -1,7 +1,5 @@
 """The report of one run: what the numbers come to in words, and the page around the plots."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,10 @@ import jinja2
 from markupsafe import Markup
 
 from optima.report import formatting, pictures, plots
-from optima.report.run_directory import Round, Run, Sample, Summary, read_run
 from optima.report.svg import ARM_COLOURS, HEAT_LEVELS, RISE_LEVELS, inline
+from optima.runs.reading import Run, read_run
+from optima.runs.rows import MODELS, Round, Sample, Summary
+from optima_core.checkpoint import write_atomically
 
 SHOWN_AT_ONCE = 6
 
@@ -22,23 +22,29 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Writes a run directory's report to `output`, by default to `report.html` inside it, and returns its path.
 
     Raises:
-        ValueError: a required file of the run directory is missing or malformed; one line says which and why.
+        OptimaError: a required file of the run directory is missing or malformed; one line says which and why.
     """
     output = Path(run_dir) / "report.html" if output is None else Path(output)
-    page = render_report(read_run(Path(run_dir)))
+    return write_page(render_report(read_run(Path(run_dir))), output)
+
+
+def write_page(page: str, output: Path) -> Path:
+    """Replaces a file, and makes the folders above it where they are missing; returns its path."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    write_atomically(output, page.encode())
     return output
 
 
 def render_report(run: Run) -> str:
     """The page of a run, as HTML."""
     rounds, summary = run.rounds, run.summary
+    task = formatting.task_title(summary.task, run.data)
     return render(
         "report.html",
         run=run,
         summary=summary,
-        title=f"{formatting.task_title(summary.task)}: {run.path.resolve().name}",
+        task=task,
+        title=f"{task}: {run.path.resolve().name}",
         headline=headline(summary),
         hero=hero(summary),
         facts=facts(summary),
@@ -65,7 +71,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        name: getattr(formatting, name) for name in ("words", "plain", "count", "duration", "memory", "task_title")
+        name: getattr(formatting, name) for name in ("spelled", "plain", "count", "duration", "memory")
     }
     environment.filters["data_uri"] = pictures.data_uri
     environment.globals |= {"arm_colours": ARM_COLOURS, "heat_levels": HEAT_LEVELS, "rise_levels": RISE_LEVELS}
@@ -74,9 +80,7 @@ def render(template: str, **values: Any) -> str:
 
 def headline(summary: Summary) -> str:
     """The result in a sentence, whichever way it went."""
-    teacher, before, after = (
-        summary.scores[model][summary.headline_metric] for model in ("teacher", "before", "after")
-    )
+    teacher, before, after = (summary.scores[model][summary.headline_metric] for model in MODELS)
     if after <= before:
         return "Distillation did not raise the student’s score"
     if after >= teacher:
@@ -96,7 +100,7 @@ class Bar:
 def hero(summary: Summary) -> Bar:
     """The headline metric of teacher, student before and student after on a common axis from 0."""
     metric = summary.headline_metric
-    values = {model: summary.scores[model][metric] for model in ("teacher", "before", "after")}
+    values = {model: summary.scores[model][metric] for model in MODELS}
     full = 100.0 if formatting.is_percentage(metric) else 1.05 * max(1e-12, *values.values())
     return Bar(
         metric=metric,
@@ -148,7 +152,7 @@ def score_table(summary: Summary) -> list[ScoreRow]:
         values = {model: scores[name] for model, scores in summary.scores.items() if name in scores}
         rows.append(
             ScoreRow(
-                metric=formatting.words(name),
+                metric=formatting.spelled(name),
                 text={model: formatting.score(name, values.get(model)) for model in summary.scores},
                 closed=_gap_closed(values),
             )
@@ -182,9 +186,9 @@ def arm_table(rounds: Sequence[Round]) -> list[ArmRow]:
     """A row an arm; the table is also the legend of the timeline."""
     rows = []
     for arm in plots.arms_of(rounds):
-        own = [r.reward for r in rounds if r.arm == arm]
+        own = [r.reward for r in rounds if r.chosen == arm]
         paid = [reward for reward in own if math.isfinite(reward)]
-        mean, std = rounds[-1].posterior_mean.get(arm), rounds[-1].posterior_std.get(arm)
+        mean, std = rounds[-1].mean.get(arm), rounds[-1].std.get(arm)
         rows.append(
             ArmRow(
                 name=arm,
@@ -192,16 +196,22 @@ def arm_table(rounds: Sequence[Round]) -> list[ArmRow]:
                 rounds=len(own),
                 share=f"{100 * len(own) / len(rounds):.0f}%",
                 reward=formatting.plain(sum(paid) / len(paid)) if paid else formatting.ABSENT,
-                posterior=formatting.ABSENT
-                if mean is None or std is None
-                else f"{formatting.plain(mean)} ±\N{NO-BREAK SPACE}{formatting.plain(std)}",
+                posterior=_posterior(mean, std, len(own)),
             )
         )
     return rows
 
 
+def _posterior(mean: float | None, std: float | None, rounds: int) -> str:
+    """A single round tells nothing of how far an arm's rewards spread."""
+    if mean is None or std is None:
+        return formatting.ABSENT
+    spread = f"±\N{NO-BREAK SPACE}{formatting.plain(std)}" if rounds > 1 else "(one round)"
+    return f"{formatting.plain(mean)} {spread}"
+
+
 def _timeline_label(rounds: Sequence[Round]) -> str:
-    chosen = ", ".join(f"{formatting.words(row.name)} {row.rounds}" for row in arm_table(rounds))
+    chosen = ", ".join(f"{formatting.spelled(row.name)} {row.rounds}" for row in arm_table(rounds))
     return f"Chosen module, posterior and reward over {len(rounds)} rounds. Rounds per arm: {chosen}."
 
 
@@ -233,7 +243,7 @@ def _curves(rounds: Sequence[Round], summary: Summary) -> Markup | None:
     panels = plots.curve_panels(rounds, summary)
     if not panels:
         return None
-    label = "Learning curves over optimiser steps: " + ", ".join(map(formatting.words, panels))
+    label = "Learning curves over optimiser steps: " + ", ".join(map(formatting.spelled, panels))
     return inline(lambda layout: plots.learning_curves(rounds, summary, layout), "curves", label)
 
 

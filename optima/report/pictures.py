@@ -1,7 +1,5 @@
 """Pictures inside the page: PNG files as data URIs, and where each word of a caption looked."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path
@@ -9,18 +7,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from optima.report.run_directory import CrossAttention
+from optima.runs.rows import CrossAttention
+from optima_core.errors import OptimaError
 
 SPOTLIGHT_SIDE = 128
 # Share of a pixel's own light that stays where a word does not look at all.
 AMBIENT = 0.16
 
 
-def data_uri(path: Path) -> str:
+def data_uri(path: str | Path) -> str:
     """A PNG file as a data URI.
 
     Raises:
-        ValueError: the file is no PNG.
+        OptimaError: the file is no PNG.
     """
     return _encode(_open(path))
 
@@ -39,13 +38,13 @@ def spotlights(attention: CrossAttention) -> list[tuple[str, str]]:
     return lit
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             picture.load()
             return picture
     except (UnidentifiedImageError, OSError, SyntaxError):
-        raise ValueError(f"picture {path} is not a readable PNG file") from None
+        raise OptimaError(f"picture {path} is not a readable PNG file") from None
 
 
 def _encode(picture: Image.Image) -> str:

@@ -1,7 +1,5 @@
 """The drawings of one run: what was chosen, what the bandit believed, what it was paid, and how every loss fell."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from optima.report.formatting import label, words
-from optima.report.run_directory import Round, Summary
+from optima.report.formatting import label, spelled
 from optima.report.svg import HEAT_LEVELS, RISE_LEVELS, Layout, arm_colour, colour
+from optima.runs.rows import Round, Summary
 
 PIXELS_PER_INCH = 72
 LINE = 1.8
@@ -44,7 +42,7 @@ def dress(axes: Axes, title: str = "", grid: bool = True) -> None:
 
 def arms_of(rounds: Sequence[Round]) -> list[str]:
     """Every arm seen, in the policy's order where it kept a posterior, else in order of appearance."""
-    return list(dict.fromkeys([*(arm for r in rounds for arm in r.posterior_mean), *(r.arm for r in rounds)]))
+    return list(dict.fromkeys([*(arm for r in rounds for arm in r.mean), *(r.chosen for r in rounds)]))
 
 
 def modules_of(rounds: Sequence[Round]) -> list[str]:
@@ -60,7 +58,7 @@ def timeline(rounds: Sequence[Round], layout: Layout) -> Figure:
     """Three panels over rounds: the chosen modules, the posterior of each arm (if the policy keeps one), the reward."""
     colours = colour_indices(rounds)
     modules = modules_of(rounds)
-    with_posterior = any(r.posterior_mean for r in rounds)
+    with_posterior = any(r.mean for r in rounds)
     row = 30 if layout.compact else 24
     heights = [row * len(modules) + 20, *([190 if layout.compact else 210] if with_posterior else []), 130]
     figure = figure_of(layout, sum(heights) + 42 * len(heights) + 20)
@@ -71,7 +69,7 @@ def timeline(rounds: Sequence[Round], layout: Layout) -> Figure:
     _rewards(panels[-1], rounds, colours)
     panels[-1].set_xlabel("round")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if layout.compact else 12))
-    panels[-1].set_xlim(rounds[0].number - 0.5, rounds[-1].number + 0.5)
+    panels[-1].set_xlim(rounds[0].round - 0.5, rounds[-1].round + 0.5)
     return figure
 
 
@@ -89,13 +87,13 @@ def _chosen(
 ) -> None:
     dress(axes, "Module distilled in each round", grid=False)
     for place, module in enumerate(modules):
-        bars = stretches(r.number for r in rounds if module in r.modules)
+        bars = stretches(r.round for r in rounds if module in r.modules)
         height, bottom = (0.5, place + 0.05) if layout.compact else (0.72, place - 0.36)
-        first, last = rounds[0].number - 0.46, rounds[-1].number - rounds[0].number + 0.92
+        first, last = rounds[0].round - 0.46, rounds[-1].round - rounds[0].round + 0.92
         axes.broken_barh([(first, last)], (bottom, height), facecolors=colour("grid"), alpha=0.45)
         axes.broken_barh(bars, (bottom, height), facecolors=arm_colour(colours[module]))
         if layout.compact:
-            axes.text(rounds[0].number - 0.46, place - 0.06, label(module), color=colour("muted"), size=11)
+            axes.text(rounds[0].round - 0.46, place - 0.06, label(module), color=colour("muted"), size=11)
     axes.set_ylim(len(modules) - 0.4, -0.55)
     if layout.compact:
         axes.set_yticks([])
@@ -112,10 +110,10 @@ def _posterior(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int], 
         if layout.compact
         else "Reward the bandit expects: posterior mean ± 1 standard deviation",
     )
-    x = np.array([r.number for r in rounds])
+    x = np.array([r.round for r in rounds])
     for arm in arms_of(rounds):
-        mean = np.array([r.posterior_mean.get(arm, math.nan) for r in rounds])
-        std = np.array([r.posterior_std.get(arm, math.nan) for r in rounds])
+        mean = np.array([r.mean.get(arm, math.nan) for r in rounds])
+        std = np.array([r.std.get(arm, math.nan) for r in rounds])
         tint = arm_colour(colours[arm])
         axes.fill_between(x, mean - std, mean + std, color=tint, alpha=0.16, linewidth=0)
         axes.plot(x, mean, color=tint, linewidth=LINE)
@@ -127,10 +125,10 @@ def _rewards(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int]) ->
     dress(axes, "Reward of the round")
     paid = [r for r in rounds if math.isfinite(r.reward)]
     axes.bar(
-        [r.number for r in paid],
+        [r.round for r in paid],
         [r.reward for r in paid],
         width=0.8,
-        color=[arm_colour(colours[r.arm]) for r in paid],
+        color=[arm_colour(colours[r.chosen]) for r in paid],
     )
     axes.axhline(0, color=colour("muted"), linewidth=0.8)
 
@@ -178,7 +176,7 @@ def heat_map(rounds: Sequence[Round], layout: Layout) -> Figure:
     relative = relative_losses(rounds)
     rows = loss_rows(relative)
     colours = colour_indices(rounds)
-    numbers = np.array([r.number for r in rounds])
+    numbers = np.array([r.round for r in rounds])
     edges = _column_edges(len(rounds), 60 if layout.compact else 140)
     left = np.append(numbers[edges[:-1]], numbers[-1] + 1) - 0.5
     height = 15 if layout.compact else 17
@@ -192,11 +190,11 @@ def heat_map(rounds: Sequence[Round], layout: Layout) -> Figure:
     for row, top, bottom in zip(rows, tops[:-1], tops[1:], strict=True):
         if row.name is None:
             axes.text(left[0], bottom - 0.42, row.label, color=colour("ink"), size=11.5, va="bottom")
-            chosen = stretches(r.number for r in rounds if row.module in r.modules)
+            chosen = stretches(r.round for r in rounds if row.module in r.modules)
             axes.broken_barh(chosen, (bottom - 0.34, 0.24), facecolors=arm_colour(colours.get(str(row.module), 0)))
             continue
         binned = [_mean(relative[row.name][start:stop]) for start, stop in pairwise(edges)]
-        levels = np.ma.masked_invalid([_level(ratio, heat_floor(relative)) for ratio in binned])
+        levels = np.array([_level(ratio, heat_floor(relative)) for ratio in binned])
         axes.pcolormesh(
             left,
             [top + 0.04, bottom - 0.04],
@@ -223,7 +221,8 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _column_edges(count: int, most: int) -> NDArray[np.int64]:
-    return np.unique(np.append(np.arange(0, count, math.ceil(count / most)), count))
+    edges: NDArray[np.int64] = np.unique(np.append(np.arange(0, count, math.ceil(count / most)), count))
+    return edges
 
 
 def _level(ratio: float, floor: float) -> float:
@@ -263,7 +262,7 @@ def learning_curves(rounds: Sequence[Round], summary: Summary, layout: Layout) -
 
 def _score_curve(axes: Axes, summary: Summary) -> None:
     metric = summary.headline_metric
-    dress(axes, words(metric))
+    dress(axes, spelled(metric))
     points = [(point["step"], point[metric]) for point in summary.learning_curve if {"step", metric} <= point.keys()]
     axes.plot(*zip(*points, strict=True), color=colour("after"), linewidth=LINE, marker="o", markersize=3)
     teacher = summary.scores["teacher"][metric]
@@ -284,7 +283,7 @@ def _score_curve(axes: Axes, summary: Summary) -> None:
 
 
 def _loss_curve(axes: Axes, rounds: Sequence[Round], name: str) -> None:
-    dress(axes, f"{words(name)} loss")
+    dress(axes, f"{spelled(name)} loss")
     for values, style, legend in (
         ([r.losses.get(name, math.nan) for r in rounds], {"color": colour("before"), "linewidth": 1.2}, "training"),
         ([r.probe.get(name, math.nan) for r in rounds], {"color": colour("after"), "linewidth": LINE}, "probe"),

@@ -1,7 +1,5 @@
 """Several runs on one page: scores, cost, what each chose when, learning curves, and differing configuration."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,28 +11,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
-from optima.report.page import Bar, Fact, facts, hero, render
-from optima.report.run_directory import Run, read_run
+from optima.report.page import Bar, Fact, facts, hero, render, write_page
 from optima.report.svg import Layout, arm_colour, colour, inline
+from optima.runs.reading import Run, read_run
+from optima.runs.rows import Sample
 
 SHOWN_SAMPLES = 12
 
 
-def write_comparison(run_dirs: Sequence[Path], output: Path) -> Path:
+def write_side_by_side(run_dirs: Sequence[Path], output: Path) -> Path:
     """Writes one HTML file that sets runs side by side, and returns its path.
 
     Raises:
-        ValueError: fewer than two runs are given, or one of them cannot be read; one line says which and why.
+        ValueError: fewer than two runs are given.
+        OptimaError: one of them cannot be read; one line says which and why.
     """
     if len(run_dirs) < 2:
-        raise ValueError(f"run_dirs: {len(run_dirs)} given; a comparison needs two or more run directories")
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_comparison([read_run(Path(path)) for path in run_dirs]), encoding="utf-8")
-    return output
+        raise ValueError(f"run_dirs: {len(run_dirs)} given; two or more run directories are needed")
+    return write_page(render_side_by_side([read_run(Path(path)) for path in run_dirs]), Path(output))
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
+def render_side_by_side(runs: Sequence[Run]) -> str:
     """The page of several runs, as HTML."""
     names = run_names(runs)
     swatch = {
@@ -42,12 +39,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
     }
     panels = _shared_panels(runs)
     return render(
-        "comparison.html",
-        title=f"{len(runs)} runs compared",
+        "side_by_side.html",
+        title=f"{len(runs)} runs side by side",
         rows=[_row(name, run) for name, run in zip(names, runs, strict=True)],
         fact_names=list(dict.fromkeys(fact.name for run in runs for fact in facts(run.summary))),
         swatch=swatch,
-        arms=[arm for arm in swatch if any(r.arm == arm for run in runs for r in run.rounds)],
+        arms=[arm for arm in swatch if any(r.chosen == arm for run in runs for r in run.rounds)],
         choices=inline(
             lambda layout: _choices(names, runs, swatch, layout),
             "choices",
@@ -56,7 +53,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
         curves=inline(
             lambda layout: _curves(names, runs, panels, layout),
             "curves",
-            "Learning curves of every run: " + ", ".join(map(formatting.words, panels)),
+            "Learning curves of every run: " + ", ".join(map(formatting.spelled, panels)),
         )
         if panels
         else None,
@@ -88,7 +85,7 @@ class Row:
 
 
 def _row(name: str, run: Run) -> Row:
-    chosen = [r.arm for r in run.rounds]
+    chosen = [r.chosen for r in run.rounds]
     return Row(
         name=name,
         task=run.summary.task,
@@ -103,11 +100,11 @@ def _choices(names: Sequence[str], runs: Sequence[Run], swatch: Mapping[str, int
     figure = plots.figure_of(layout, row * len(runs) + 46)
     axes = figure.subplots()
     plots.dress(axes, grid=False)
-    first, last = min(run.rounds[0].number for run in runs), max(run.rounds[-1].number for run in runs)
+    first, last = min(run.rounds[0].round for run in runs), max(run.rounds[-1].round for run in runs)
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
         height, bottom = (0.44, place + 0.02) if layout.compact else (0.7, place - 0.35)
         for arm in plots.arms_of(run.rounds):
-            bars = plots.stretches(r.number for r in run.rounds if r.arm == arm)
+            bars = plots.stretches(r.round for r in run.rounds if r.chosen == arm)
             if bars:
                 axes.broken_barh(bars, (bottom, height), facecolors=arm_colour(swatch[arm]))
         if layout.compact:
@@ -141,7 +138,9 @@ def _curves(names: Sequence[str], runs: Sequence[Run], panels: Sequence[str], la
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, panel in zip(all_axes, panels, strict=True):
         title = (
-            formatting.words(runs[0].summary.headline_metric) if panel == "score" else f"{panel} loss on probe batches"
+            formatting.spelled(runs[0].summary.headline_metric)
+            if panel == "score"
+            else f"{panel} loss on probe batches"
         )
         plots.dress(axes, title)
         for place, run in enumerate(runs):
@@ -194,7 +193,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 class SharedSample:
     """A sample that several runs have in common, with what each run's student said: (run, answer, correct)."""
 
-    images: tuple[Path, ...]
+    images: tuple[str, ...]
     prompt: str | None
     reference: str
     said: Sequence[tuple[str, str, bool]]
@@ -206,9 +205,13 @@ def _samples(names: Sequence[str], runs: Sequence[Run]) -> list[SharedSample]:
     for samples in zip(*(run.samples for run in runs), strict=False):
         first = samples[0]
         same = all((s.prompt, s.reference) == (first.prompt, first.reference) for s in samples) and all(
-            [p.read_bytes() for p in s.images] == [p.read_bytes() for p in first.images] for s in samples[1:]
+            _contents(s) == _contents(first) for s in samples[1:]
         )
         if same and len({s.correct["after"] for s in samples}) > 1:
-            said = [(name, s.answers["after"], s.correct["after"]) for name, s in zip(names, samples, strict=True)]
+            said = [(name, s.after, s.correct["after"]) for name, s in zip(names, samples, strict=True)]
             shared.append(SharedSample(first.images, first.prompt, first.reference, said))
     return shared[:SHOWN_SAMPLES]
+
+
+def _contents(sample: Sample) -> list[bytes]:
+    return [Path(image).read_bytes() for image in sample.images]

@@ -5,8 +5,6 @@ drawing is right in light and dark, and the colours live in one place, the style
 page's font, can be selected, and is never traced into paths.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

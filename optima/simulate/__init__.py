@@ -1,9 +1,5 @@
-"""Bandit policies compared in made-up worlds: `python -m optima.run simulate`.
+"""Bandit policies compared in made-up worlds: `optima simulate`.
 
 This is how a policy is picked for a number of modules and rounds before a real run is paid for, and how the default
 hyper-parameters of `optima_core.bandit` were chosen.
 """
-
-from optima.simulate.simulate import SimulateConfig, simulate
-
-__all__ = ["SimulateConfig", "simulate"]

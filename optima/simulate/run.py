@@ -18,12 +18,12 @@ class Trial:
     The oracle always pulls the module with the largest expected reward, in a world of its own.
 
     Attributes:
-        regret: mean over seeds of the cumulative regret after each round, [policies, rounds]. choices: mean over
-        seeds of the work spent on the module that is best at the time, second best and so on, each round,
-            [policies, rounds, modules].
-        final_regret: regret of each seed after the last round, [policies, seeds]. early_gap_closed: regret that the
-        policy saved against uniform choice by the early round, as a share of uniform's
-            regret, [policies], mean over seeds in numerator and denominator.
+        regret: mean over seeds of the cumulative regret after each round, [policies, rounds].
+        choices: mean over seeds of the work spent on the module that is best at the time, second best and so on, each
+            round, [policies, rounds, modules].
+        final_regret: regret of each seed after the last round, [policies, seeds].
+        early_gap_closed: regret that the policy saved against uniform choice by the early round, as a share of
+            uniform's regret, mean over seeds in numerator and denominator, [policies].
         early_gap_closed_error: its standard error by the delta method, [policies].
     """
 

@@ -1,52 +1,21 @@
 """The simulation as the command line runs it: progress, table, plots, and the numbers as JSON."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Literal
+from dataclasses import asdict, replace
 
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from optima.simulate.config import SimulateConfig
 from optima.simulate.environments import ENVIRONMENTS
 from optima.simulate.plots import plot_choices, plot_regret
 from optima.simulate.run import Trial, run_trial
 from optima.simulate.table import gap_table, regret_table
 from optima_core.bandit import POLICIES, Policy, count_arms, make_policy
+from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
-
-
-@dataclass(frozen=True)
-class SimulateConfig:
-    """Which policies meet which worlds, and how often.
-
-    Attributes:
-        policies: Names of policies, each with changed hyper-parameters after a colon, as in
-            "discounted_thompson:gamma=0.99,nu=0.5".
-        environments: Worlds to run them in: abrupt, sine, distil_a, distil_b, distil_c.
-        modules: Number of modules K.
-        arms: Whether an arm is one module or any non-empty set of modules, among which a round's work is then divided.
-        rounds: Number of rounds T.
-        seeds: Independent worlds, run as one batch.
-        early_round: Number of rounds after which the share of the gap closed is told.
-        seed: Seed of worlds, noise and policies; the same numbers give the same table.
-        device: Where the bandits live, such as "cpu" or "cuda".
-        output: Directory for regret.png, choices.png and simulation.json; what is there from before is replaced. null
-            writes nothing.
-    """
-
-    policies: list[str] = field(default_factory=lambda: list(POLICIES))
-    environments: list[str] = field(default_factory=lambda: list(ENVIRONMENTS))
-    modules: int = 7
-    arms: Literal["modules", "subsets"] = "modules"
-    rounds: int = 2000
-    seeds: int = 512
-    early_round: int = 500
-    seed: int = 0
-    device: str = "cpu"
-    output: Path | None = Path("runs/simulate")
 
 
 def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str, Trial]:
@@ -56,6 +25,10 @@ def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str
         OptimaError: a policy, hyper-parameter, environment or number is not valid, or `output` cannot be written.
     """
     console = console or Console()
+    if config.policies is None:
+        config = replace(config, policies=list(POLICIES))
+    if config.environments is None:
+        config = replace(config, environments=list(ENVIRONMENTS))
     policies = _make_policies(config)
     _check(config)
     if config.output is not None:
@@ -66,7 +39,7 @@ def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str
 
     trials: dict[str, Trial] = {}
     with Progress(console=console, transient=True) as progress:
-        for name in config.environments:
+        for name in config.environments or ():
             task = progress.add_task(f"{name}, {len(policies)} policies", total=config.rounds)
             trials[name] = run_trial(
                 ENVIRONMENTS[name](config.modules, config.rounds),
@@ -85,14 +58,15 @@ def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str
     if config.output is not None:
         plot_regret(names, trials).savefig(config.output / "regret.png")
         plot_choices(names, trials).savefig(config.output / "choices.png")
-        (config.output / "simulation.json").write_text(json.dumps(_summary(config, names, trials), indent=2) + "\n")
-        console.print(f"Plots and numbers: {config.output}")
+        numbers = json.dumps(_summary(config, names, trials), indent=2) + "\n"
+        write_atomically(config.output / "simulation.json", numbers.encode())
+        console.print(f"Plots and numbers: {config.output}", markup=False, highlight=False, soft_wrap=True)
     return trials
 
 
 def _make_policies(config: SimulateConfig) -> dict[str, Policy]:
     policies = {}
-    for description in config.policies:
+    for description in config.policies or ():
         name, _, changes = description.partition(":")
         pairs = [change.partition("=") for change in changes.split(",") if change]
         hyper_parameters = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
@@ -109,7 +83,7 @@ def _make_policies(config: SimulateConfig) -> dict[str, Policy]:
 def _check(config: SimulateConfig) -> None:
     if not config.policies:
         raise OptimaError(f"policies is empty; name some of {', '.join(POLICIES)}")
-    for name in config.environments:
+    for name in config.environments or ():
         if name not in ENVIRONMENTS:
             raise OptimaError(f"environments: unknown {name!r}; known: {', '.join(ENVIRONMENTS)}")
     for least, number in ((1, "rounds"), (2, "seeds"), (1, "early_round"), (0, "seed")):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from optima.simulate.run import Trial
 
@@ -44,10 +45,9 @@ def _table(
         digits = 1 if max(abs(value) for value, _ in values) >= 10 else 2
         columns.append([_format(value, error, digits, value == winner) for value, error in values])
     for i, name in enumerate(policies):
-        table.add_row(name, *(column[i] for column in columns))
+        table.add_row(Text(name), *(column[i] for column in columns))
     return table
 
 
-def _format(value: float, error: float, digits: int, bold: bool) -> str:
-    text = f"{value:.{digits}f}±{error:.{digits}f}"
-    return f"[bold]{text}[/bold]" if bold else text
+def _format(value: float, error: float, digits: int, bold: bool) -> Text:
+    return Text(f"{value:.{digits}f}±{error:.{digits}f}", style="bold" if bold else "")

@@ -2,19 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optima.coca import HeadSpec
-from optima.data.pictograms.stream import Task
+from optima.data.config import Held
 from optima.data.tokenizer import Tokenizer
+from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
-
-Held = Literal["validation", "test"]
-HELD: tuple[Held, ...] = get_args(Held)
-"""The two roles that held-out items play: points of the learning curve, and final scores."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,9 @@ class TaskData(Protocol):
     def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
         """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning."""
 
+    def unused(self, split: Held) -> int:
+        """How many items of a held-out split cannot be used, as far as it was read: no score speaks of them."""
+
     def has_truth(self, split: Held) -> bool:
         """Whether predictions for a held-out split can be scored: its captions, answers or labels are known."""
 
@@ -108,7 +108,7 @@ def head_spec(data: TaskData) -> HeadSpec | None:
     """The classification head that the task wants of a CoCa; None for captioning, which uses the vocabulary."""
     if not data.classes:
         return None
-    return HeadSpec(len(data.classes), pictures=2 if data.task == "nlvr2" else 1)
+    return HeadSpec(len(data.classes), pictures=TASKS[data.task].images)
 
 
 def percent(outcomes: Sequence[bool | float]) -> float:

@@ -3,8 +3,10 @@
 import torch
 
 from optima.coca import CoCa
-from optima.coca.generate import GenerationConfig, generate
-from optima.tasks.data import Evaluation, Held, TaskData
+from optima.coca.config import GenerationConfig
+from optima.coca.generate import generate
+from optima.data.config import Held
+from optima.tasks.data import Evaluation, TaskData
 
 
 @torch.no_grad()

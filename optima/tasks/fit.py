@@ -1,7 +1,8 @@
 """Whether a CoCa fits the pictures and texts of a data set, asked before a long run rather than in its first step."""
 
 from optima.coca import CoCa
-from optima.tasks.data import Held, TaskData, head_spec
+from optima.data.config import Held
+from optima.tasks.data import TaskData, head_spec
 from optima_core.errors import OptimaError
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optima.coca import CoCa, captioning_loss
-from optima.data.pictograms.stream import Task
+from optima.task import Task
 from optima.tasks.batches import TaskBatch
 from optima_core.objective import Forward, LinearPrediction, LogitPrediction
 from optima_core.taps import WantedTaps

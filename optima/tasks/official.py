@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optima.data.loader import Loader, LoaderConfig, Pictures, make_loader
+from optima.data.config import DataName, Held, LoaderConfig
+from optima.data.engine import Pictures
+from optima.data.loader import Loader, make_loader
+from optima.data.normalise import normalise
 from optima.data.order import Place
-from optima.data.pictograms.stream import Task
-from optima.data.pictures import normalise
-from optima.data.record import Records, Unusable
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.record import Records, RejectionLog, Unusable, counted_kinds
+from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import Tokenizer
+from optima.task import TASKS, Task
 from optima.tasks import scoring
 from optima.tasks.batches import TaskBatch
-from optima.tasks.data import Evaluation, Held, HeldBatch, Shown
+from optima.tasks.data import Evaluation, HeldBatch, Shown
 from optima_core.errors import OptimaError
 
 
@@ -50,7 +53,7 @@ class OfficialTask:
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training records.
-        report: rejected.jsonl, to which unusable pictures are appended.
+        report: rejected.jsonl, to which unusable rows and pictures are appended; None keeps no list.
 
     Raises OptimaError if the split or a file does not exist, or too many items are unusable.
     """
@@ -74,7 +77,7 @@ class OfficialTask:
     ) -> None:
         self.name: str = name
         self.task: Task = FORMATS[name].task
-        self.headline = scoring.HEADLINES[self.task]
+        self.headline = TASKS[self.task].headline
         self.tokenizer = tokenizer
         self.picture_size = picture_size
         self.text_length = text_length
@@ -88,8 +91,10 @@ class OfficialTask:
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._rank, self._world_size = rank, world_size
-        self._report = report
+        self._report = RejectionLog(report)
+        self._report_path = report
         self._read: dict[str, Records] = {}
+        self._unused: dict[str, set[str]] = {}
         self._training: tuple[int, Loader] | None = None
 
     @property
@@ -101,7 +106,7 @@ class OfficialTask:
         """The records of a split of the data set."""
         if split not in self._read:
             known = next(iter(self._read.values()), None)
-            self._read[split] = open_records(
+            records = open_records(
                 self._format,
                 self._root,
                 split,
@@ -109,7 +114,23 @@ class OfficialTask:
                 answers=self._answers,
                 classes=known.classes if known is not None else None,
             )
+            self._read[split] = records
+            if self._rank == 0:
+                self._tell(records)
         return self._read[split]
+
+    def _tell(self, records: Records) -> None:
+        """Names the rows that cannot be used, and says how many there are."""
+        if not records.rejected:
+            return
+        self._report.add(records.rejected)
+        total = len(records) + len(records.rejected)
+        listed = f"; each is named in {self._report_path}" if self._report_path is not None else ""
+        warnings.warn(
+            f"{self.name} {records.split}: {len(records.rejected)} of {total} items cannot be used "
+            f"({counted_kinds(records.rejected)}){listed}",
+            stacklevel=2,
+        )
 
     def training_batch(self, number: int, size: int) -> TaskBatch:
         records = self.records(self._splits.train)
@@ -161,6 +182,11 @@ class OfficialTask:
         ) as loader:
             for images, indices, _ in loader.once():
                 yield HeldBatch(indices.tolist(), self._of_records(records, images, indices.tolist()))
+            self._unused.setdefault(records.split, set()).update(found.id for found in loader.rejected.values())
+
+    def unused(self, split: Held) -> int:
+        records = self._held(split)
+        return len(records.rejected) + len(self._unused.get(records.split, ()))
 
     def has_truth(self, split: Held) -> bool:
         return scoring.has_truth(self._held(split))

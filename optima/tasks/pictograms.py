@@ -6,14 +6,30 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from optima.coca import HeadSpec
+from optima.data.config import Held
+from optima.data.normalise import normalise
 from optima.data.pictograms.captions import describe, parse_caption, references
 from optima.data.pictograms.render import render
-from optima.data.pictograms.stream import CLASSES, Example, Pictograms, Task, collate
-from optima.data.pictures import normalise
+from optima.data.pictograms.stream import CLASSES, Example, Pictograms, collate
 from optima.data.tokenizer import Tokenizer, word_tokenizer
+from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
-from optima.tasks.data import Evaluation, Held, HeldBatch, Shown, percent
-from optima.tasks.spec import HEADLINE, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.data import Evaluation, HeldBatch, Shown, percent
+
+PICTURE_SIZE = 64
+"""Side of the square pictures, pixels."""
+
+TEXT_LENGTH = 14
+"""Tokens in a row of text, start and end included; the longest pictogram text takes fewer."""
+
+HEADS: dict[str, HeadSpec] = {
+    task: HeadSpec(len(CLASSES[task]), pictures=spec.images) for task, spec in TASKS.items() if CLASSES[task]
+}
+"""The classification heads of a CoCa that does all four tasks."""
+
+HEADLINE: dict[Task, str] = {task: spec.headline for task, spec in TASKS.items()} | {"captioning": "scene_accuracy"}
+"""The score that a task is judged by, in percent: of a caption of a known scene it can be told whether it is right."""
 
 
 class PictogramTask:
@@ -56,6 +72,9 @@ class PictogramTask:
         for start in range(0, total, size):
             indices = range(start, min(start + size, total))
             yield HeldBatch(list(indices), self.held_batch(split, indices))
+
+    def unused(self, split: Held) -> int:
+        return 0
 
     def has_truth(self, split: Held) -> bool:
         return True

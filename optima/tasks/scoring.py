@@ -14,9 +14,6 @@ RIGHT_CIDER_D = 1.0
 RIGHT_ACCURACY = 0.6
 """Least VQA accuracy of an answer that counts as right there: what two of ten annotators said."""
 
-HEADLINES = {"captioning": "cider_d", "vqa": "accuracy", "nlvr2": "accuracy", "snli_ve": "accuracy"}
-"""The score that a task is judged by on official data."""
-
 
 def has_truth(records: Records) -> bool:
     """Whether predictions for these records can be scored: captions, answers or labels were published."""
@@ -91,7 +88,7 @@ def submission(records: Records, indices: Sequence[int], predictions: Sequence[s
 
     COCO: the result JSON of the caption server and of pycocoevalcap, image_id and caption. VQAv2: the result JSON of
     the server, question_id and answer. NLVR2: the CSV of its eval/metrics.py, identifier and True or False. SNLI-VE has
-    no server: JSONL with pairID and gold_label as in its own files. A folder: JSONL with file_name and caption.
+    no server: JSONL with pairID and gold_label as in its own files. Folders and tars: JSONL with file_name and caption.
     """
     ids = [records[index].id for index in indices]
     if records.name in ("coco", "coco_karpathy"):

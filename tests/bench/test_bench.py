@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, bandit, hidden, loaders, logits, report, run_on_gpu, whole_step
+from bench import attention, bandit, hidden, loaders, logits, report, whole_step
 from bench.contest import Bar, Contest, Sweep, Unavailable
 from bench.growth import exponent, grow
 from bench.measure import measure, own_memory, prepare
@@ -98,11 +98,3 @@ def test_results_are_written_per_machine_and_rendered(tmp_path: Path) -> None:
     assert "| constants | optima |" in text
     assert "met: constants: optima" in text
     assert stored["about"]["date"][:10] in text
-
-
-def test_what_a_rented_gpu_runs_can_be_rehearsed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr("sys.argv", ["run_on_gpu.py", "--rehearse"])
-    assert run_on_gpu.main() == 0
-    assert "head means, 5 tokens, batch 2 | optima |" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
-from optima_core.parallel import Ranks, join_ranks, leave
+from optima_core.parallel import Ranks, join_ranks
+from optima_core.processes import leave
 
 SIZE, ROUNDS = 7, 6
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -254,7 +254,7 @@ def make_distiller(config: DistillerConfig, recompute: bool = False, seed: int =
 def test_models_behind_adaptors_are_distilled(seed: int) -> None:
     config = DistillerConfig(rounds=8, steps_per_round=5, optimiser=OptimiserConfig(learning_rate=1e-2))
     distiller = make_distiller(config, seed=seed)
-    start = {name: float(term) for name, term in distiller.initial_probe.items()}
+    start = distiller.initial_probe.named()
     end = [distiller.run_round() for _ in range(8)][-1].probe
     assert set(end) == {"task", "logits"} | {f"{kind}/encoder/{i}" for kind in ("hidden", "attention") for i in (0, 1)}
     assert end["hidden/encoder/1"] < start["hidden/encoder/1"]

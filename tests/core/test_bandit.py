@@ -1,6 +1,7 @@
 """What holds for every policy, and what each of them is for, against numpy and against simple worlds."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optima_core.bandit import POLICIES, Policy, State, arm_gates, arm_names, count_arms, make_policy
+from optima_core.bandit import CATALOGUE, POLICIES, Policy, State, arm_gates, arm_names, count_arms, make_policy
+from optima_core.bandit.catalogue import discounts_rewards
+from optima_core.bandit.statistics import DiscountedBelief
 from optima_core.rng import make_keys, normal
 
 ARMS = 5
@@ -319,6 +322,12 @@ def test_gates_name_every_arm_once_and_end_with_all_modules(kind):
     ("arguments", "message"),
     [
         ({"name": "discounted_tompson"}, "unknown policy 'discounted_tompson'; did you mean 'discounted_thompson'"),
+        (
+            {"name": "thomson"},
+            "did you mean 'discounted_thompson', 'sliding_window_thompson', 'kalman_thompson' or 'stationary_thompson'",
+        ),
+        ({"name": "ucb"}, "did you mean 'discounted_ucb'"),
+        ({"name": "best"}, "unknown policy 'best'; known: discounted_thompson, "),
         ({"name": "uniform", "arms": 0}, "arms must be at least 1, got 0"),
         ({"name": "discounted_thompson", "gama": 0.9}, "did you mean 'gamma'"),
         ({"name": "discounted_thompson", "gamma": 1.5}, r"gamma must be a number in \[0.5, 1\], got 1.5"),
@@ -340,3 +349,15 @@ def test_batch_kind_and_number_of_modules_are_checked():
         count_arms(3, "pairs")
     with pytest.raises(ValueError, match="at most 12 modules"):
         arm_gates(13, "subsets")
+
+
+def test_the_catalogue_is_what_the_policies_have():
+    assert list(CATALOGUE) == list(POLICIES)
+    for name, policy in POLICIES.items():
+        own = {field.name: field for field in fields(policy) if field.init and field.name != "arms"}
+        assert CATALOGUE[name].keys() == own.keys()
+        for parameter, described in CATALOGUE[name].items():
+            assert own[parameter].metadata["hyper_parameter"] is described
+            assert own[parameter].default == described.default
+            assert own[parameter].type is type(described.default)
+        assert discounts_rewards(name) == (issubclass(policy, DiscountedBelief) and "gamma" in own)

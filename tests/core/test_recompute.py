@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima_core import Adaptor, LayerPaths, TorchAttention, recompute_activations
-from optima_core.precision import Precision, arithmetic
+from optima_core.config import Precision
+from optima_core.precision import arithmetic
 
 
 def make_coca() -> tuple[CoCa, Callable[[], Tensor], Sequence[nn.Module]]:

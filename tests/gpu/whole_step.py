@@ -1,11 +1,11 @@
-"""One whole distillation step as a function of tensors, put together from the engine's public pieces.
+"""One whole distillation step as a function of tensors: the engine's own step, and the bandit around it.
 
-What the engine does on a GPU, where the chosen arm stays a tensor: select an arm, tap all modules under its gates, run
-the teacher and the student, all losses, the optimiser, then the reward and the bandit's update.
+What happens on a GPU when the chosen arm stays a tensor: select an arm, tap all modules under its gates, run the
+teacher and the student, all losses, the optimiser, then the reward and the bandit's update.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderC
 from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
-from optima_core.bandit import arm_gates, make_policy
-from optima_core.modules import ModulePair
-from optima_core.objective import Objective, ObjectiveConfig
-from optima_core.optimiser import OptimiserConfig, clip_gradients, make_optimiser
+from optima_core import Distiller, DistillerConfig, Step
+from optima_core.bandit import Policy, arm_gates
+from optima_core.objective import Gates, Losses, as_vector
 from optima_core.reward import RewardMeter
 
 State = dict[str, Tensor]
@@ -34,74 +33,60 @@ def make_coca(width: int, layers: int, heads: int) -> CoCa:
     )
 
 
-class WholeStep(NamedTuple):
-    """`forward`, `learn` and `reward` are what a step computes on the device; `run` is all three in order."""
+@dataclass(frozen=True)
+class WholeStep:
+    """`forward`, `update` and `reward` are what a step computes on the device; `run` is all three in order.
 
-    objective: Objective
-    teacher: CoCa
-    student: CoCa
+    step: of tiny random models that caption. bandit, meter: the state of policy and rewards at the start.
+    """
+
+    step: Step[TaskBatch]
+    policy: Policy
+    rewards: RewardMeter
     bandit: State
     meter: State
-    forward: Callable[[TaskBatch, State], tuple[Tensor, Tensor, Tensor, State]]
-    learn: Callable[[], None]
-    reward: Callable[[Tensor, Tensor, State, State], tuple[State, State]]
+
+    def forward(self, batch: TaskBatch, bandit: State) -> tuple[Losses, Gates, Tensor, State]:
+        arm, bandit = self.policy.select(bandit)
+        gates = arm_gates(len(self.step.names), device=self.step.device)[arm][0]
+        of_modules = dict(zip(self.step.names, gates.unbind(), strict=True))
+        return self.step.compute(batch, of_modules), of_modules, arm, bandit
+
+    def reward(self, arm: Tensor, tracked: Tensor, bandit: State, meter: State) -> tuple[State, State]:
+        earned, meter = self.rewards.measure(meter, tracked[None])
+        return self.policy.update(bandit, arm, earned), meter
 
     def run(self, batch: TaskBatch, bandit: State, meter: State) -> tuple[Tensor, State, State]:
         """The loss, and the bandit's and the reward's state after a step that is a round of its own."""
-        total, tracked, arm, bandit = self.forward(batch, bandit)
-        total.backward()  # type: ignore[no-untyped-call]
-        self.learn()
-        bandit, meter = self.reward(arm, tracked, bandit, meter)
-        return total.detach(), bandit, meter
+        with self.step.arithmetic():
+            losses, gates, arm, bandit = self.forward(batch, bandit)
+        total = self.step.backward(losses)
+        self.step.update(gates)
+        self.step.advance()
+        bandit, meter = self.reward(arm, as_vector(losses).values, bandit, meter)
+        return total, bandit, meter
 
 
-def make_whole_step(
-    config: ObjectiveConfig, device: torch.device | str = "cpu", policy: str = "discounted_thompson"
-) -> WholeStep:
-    """Tiny random models that caption; with fake tensors if made under FakeTensorMode."""
+def make_whole_step(config: DistillerConfig, device: torch.device | str = "cpu") -> WholeStep:
+    """With fake tensors if made under FakeTensorMode."""
     with torch.device(device):
         student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
-        pairs: Sequence[ModulePair] = module_pairs(student, teacher)
-        objective = Objective(pairs, config)
-    names = [pair.name for pair in pairs]
-    trained = [*student.parameters(), *objective.parameters()]
-    options = OptimiserConfig()
-    optimiser, schedule = make_optimiser(trained, options, 100)
-    chooser = make_policy(policy, arms=len(names))
-    table = arm_gates(len(names), device=device)
-    meter = RewardMeter(kind="absolute", normaliser="ratio")
-    student_forward, teacher_forward = TaskForward(student, "captioning"), TaskForward(teacher, "captioning")
-    student_taps, teacher_taps = objective.wanted(names)
+    forwards = (TaskForward(model, "captioning") for model in (student, teacher))
+    step = Step(student, *forwards, module_pairs(student, teacher), config)
+    policy, rewards = config.bandit.make(len(step.names)), RewardMeter(config.reward)
+    losses = 2 + len(step.names) * (bool(config.objective.hidden) + bool(config.objective.attention))
+    return WholeStep(step, policy, rewards, policy.init(1, 0, device), rewards.init_unmeasured(1, losses, device))
 
-    def forward(batch: TaskBatch, bandit: State) -> tuple[Tensor, Tensor, Tensor, State]:
-        arm, bandit = chooser.select(bandit)
-        gates = dict(zip(names, table[arm][0].unbind(), strict=True))
-        with torch.no_grad():
-            taught = teacher_forward(batch, teacher_taps)
-        terms = objective(student_forward(batch, student_taps), taught, gates)
-        return objective.total(terms), torch.stack(list(terms.values())).float().detach(), arm, bandit
 
-    def learn() -> None:
-        clip_gradients(trained, options.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-
-    def reward(arm: Tensor, tracked: Tensor, bandit: State, state: State) -> tuple[State, State]:
-        earned, state = meter.measure(state, tracked[None])
-        return chooser.update(bandit, arm, earned), state
-
-    losses = 2 + len(names) * (bool(config.hidden) + bool(config.attention))
-    return WholeStep(
-        objective,
-        teacher,
-        student,
-        chooser.init(1, 0, device),
-        meter.init_unmeasured(1, losses, device),
-        forward,
-        learn,
-        reward,
-    )
+def make_distiller(
+    device: torch.device | str, config: DistillerConfig, load: Callable[[int], TaskBatch] | None = None
+) -> Distiller[TaskBatch]:
+    """Of equal tiny models that caption, each time; by default every batch is the same."""
+    torch.manual_seed(0)
+    student, teacher = make_coca(16, 1, 2).to(device), make_coca(32, 2, 2).to(device).eval()
+    forwards = (TaskForward(model, "captioning") for model in (student, teacher))
+    batch = random_batch(device)
+    return Distiller(student, *forwards, module_pairs(student, teacher), load or (lambda _: batch), batch, config)
 
 
 def random_batch(device: torch.device | str = "cpu", size: int = 3) -> TaskBatch:

@@ -13,7 +13,7 @@ from optima_kernels.shared.dispatch import INTERPRETED
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from optima_kernels.hidden import triton as hidden_kernels  # noqa: E402
+from optima_kernels.hidden import rows as hidden_kernels  # noqa: E402
 from optima_kernels.inspect.counts import OUTSIDE, Launch, counting, tilings_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
@@ -58,7 +58,7 @@ FAMILIES: dict[str, Callable[..., Tensor]] = {
     "forward and cross entropy": lambda **options: vocabulary("forward", labelled=True, **options),
 }
 # Kernels without a product, which nothing but memory should bind.
-STREAMS = {"row_kernel", "divergence_kernel"}
+STREAMS = {"row_kernel", "scale_kernel", "divergence_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def of(launches: list[Launch], kernel: str) -> list[Launch]:
 
 def test_every_kernel_is_counted(counted: dict[str, list[Launch]]) -> None:
     kernels = {launch.kernel for launches in counted.values() for launch in launches}
-    attention, hidden = {"lse_kernel", "query_kernel", "key_kernel"}, {"difference_kernel", "row_kernel"}
+    attention, hidden = {"lse_kernel", "query_kernel", "key_kernel"}, {"row_kernel", "join_rows_kernel", "scale_kernel"}
     assert kernels == attention | hidden | {"state_kernel", "weight_kernel", "logits_kernel", "divergence_kernel"}
 
 
@@ -121,11 +121,13 @@ def test_a_query_walk_reads_queries_once_and_keys_once_a_tile(counted: dict[str,
     assert walk.read["k_s"] == walk.written["grad_q"] == walk.stored["grad_q"] == size
 
 
-def test_projected_states_cost_three_products_and_one_stored_difference(counted: dict[str, list[Launch]]) -> None:
-    launches = counted["hidden"]
-    assert [launch.kernel for launch in launches] == ["difference_kernel", "state_kernel", "weight_kernel"]
-    assert {launch.flops for launch in launches} == {2 * TOKENS * D_S * D_T}
-    assert launches[0].stored["difference"] == TOKENS * D_T * FLOAT
+def test_projected_states_cost_three_products_and_one_stored_difference() -> None:
+    with counting() as launches:
+        hidden(None, projected=True, gate=torch.ones(())).backward()
+    products = [launch for launch in launches if launch.flops]
+    assert [launch.kernel for launch in products] == ["project_kernel", "state_kernel", "weight_kernel"]
+    assert {launch.flops for launch in products} == {2 * TOKENS * D_S * D_T}
+    assert products[0].stored["out"] == TOKENS * D_T * FLOAT
     for launch in launches:
         assert launch.stored == launch.written, launch.kernel
 
@@ -169,7 +171,8 @@ def test_a_closed_gate_reads_the_gate_alone(family: str) -> None:
     with counting() as launches:
         FAMILIES[family](gate=torch.zeros(())).backward()
     for launch in launches:
-        assert set(launch.loaded) == {"gate"}, launch.kernel
+        # Gradients of a closed layer are scaled by a factor of 0.
+        assert set(launch.loaded) == {"factors" if launch.kernel == "scale_kernel" else "gate"}, launch.kernel
         assert launch.flops == launch.exps == 0, launch.kernel
 
 

@@ -10,7 +10,7 @@ import torch
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import save_coca
 from optima.data.tokenizer import word_tokenizer
-from optima.tasks import HEADS, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.pictograms import HEADS, PICTURE_SIZE, TEXT_LENGTH
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from open_clip_oracle import ...` under --import-mode=importlib
 sys.path.insert(0, str(Path(__file__).parent / "data"))  # for `from miniatures import ...`

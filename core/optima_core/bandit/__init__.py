@@ -13,13 +13,31 @@ policy is the paper's (Liang et al. 2023, arXiv 2310.04550, of which we hold the
 where they stand; default values are ours, chosen by the simulation of `optima.simulate`.
 """
 
-from optima_core.bandit.arms import ArmKind, arm_gates, arm_names, count_arms
-from optima_core.bandit.policy import Policy, State
-from optima_core.bandit.registry import POLICIES, describe_hyper_parameters, make_policy
+from typing import TYPE_CHECKING
+
+from optima_core.lazily import attributes_from
+
+if TYPE_CHECKING:
+    from optima_core.bandit.arms import arm_gates, arm_names, count_arms
+    from optima_core.bandit.catalogue import CATALOGUE, describe_hyper_parameters
+    from optima_core.bandit.config import ArmKind, BanditConfig
+    from optima_core.bandit.policy import Policy, State
+    from optima_core.bandit.registry import POLICIES, make_policy
+else:
+    __getattr__ = attributes_from(
+        __name__,
+        arms=("arm_gates", "arm_names", "count_arms"),
+        catalogue=("CATALOGUE", "describe_hyper_parameters"),
+        config=("ArmKind", "BanditConfig"),
+        policy=("Policy", "State"),
+        registry=("POLICIES", "make_policy"),
+    )
 
 __all__ = [
+    "CATALOGUE",
     "POLICIES",
     "ArmKind",
+    "BanditConfig",
     "Policy",
     "State",
     "arm_gates",

@@ -5,12 +5,11 @@ The chosen arm is a device tensor and must stay one, so it becomes gates by look
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ArmKind = Literal["modules", "subsets"]
+from optima_core.bandit.config import ArmKind
 
 
 def count_arms(modules: int, kind: ArmKind = "modules") -> int:
@@ -55,5 +54,8 @@ def arm_names(module_names: Sequence[str], kind: ArmKind = "modules") -> list[st
     Raises:
         ValueError: as `count_arms`.
     """
-    rows = arm_gates(len(module_names), kind).tolist()
-    return ["+".join(name for name, gate in zip(module_names, row, strict=True) if gate) for row in rows]
+    arms = count_arms(len(module_names), kind)
+    if kind == "modules":
+        return [*module_names, "+".join(module_names)]
+    members = ((name for i, name in enumerate(module_names) if (arm >> i) & 1) for arm in range(1, arms + 1))
+    return ["+".join(found) for found in members]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import ARM, EPSILON
 from optima_core.bandit.policy import AdaptivePolicy, State, draw_arm, hyper_parameter
 from optima_core.bandit.statistics import DiscountedBelief
 from optima_core.rng import uniform
@@ -22,7 +23,7 @@ class EpsilonGreedy(DiscountedBelief, AdaptivePolicy):
     attention as one that falls fast does, hence the absolute value. Their mean forgets per pull, ours per round.
     """
 
-    epsilon: float = hyper_parameter(0.1, 0.0, 1.0, "probability of a uniformly drawn arm")
+    epsilon: float = hyper_parameter(EPSILON)
 
     def choose(self, state: State) -> Tensor:
         mean, _ = self.posterior(state)
@@ -50,7 +51,7 @@ class RoundRobin(DiscountedBelief):
 class FixedArm(DiscountedBelief):
     """Always the same arm."""
 
-    arm: int = hyper_parameter(0, 0, 2**12, "the arm; less than the number of arms")
+    arm: int = hyper_parameter(ARM)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import ALPHA, ETA
 from optima_core.bandit.policy import State, draw_arm, hyper_parameter
 from optima_core.bandit.statistics import DiscountedBelief, pooled_mean, total_sigma
 
@@ -24,8 +25,8 @@ class Exp3S(DiscountedBelief):
     s of all rewards, a reward r is put into [0, 1] as x = 1/2 + (r - m) / (4 s), clipped.
     """
 
-    eta: float = hyper_parameter(0.4, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")
-    alpha: float = hyper_parameter(1e-3, 0.0, 1.0, "leak between weights; about 1 over the rounds between changes")
+    eta: float = hyper_parameter(ETA)
+    alpha: float = hyper_parameter(ALPHA)
 
     def init_belief(self, batch: int, device: torch.device) -> State:
         log_weight = torch.zeros(batch, self.arms, dtype=torch.float64, device=device)

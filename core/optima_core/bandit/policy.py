@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import MIN_SHARE, HyperParameter
 from optima_core.rng import make_keys, uniform
 
 State = dict[str, Tensor]
@@ -20,9 +21,9 @@ bandits out of a batch.
 _ALWAYS = 2**40
 
 
-def hyper_parameter(default: float, low: float, high: float, doc: str) -> Any:
-    """A dataclass field that `Policy` checks against the closed interval [low, high]; `doc` goes into help texts."""
-    return field(default=default, metadata={"low": low, "high": high, "doc": doc})
+def hyper_parameter(of: HyperParameter) -> Any:
+    """A dataclass field with that default, which `Policy` checks against its range."""
+    return field(default=of.default, metadata={"hyper_parameter": of})
 
 
 def draw_arm(state: State, probability: Tensor) -> Tensor:
@@ -46,11 +47,8 @@ class Policy(ABC):
         if self.arms < 1:
             raise ValueError(f"arms must be at least 1, got {self.arms}")
         for parameter in fields(self):
-            if "low" in parameter.metadata:
-                low, high, value = parameter.metadata["low"], parameter.metadata["high"], getattr(self, parameter.name)
-                if not low <= value <= high or (parameter.type is int and value != int(value)):
-                    kind = "an integer" if parameter.type is int else "a number"
-                    raise ValueError(f"{parameter.name} must be {kind} in [{low:g}, {high:g}], got {value}")
+            if "hyper_parameter" in parameter.metadata:
+                parameter.metadata["hyper_parameter"].check(parameter.name, getattr(self, parameter.name))
 
     def init(self, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> State:
         """The state of `batch` bandits that have seen nothing.
@@ -110,7 +108,7 @@ class AdaptivePolicy(Policy):
     wherever in the run they lie, at no cost in randomness.
     """
 
-    min_share: float = hyper_parameter(0.0, 0.0, 1.0, "least share of the rounds every arm gets; at most 1 / arms")
+    min_share: float = hyper_parameter(MIN_SHARE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import GAMMA, PRIOR_COUNT
 from optima_core.bandit.policy import Policy, State, hyper_parameter
 
 # The count of an arm that is never pulled decays into denormal numbers, whose arithmetic is slow and whose
@@ -52,7 +53,7 @@ class Belief(Policy):
         mean_k = (S_k + n_0 m) / (N_k + n_0)        std_k = sigma / sqrt(N_k + n_0)
     """
 
-    prior_count: float = hyper_parameter(0.01, 1e-6, 100.0, "rewards' worth of the prior at the mean of all arms")
+    prior_count: float = hyper_parameter(PRIOR_COUNT)
 
     def init_belief(self, batch: int, device: torch.device) -> State:
         def zeros(width: int) -> Tensor:
@@ -70,7 +71,7 @@ class Belief(Policy):
 class DiscountedBelief(Belief):
     """N, S and Q are multiplied by gamma every round, then the pulled arm adds (1, r, r**2)."""
 
-    gamma: float = hyper_parameter(0.98, 0.5, 1.0, "discount per round; the memory is about 1 / (1 - gamma) rounds")
+    gamma: float = hyper_parameter(GAMMA)
 
     def learn(self, state: State, pulled: Tensor, reward: Tensor) -> State:
         centred, origin = relative_to_origin(state, reward)

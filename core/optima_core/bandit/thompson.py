@@ -10,18 +10,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import (
+    DRIFT,
+    GAMMA_OF_SIGMA,
+    NU,
+    NU_OF_KALMAN,
+    NU_OF_STATIONARY,
+    NU_OF_WINDOW,
+    PRIOR_VARIANCE,
+    WINDOW,
+)
 from optima_core.bandit.policy import AdaptivePolicy, State, hyper_parameter
 from optima_core.bandit.statistics import Belief, DiscountedBelief, relative_to_origin
 from optima_core.rng import normal
-
-_NU = "width of the draw in posterior standard deviations; less is greedier"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianThompson(AdaptivePolicy):
     """theta_k = mean_k + nu std_k z_k with z_k ~ N(0, 1), for the mean and std that `posterior` tells."""
 
-    nu: float = hyper_parameter(0.35, 0.0, 100.0, _NU)
+    nu: float = hyper_parameter(NU)
 
     def choose(self, state: State) -> Tensor:
         mean, std = self.posterior(state)
@@ -47,7 +55,7 @@ class DiscountedThompson(DiscountedBelief, GaussianThompson):
 class StationaryThompson(DiscountedBelief, GaussianThompson):
     """`DiscountedThompson` that never forgets (gamma = 1): the textbook's, for rewards that do not change."""
 
-    nu: float = hyper_parameter(1.0, 0.0, 100.0, _NU)
+    nu: float = hyper_parameter(NU_OF_STATIONARY)
     gamma: float = field(default=1.0, init=False)
 
 
@@ -60,8 +68,8 @@ class SlidingWindowThompson(Belief, GaussianThompson):
     `DiscountedThompson`.
     """
 
-    nu: float = hyper_parameter(0.5, 0.0, 100.0, _NU)
-    window: int = hyper_parameter(100, 1, 2**20, "rounds that are remembered")
+    nu: float = hyper_parameter(NU_OF_WINDOW)
+    window: int = hyper_parameter(WINDOW)
 
     def init_belief(self, batch: int, device: torch.device) -> State:
         return super().init_belief(batch, device) | {
@@ -105,10 +113,10 @@ class KalmanThompson(GaussianThompson):
     Estimating sigma and the bound on v are ours.
     """
 
-    nu: float = hyper_parameter(0.5, 0.0, 100.0, _NU)
-    drift: float = hyper_parameter(0.01, 0.0, 100.0, "q, variance of one round's walk, in units of sigma**2")
-    prior_variance: float = hyper_parameter(100.0, 1e-6, 1e12, "v_0, variance of an unknown arm, in units of sigma**2")
-    gamma: float = hyper_parameter(0.99, 0.5, 1.0, "discount per round of the estimate of sigma")
+    nu: float = hyper_parameter(NU_OF_KALMAN)
+    drift: float = hyper_parameter(DRIFT)
+    prior_variance: float = hyper_parameter(PRIOR_VARIANCE)
+    gamma: float = hyper_parameter(GAMMA_OF_SIGMA)
 
     def init_belief(self, batch: int, device: torch.device) -> State:
         zeros = torch.zeros(batch, self.arms, dtype=torch.float64, device=device)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima_core.bandit.catalogue import WIDTH
 from optima_core.bandit.policy import AdaptivePolicy, State, hyper_parameter
 from optima_core.bandit.statistics import DiscountedBelief
 
@@ -19,7 +20,7 @@ class DiscountedUCB(DiscountedBelief, AdaptivePolicy):
     Ours: sigma in the place of B, because the bound on a loss decrement is unknown and far above its noise.
     """
 
-    width: float = hyper_parameter(0.35, 0.0, 100.0, "factor of the bonus; less is greedier")
+    width: float = hyper_parameter(WIDTH)
 
     def choose(self, state: State) -> Tensor:
         mean, std = self.posterior(state)

@@ -6,14 +6,13 @@ still close to the processor. How, each backend's file tells.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.hidden import blocked
-from optima_kernels.hidden.problem import Gradients, HiddenLayer, HiddenTensors, Solution
+from optima_kernels.hidden.operator import hidden_mses_operator, without_gaps
+from optima_kernels.hidden.problem import NORMALIZATIONS
 from optima_kernels.shared.checks import (
     check_choice,
     check_device,
@@ -24,13 +23,10 @@ from optima_kernels.shared.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.shared.dispatch import Backend, choose_backend, compute_dtype
-from optima_kernels.shared.gates import apply_gate, closed_gates
+from optima_kernels.shared.dispatch import autocast_dtype, choose_backend, compute_dtype
+from optima_kernels.shared.gates import apply_gate
 from optima_kernels.shared.layers import PerLayer, per_layer
-from optima_kernels.shared.registration import FusedOperator, multiply
 from optima_kernels.shared.tokens import token_weight
-
-NORMALIZATIONS = (None, "layernorm", "l2")
 
 
 def hidden_mse(
@@ -64,7 +60,7 @@ def hidden_mse(
         gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and no work is done, on a
             CPU or by the triton backend.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
-            blocked.
+            blocked, and is an error where triton is asked for.
 
     Returns:
         A scalar, float64 if any floating argument is, float32 otherwise. Arguments may differ in dtype; sums are kept
@@ -78,8 +74,7 @@ def hidden_mse(
     check_gate(gate)
     check_device(h_s, gate=gate)
     gates = None if gate is None else gate[None]
-    chosen = choose_backend(backend, h_s, "hidden_mses")
-    return _losses(chosen, [h_s], [h_t], [weight], [bias], normalize, [mask], [sample_weight], gates)[0]
+    return _losses(backend, [h_s], [h_t], [weight], [bias], normalize, [mask], [sample_weight], gates)[0]
 
 
 def hidden_mses(
@@ -107,12 +102,11 @@ def hidden_mses(
     weights, biases, masks, sample_weights = (per_layer(x, layers) for x in (weight, bias, mask, sample_weight))
     for state, teacher, w, b, m, s in zip(h_s, h_t, weights, biases, masks, sample_weights, strict=True):
         _check(state, teacher, w, b, normalize, m, s)
-    chosen = choose_backend(backend, h_s[0], "hidden_mses")
-    return _losses(chosen, h_s, h_t, weights, biases, normalize, masks, sample_weights, gate)
+    return _losses(backend, h_s, h_t, weights, biases, normalize, masks, sample_weights, gate)
 
 
 def _losses(
-    backend: Backend,
+    backend: str | None,
     h_s: Sequence[Tensor],
     h_t: Sequence[Tensor],
     weight: Sequence[Tensor | None],
@@ -122,92 +116,39 @@ def _losses(
     sample_weight: Sequence[Tensor | None],
     gate: Tensor | None,
 ) -> Tensor:
-    if backend == "reference":
+    dtypes = [compute_dtype(*(x for x in each if x is not None)) for each in zip(h_s, h_t, weight, bias, strict=True)]
+    chosen = choose_backend(backend, h_s[0], "hidden_mses")
+    if chosen == "triton" and torch.float64 in dtypes:
+        if backend is not None:
+            raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
+        chosen = "blocked"
+    if chosen == "reference":
         return reference.hidden_mses(
             h_s, h_t, weight, bias, normalize=normalize, mask=mask, sample_weight=sample_weight, gate=gate
         )
-    tensors: list[Tensor] = []
-    slots: list[int] = []
-    wants: list[bool] = []
-    for i in range(len(h_s)):
-        students = (h_s[i], weight[i], bias[i])
-        dtype = compute_dtype(*(x for x in (*students, h_t[i]) if x is not None))
-        state, teacher = h_s[i].flatten(0, -2), h_t[i].detach().flatten(0, -2)
-        counts = token_weight(h_s[i].shape[:-1], mask[i], sample_weight[i], dtype)
-        for tensor in HiddenTensors(state, teacher, weight[i], bias[i], counts):
-            slots.append(-1 if tensor is None else len(tensors))
-            tensors.extend([] if tensor is None else [tensor])
-        wants.extend(torch.is_grad_enabled() and x is not None and x.requires_grad for x in students)
+    grad = torch.is_grad_enabled()
+    wants = [grad and x is not None and x.requires_grad for each in zip(h_s, weight, bias, strict=True) for x in each]
+    weights: dict[tuple[int, int, torch.Size, torch.dtype], Tensor | None] = {}
+    counts: list[Tensor | None] = []
+    for state, m, s, dtype in zip(h_s, mask, sample_weight, dtypes, strict=True):
+        key = (id(m), id(s), state.shape[:-1], dtype)  # layers mostly share them
+        if key not in weights:
+            weights[key] = token_weight(state.shape[:-1], m, s, dtype)
+        counts.append(weights[key])
+    losses = hidden_mses_operator(
+        [x.flatten(0, -2) for x in h_s],
+        [x.detach().flatten(0, -2) for x in h_t],
+        without_gaps(weight),
+        without_gaps(bias),
+        without_gaps(counts),
+        wants,
+        autocast_dtype(h_s[0]),
+        normalize,
+        chosen,
+        gate,
+    )[0]
     # A closed gate reaches the kernels, so that they leave early; what it multiplies is applied here, by autograd.
-    return apply_gate(_operator(tensors, slots, wants, normalize, backend, gate)[0], gate)
-
-
-def _layers(tensors: Sequence[Tensor], slots: Sequence[int], wants: Sequence[bool]) -> list[HiddenLayer]:
-    """The layers of a flat list of tensors: `slots` tells where each of a layer's five is, or -1."""
-    found = [tensors[slot] if slot >= 0 else None for slot in slots]
-    return [
-        HiddenLayer(HiddenTensors(*found[5 * i : 5 * i + 5]), tuple(wants[3 * i : 3 * i + 3]))  # type: ignore[arg-type]
-        for i in range(len(slots) // 5)
-    ]
-
-
-def _forward(
-    tensors: Sequence[Tensor],
-    slots: Sequence[int],
-    wants: Sequence[bool],
-    normalize: str | None,
-    backend: str,
-    gate: Tensor | None,
-) -> list[Tensor]:
-    """The losses [L], not yet multiplied by the gate, and three gradients a layer."""
-    layers = _layers(tensors, slots, wants)
-    if backend == "triton" and all(layer.dtype != torch.float64 for layer in layers):
-        from optima_kernels.hidden import triton
-
-        solutions = triton.hidden_mses(layers, normalize, gate)
-    else:
-        solutions = [
-            _nothing(layer) if closed else blocked.hidden_mse(layer, normalize)
-            for layer, closed in zip(layers, closed_gates(gate, len(layers)), strict=True)
-        ]
-    return [torch.stack([x.loss for x in solutions]), *(g for x in solutions for g in x.gradients)]
-
-
-def _nothing(layer: HiddenLayer) -> Solution:
-    """What a layer behind a closed gate has."""
-    gradients = Gradients(*(x.zero_() for x in layer.empty_gradients()))
-    return Solution(layer.tensors.h_s.new_zeros((), dtype=layer.dtype), gradients)
-
-
-def _fake(tensors: Sequence[Tensor], slots: Sequence[int], wants: Sequence[bool], *_: Any) -> list[Tensor]:
-    layers = _layers(tensors, slots, wants)
-    losses = torch.stack([layer.tensors.h_s.new_empty((), dtype=layer.dtype) for layer in layers])
-    return [losses, *(g for layer in layers for g in layer.empty_gradients())]
-
-
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    tensors, slots, wants = inputs[:3]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.tensors, ctx.wants = len(tensors), wants
-    ctx.slots = [slots[i + j] for i in range(0, len(slots), 5) for j in (0, 2, 3)]
-    ctx.dtypes = [tensors[slot].dtype if slot >= 0 else None for slot in ctx.slots]
-    ctx.scales = [2.0 / max(tensors[slot].numel(), 1) for slot in slots[1::5]]
-
-
-def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    result: list[Tensor | None] = [None] * ctx.tensors
-    if d_losses is not None:
-        saved = zip(ctx.saved_tensors, ctx.slots, ctx.dtypes, ctx.wants, strict=True)
-        for i, (gradient, slot, dtype, wanted) in enumerate(saved):
-            if wanted:
-                factor = d_losses[i // 3] * ctx.scales[i // 3]
-                result[slot] = multiply(gradient, factor, in_graph).to(dtype)
-    return result, None, None, None, None, None
-
-
-_operator = FusedOperator("hidden_mses", _forward, _fake, _setup_context, _backward)
+    return apply_gate(losses, gate)
 
 
 def _check(

@@ -6,15 +6,16 @@ scratch, and nothing of the teacher's width kept for the backward pass, which on
 When no gradient is wanted it stops at the difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, HiddenLayer, Solution
+from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
 from optima_kernels.shared.cpu_products import add_product, linear, product
+from optima_kernels.shared.gates import closed_gates
 
 # 2 MB of float32: large enough for matrix products at full speed, small enough to stay in the cache. Measured on one
 # core at 4 x 577 tokens, 768 -> 1024, layer-normalised: 52 ms so, 74 ms in tiles of 2^21, 54 ms in tiles of 2^18.
@@ -23,39 +24,49 @@ TILE_ELEMENTS = 2**19
 PullBack = Callable[[Tensor], Tensor]
 
 
-def hidden_mse(layer: HiddenLayer, normalize: str | None) -> Solution:
-    """Loss and gradients of one layer."""
-    h_s, h_t, weight, bias, token_weight = layer.tensors
-    wants_state, wants_weight, wants_bias = layer.wants
+def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """Loss and gradients of every layer, one after the other; those that the host sees closed cost nothing."""
+    closed = closed_gates(gate, len(layers))
+    return [
+        _nothing(layer) if skipped else _solve(layer, options.normalize)
+        for layer, skipped in zip(layers, closed, strict=True)
+    ]
+
+
+def _nothing(layer: Layer) -> Solution:
+    return Solution(*(x.zero_() for x in layer.empty_solution()))
+
+
+def _solve(layer: Layer, normalize: str | None) -> Solution:
+    h_s, h_t, weight, bias, token_weight, (wants_state, wants_weight, wants_bias) = layer
     (tokens, d_s), d_t = h_s.shape, h_t.shape[1]
     dtype = layer.dtype
     wide_weight, wide_bias = (None if x is None else x.to(dtype) for x in (weight, bias))
-    loss = h_s.new_zeros((), dtype=dtype)
-    gradients = layer.empty_gradients()
-    gradients.weight.zero_()
-    gradients.bias.zero_()
+    solution = layer.empty_solution()
+    for sums in (solution.loss, solution.weight, solution.bias):
+        sums.zero_()
 
     tile = max(TILE_ELEMENTS // max(d_s, d_t), 1)
-    with torch.autocast(h_s.device.type, enabled=False):
-        for start in range(0, tokens, tile):
-            rows = slice(start, start + tile)
-            state, teacher = h_s[rows].to(dtype), h_t[rows].to(dtype)
-            weights = None if token_weight is None else token_weight[rows, None]
-            if weights is not None:
-                state, teacher = (x.masked_fill(weights == 0, 0.0) for x in (state, teacher))
-            difference, pull_back = _difference(state, teacher, wide_weight, wide_bias, normalize)
-            squares = torch.linalg.vecdot(difference, difference).to(dtype)
-            loss += squares.sum() if weights is None else squares.dot(weights[:, 0])
-            if not any(layer.wants):
-                continue
-            gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
-            if wants_state:
-                gradients.state[rows] = gradient if wide_weight is None else product(gradient, wide_weight)
-            if wants_weight:
-                add_product(gradients.weight, gradient.t(), state)
-            if wants_bias:
-                gradients.bias.add_(gradient.sum(0))
-    return Solution(loss / max(tokens * d_t, 1), gradients)
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
+        state, teacher = h_s[rows].to(dtype), h_t[rows].to(dtype)
+        weights = None if token_weight is None else token_weight[rows, None]
+        if weights is not None:
+            state, teacher = (x.masked_fill(weights == 0, 0.0) for x in (state, teacher))
+        difference, pull_back = _difference(state, teacher, wide_weight, wide_bias, normalize)
+        squares = torch.linalg.vecdot(difference, difference).to(dtype)
+        solution.loss.add_(squares.sum() if weights is None else squares.dot(weights[:, 0]))
+
+        if not any(layer.wants):
+            continue
+        gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
+        if wants_state:
+            solution.state[rows] = gradient if wide_weight is None else product(gradient, wide_weight)
+        if wants_weight:
+            add_product(solution.weight, gradient.t(), state)
+        if wants_bias:
+            solution.bias.add_(gradient.sum(0))
+    return solution._replace(loss=solution.loss / max(tokens * d_t, 1))
 
 
 def _difference(

@@ -1,5 +1,10 @@
-"""What a backend of `hidden_mse` is asked, and what it answers."""
+"""What a backend of `hidden_mse` is asked, and what it answers.
 
+A backend offers `solve(layers, options, gate) -> list[Solution]`. `gate` is [L], on the tensors' device, or None;
+behind a closed one loss and gradients are 0.
+"""
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -7,6 +12,7 @@ from torch import Tensor
 
 from optima_kernels.shared.dispatch import compute_dtype
 
+NORMALIZATIONS = (None, "layernorm", "l2")
 LAYERNORM_EPS = 1e-5
 L2_EPS = 1e-12
 
@@ -17,50 +23,49 @@ L2_EPS = 1e-12
 NARROW = 8
 
 
-class Gradients(NamedTuple):
-    """Gradients of the student state [T, D_s], in its dtype, and of weight and bias, in the dtype of the loss.
+@dataclass(frozen=True)
+class Options:
+    """What holds for every layer of a call: `normalize` as in `hidden_mse`."""
 
-    Those not wanted are empty. All lack the factor 2 / (T D_t): float16 could not hold them with it, and a loss scale,
-    which multiplies the incoming gradient, comes too late.
-    """
-
-    state: Tensor
-    weight: Tensor
-    bias: Tensor
+    normalize: str | None = None
 
 
-class Solution(NamedTuple):
-    """A layer's loss, 0-d, and its gradients."""
-
-    loss: Tensor
-    gradients: Gradients
-
-
-class HiddenTensors(NamedTuple):
-    """One layer: `h_s` [T, D_s], `h_t` [T, D_t], `weight` [D_t, D_s], `bias` [D_t], `token_weight` [T] of mean 1."""
+class Layer(NamedTuple):
+    """`h_s` [T, D_s], `h_t` [T, D_t], `weight` [D_t, D_s], `bias` [D_t], `token_weight` [T] of mean 1; and which of
+    `h_s`, `weight` and `bias` want a gradient."""
 
     h_s: Tensor
     h_t: Tensor
     weight: Tensor | None
     bias: Tensor | None
     token_weight: Tensor | None
-
-
-class HiddenLayer(NamedTuple):
-    """One layer's tensors, and which of `h_s`, `weight` and `bias` want a gradient."""
-
-    tensors: HiddenTensors
     wants: tuple[bool, bool, bool]
 
     @property
     def dtype(self) -> torch.dtype:
         """What sums are kept in."""
-        return compute_dtype(*(x for x in self.tensors[:4] if x is not None))
+        return compute_dtype(*(x for x in (self.h_s, self.h_t, self.weight, self.bias) if x is not None))
 
-    def empty_gradients(self) -> Gradients:
-        h_s, h_t = self.tensors.h_s, self.tensors.h_t
-        shapes = (h_s.shape, (h_t.shape[1], h_s.shape[1]), h_t.shape[1:])
-        dtypes = (h_s.dtype, self.dtype, self.dtype)
-        return Gradients(
-            *(h_s.new_empty(s if w else 0, dtype=d) for s, d, w in zip(shapes, dtypes, self.wants, strict=True))
+    def empty_solution(self) -> "Solution":
+        d_s, d_t, sums = self.h_s.shape[1], self.h_t.shape[1], self.dtype
+        of_state, of_weight, of_bias = self.wants
+        return Solution(
+            loss=self.h_s.new_empty((), dtype=sums),
+            state=self.h_s.new_empty(self.h_s.shape if of_state else 0),
+            weight=self.h_s.new_empty((d_t, d_s) if of_weight else 0, dtype=sums),
+            bias=self.h_s.new_empty(d_t if of_bias else 0, dtype=sums),
         )
+
+
+class Solution(NamedTuple):
+    """A layer's loss, 0-d, and its gradients: of the student state [T, D_s], in its dtype, of weight and bias in the
+    dtype of the loss.
+
+    Those not wanted are empty. All lack the factor 2 / (T D_t): float16 could not hold them with it, and a loss scale,
+    which multiplies the incoming gradient, comes too late.
+    """
+
+    loss: Tensor
+    state: Tensor
+    weight: Tensor
+    bias: Tensor

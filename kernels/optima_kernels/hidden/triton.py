@@ -1,12 +1,10 @@
-"""Hidden-state loss kernels.
+"""Hidden-state loss on a GPU: three matrix products around one kernel that passes over rows.
 
-With a projection, `difference_kernel` makes tiles of the projected state, subtracts the teacher, reduces, and stores
-the difference once, in the dtype of the student state; the kernels of `products` turn that into gradients and it is
-freed before the forward pass returns. Recomputing the difference for each of the two gradients instead would double the
-products. With a normalisation, rows must be whole before they are compared: the projected state takes the place of the
-difference, and `row_kernel` turns its rows, in place, into the gradient in them.
-
-Without a projection the loss is bound by memory, and `row_kernel` alone does it: both states are read once, the
+The projected state is made by a matrix product. `row_kernel` then does all that is not a product, in the memory of the
+projected state: it adds the bias, normalises, subtracts the teacher, sums the loss, and leaves the gradient, whose
+column sums are that of the bias. Two more products turn it into the gradients of state and weight, and it is freed
+before the forward pass returns. Products are the vendor's, or, since those run whether or not a gate is open, those of
+`products` where there is a gate. Without a projection `row_kernel` alone does it: both states are read once, the
 gradient is written once.
 """
 
@@ -15,254 +13,192 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, HiddenLayer, HiddenTensors, Solution
-from optima_kernels.shared.dispatch import INTERPRETED
-from optima_kernels.shared.products import (
-    is_closed,
-    load_tile,
-    of_layer,
-    project_tile,
-    state_kernel,
-    store_tile,
-    tiling,
-    weight_kernel,
-)
+from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
+from optima_kernels.hidden.rows import join_rows_kernel, row_kernel, wide_row_kernel
+from optima_kernels.shared.products import multiply_into, project, state_gradients, tiling, weight_gradients
 from optima_kernels.shared.target import target_of
 
 # A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
 MOST_LAYERS_PER_LAUNCH = 32
 NORMALIZE = {None: 0, "layernorm": 1, "l2": 2}
 
-
-@triton.jit
-def difference_kernel(
-    h_s, h_t, weight, bias, token_weight, gate, difference, loss, T, D_T, D_S, s_h_s, s_h_t, s_weight,
-    LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, COMPARE: tl.constexpr,
-    STORE: tl.constexpr, WIDEN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """difference [T, D_T] = token_weight * (h_s weight^T + bias - h_t), and each tile's share of the loss
-    of every token; or, without COMPARE, the projected state alone."""
-    i_l, i_p = tl.program_id(1), tl.program_id(0)
-    tiles = tl.cdiv(D_T, BC)
-    o_r = i_p // tiles * BR + tl.arange(0, BR)
-    o_c = i_p % tiles * BC + tl.arange(0, BC)
-    m_r, m_c = o_r < T, o_c < D_T
-    # A row sum each, for the caller to join: a second reduction here stops Triton 3.7 from compiling for sm_100.
-    p_loss = loss + (i_l * tiles + i_p % tiles) * T + o_r
-    if is_closed(gate, i_l, GATED):
-        if COMPARE:
-            tl.store(p_loss, tl.zeros((BR,), tl.float32), mask=m_r)
-        return
-    m_counts = m_r
-    if WEIGHTED:
-        b_counts = tl.load(of_layer(token_weight, i_l, LAYERS) + o_r, mask=m_r, other=0.0)
-        m_counts = b_counts != 0
-    b_y = project_tile(
-        of_layer(h_s, i_l, LAYERS), of_layer(weight, i_l, LAYERS), o_r, o_c, m_counts, m_c, D_S, s_h_s, s_weight,
-        BR, BC, BK, WIDEN,
-    )  # fmt: skip
-    if BIASED:
-        b_y += tl.load(of_layer(bias, i_l, LAYERS) + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if COMPARE:
-        b_y -= load_tile(of_layer(h_t, i_l, LAYERS), o_r, o_c, s_h_t, m_counts, m_c, True)
-        b_y = tl.where(m_counts[:, None] & m_c[None, :], b_y, 0.0)
-        b_squares = tl.sum(b_y * b_y, 1)
-        if WEIGHTED:
-            b_squares *= b_counts
-            b_y *= b_counts[:, None]
-        tl.store(p_loss, b_squares, mask=m_r)
-    if STORE:
-        store_tile(of_layer(difference, i_l, LAYERS), o_r, o_c, D_T, m_r, m_c, b_y)
+# Rows of more features do not fit into registers twice.
+WIDEST_ROW = 8192
+WIDE_COLUMNS = 4096
+# A program takes rows one after another, for few shares of column sums, but leaves enough programs to fill a chip.
+MOST_TURNS = 16
+FULL = 660
+JOINED_PROGRAMS, JOINED_COLUMNS = 32, 32
 
 
-@triton.jit
-def _normalized(b_x, m_x, D, EPS: tl.constexpr, KIND: tl.constexpr):
-    """Normalised rows and the reciprocal of what they were divided by: [BR, BC] and [BR]."""
-    if KIND == 1:
-        b_x = tl.where(m_x, b_x - (tl.sum(b_x, 1) / D)[:, None], 0.0)
-        b_scale = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + EPS)
-    else:
-        b_scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS)
-    return b_x * b_scale[:, None], b_scale
-
-
-@triton.jit
-def row_kernel(
-    x, h_t, token_weight, gate, gradient, loss, T, D, s_x, s_h_t,
-    LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr,
-    STORE: tl.constexpr, OWES: tl.constexpr, DOUBLE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The loss of whole rows x [T, D], and its gradient in x, which may lie where x does. OWES: zeros if closed."""
-    i_l, i_p = tl.program_id(1), tl.program_id(0)
-    p_loss = loss + i_l * tl.num_programs(0) + i_p
-    o_r, o_c = i_p * BR + tl.arange(0, BR), tl.arange(0, BC)
-    m_r, m_c = o_r < T, o_c < D
-    if is_closed(gate, i_l, GATED):
-        tl.store(p_loss, 0.0)
-        if OWES:
-            store_tile(of_layer(gradient, i_l, LAYERS), o_r, o_c, D, m_r, m_c, tl.zeros((BR, BC), tl.float32))
-        return
-    m_counts = m_r
-    if WEIGHTED:
-        b_counts = tl.load(of_layer(token_weight, i_l, LAYERS) + o_r, mask=m_r, other=0.0)
-        m_counts = b_counts != 0
-    b_x = load_tile(of_layer(x, i_l, LAYERS), o_r, o_c, s_x, m_counts, m_c, True)
-    b_t = load_tile(of_layer(h_t, i_l, LAYERS), o_r, o_c, s_h_t, m_counts, m_c, True)
-    m_x = m_counts[:, None] & m_c[None, :]
-    if DOUBLE:
-        b_x, b_t = b_x.to(tl.float64), b_t.to(tl.float64)
-    if KIND != 0:
-        b_x, b_scale = _normalized(b_x, m_x, D, EPS, KIND)
-        b_t, _ = _normalized(b_t, m_x, D, EPS, KIND)
-    b_d = tl.where(m_x, b_x - b_t, 0.0)
-    b_squares = tl.sum(b_d * b_d, 1)
-    if WEIGHTED:
-        b_squares *= b_counts
-        b_d *= b_counts[:, None]
-    tl.store(p_loss, tl.sum(b_squares, 0))
-    if STORE:
-        if KIND == 1:
-            b_mean, b_along = tl.sum(b_d, 1) / D, tl.sum(b_d * b_x, 1) / D
-            b_d = (b_d - b_mean[:, None] - b_x * b_along[:, None]) * b_scale[:, None]
-        if KIND == 2:
-            b_along = tl.where(b_scale < 1.0 / EPS, tl.sum(b_d * b_x, 1), 0.0)
-            b_d = (b_d - b_x * b_along[:, None]) * b_scale[:, None]
-        store_tile(of_layer(gradient, i_l, LAYERS), o_r, o_c, D, m_r, m_c, b_d.to(tl.float32))
-
-
-def hidden_mses(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor | None) -> list[Solution]:
+def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Loss and gradients of every layer, layers that look alike in one launch a kernel. A closed gate gives zeros."""
-    layers = [HiddenLayer(_dense(layer.tensors), layer.wants) for layer in layers]
     solutions: dict[int, Solution] = {}
-    for members in _alike(layers):
-        gates = None if gate is None else torch.stack([gate[i] for i in members])
-        solutions |= zip(members, _launch([layers[i] for i in members], normalize, gates), strict=True)
+    with torch.cuda.device_of(layers[0].h_s):
+        for members in _alike(layers):
+            gates = gate
+            if gate is not None and len(members) < len(layers):
+                gates = torch.stack([gate[i] for i in members])
+            solutions |= zip(members, _solve([_dense(layers[i]) for i in members], options, gates), strict=True)
     return [solutions[i] for i in range(len(layers))]
 
 
-def _dense(tensors: HiddenTensors) -> HiddenTensors:
-    """Every tensor with the elements of a row next to each other."""
-    dense = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    return HiddenTensors(*dense)  # type: ignore[arg-type]
+def _dense(layer: Layer) -> Layer:
+    """Every tensor with the elements of a row next to each other, and the operands of products of one dtype."""
+    dense = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer[:5]]
+    if dense[2] is not None:
+        dense[2] = dense[2].to(layer.h_s.dtype)
+    return Layer._make((*dense, layer.wants))
 
 
-def _alike(layers: Sequence[HiddenLayer]) -> Iterator[list[int]]:
+def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
     """Indices of layers that one launch can serve."""
     groups: dict[Any, list[int]] = {}
     for i, layer in enumerate(layers):
-        key = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in layer.tensors)
+        key = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in layer[:5])
         groups.setdefault((key, layer.wants), []).append(i)
     for members in groups.values():
         for first in range(0, len(members), MOST_LAYERS_PER_LAUNCH):
             yield members[first : first + MOST_LAYERS_PER_LAUNCH]
 
 
-def _launch(layers: Sequence[HiddenLayer], normalize: str | None, gate: Tensor | None) -> list[Solution]:
-    first, wants = layers[0].tensors, layers[0].wants
-    (tokens, d_s), d_t, count = first.h_s.shape, first.h_t.shape[1], len(layers)
-    h_s, h_t, weight, bias, token_weight = zip(*(layer.tensors for layer in layers), strict=True)
-    gradients = [layer.empty_gradients() for layer in layers]
-    d_state, d_weight, d_bias = zip(*gradients, strict=True)
-    target = target_of(first.h_s.device)
-    tile = tiling(target, first.h_s.dtype != torch.float32)
-    gated: dict[str, Any] = {"gate": gate, "LAYERS": count, "GATED": gate is not None}
-    is_weighted = first.token_weight is not None
-    weighted = {"token_weight": token_weight if is_weighted else None, "WEIGHTED": is_weighted}
-    dots = {"WIDEN": INTERPRETED, **tile.options()}  # the interpreter's bf16 products are wrong
+def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+    """Of layers that look alike."""
+    first, (wants_state, wants_weight, wants_bias) = layers[0], layers[0].wants
+    h_s = [x.h_s for x in layers]
+    states = [x.new_empty(x.shape if wants_state else 0) for x in h_s]
+    if first.weight is None:
+        losses, _ = _rows(layers, h_s, states, options, gate)
+        return [
+            Solution(loss, state, *(state.new_empty(0, dtype=torch.float32) for _ in range(2)))
+            for loss, state in zip(losses, states, strict=True)
+        ]
 
-    compared, difference = h_s, d_state  # what is compared with the teacher, and the gradient in it
-    if first.weight is not None:
-        if any(wants) or normalize is not None:
-            difference = first.h_s.new_empty((count, tokens, d_t)).unbind()
-        tiles = triton.cdiv(d_t, tile.columns)
-        grid = (triton.cdiv(tokens, tile.rows) * tiles, count)
-        parts = first.h_s.new_empty((count, tiles * tokens), dtype=torch.float32)
-        difference_kernel[grid](
-            h_s=h_s,
-            h_t=h_t,
-            weight=weight,
-            bias=bias if first.bias is not None else None,
-            difference=difference,
-            loss=parts,
-            T=tokens,
-            D_T=d_t,
-            D_S=d_s,
-            s_h_s=first.h_s.stride(0),
-            s_h_t=first.h_t.stride(0),
-            s_weight=first.weight.stride(0),
-            BIASED=first.bias is not None,
-            COMPARE=normalize is None,
-            STORE=any(wants) or normalize is not None,
-            **gated,
-            **weighted,
-            **dots,
-        )
-        compared = difference
-    if first.weight is None or normalize is not None:
-        rows = row_tiling(d_t)
-        grid = (triton.cdiv(tokens, rows["BR"]), count)
-        parts = first.h_s.new_empty((count, grid[0]), dtype=torch.float32)
-        row_kernel[grid](
-            x=compared,
-            h_t=h_t,
-            gradient=difference,
-            loss=parts,
-            T=tokens,
-            D=d_t,
-            s_x=compared[0].stride(0),
-            s_h_t=first.h_t.stride(0),
-            KIND=NORMALIZE[normalize],
-            EPS=L2_EPS if normalize == "l2" else LAYERNORM_EPS,
-            STORE=any(wants),
-            OWES=first.weight is None and wants[0],
-            DOUBLE=normalize is not None and d_t <= NARROW,
-            **gated,
-            **weighted,
-            **rows,
-        )
-    if first.weight is not None and wants[0]:
-        state_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(d_s, tile.columns), count)](
-            g=difference,
-            weight=weight,
-            out=d_state,
-            T=tokens,
-            D_OUT=d_t,
-            D_IN=d_s,
-            s_g=d_t,
-            s_weight=first.weight.stride(0),
-            s_out=d_s,
-            **gated,
-            **dots,
-        )
-    if wants[1] or wants[2]:
-        columns = triton.cdiv(d_s, tile.columns) if wants[1] else 1
-        weight_kernel[(triton.cdiv(d_t, tile.rows) * columns, count)](
-            g=difference,
-            x=h_s,
-            out=d_weight,
-            bias_out=d_bias,
-            T=tokens,
-            D_OUT=d_t,
-            D_IN=d_s,
-            s_g=d_t,
-            s_x=first.h_s.stride(0),
-            s_out=d_s,
-            WEIGHT=wants[1],
-            BIAS=wants[2],
-            ACCUMULATE=False,
-            **gated,
-            **weighted,
-            **dots,
-        )
-    losses = parts.sum(1) / (tokens * d_t)
-    return [Solution(loss, gradient) for loss, gradient in zip(losses, gradients, strict=True)]
+    shape = first.weight.shape if wants_weight else 0
+    weights = [x.new_empty(shape, dtype=torch.float32) for x in h_s]
+    weight = [x.weight for x in layers if x.weight is not None]
+    token_weight = [x.token_weight for x in layers if x.token_weight is not None]
+    projected = first.h_s.new_empty((len(layers), *first.h_t.shape)).unbind()
+    tile = tiling(target_of(first.h_s.device), first.h_s.dtype != torch.float32)
+    if gate is None:
+        if token_weight:  # what does not count may be anything, and a product with 0 would not end that
+            h_s = [x.masked_fill(counts[:, None] == 0, 0.0) for x, counts in zip(h_s, token_weight, strict=True)]
+        for out, x, w in zip(projected, h_s, weight, strict=True):
+            multiply_into(out, x, w.t())
+    else:
+        project(h_s, weight, projected, gate, tile)
+
+    losses, biases = _rows(layers, projected, projected, options, gate)
+
+    if gate is not None:
+        if wants_state:
+            state_gradients(projected, weight, states, gate, tile)
+        if wants_weight:
+            weight_gradients(projected, h_s, token_weight or None, weights, gate, tile)
+    else:
+        for i, g in enumerate(projected):
+            if wants_state:
+                multiply_into(states[i], g, weight[i])
+            if wants_weight:
+                multiply_into(weights[i], g.t(), h_s[i])
+    if not wants_bias:
+        biases = [x.new_empty(0, dtype=torch.float32) for x in h_s]
+    return [Solution(*x) for x in zip(losses, states, weights, biases, strict=True)]
+
+
+def _rows(
+    layers: Sequence[Layer],
+    x: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    options: Options,
+    gate: Tensor | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The losses of rows x [T, D] a layer and the gradients of the biases; `gradient`, which may be x, is filled."""
+    first, count = layers[0], len(layers)
+    tokens, width = first.h_t.shape
+    kind = NORMALIZE[options.normalize]
+    weighted, biased, is_projected = first.token_weight is not None, first.bias is not None, first.weight is not None
+    sums = first.wants[2]
+    arguments: dict[str, Any] = {
+        "x": tuple(x),
+        "bias": tuple(layer.bias for layer in layers) if biased else None,
+        "h_t": tuple(layer.h_t for layer in layers),
+        "token_weight": tuple(layer.token_weight for layer in layers) if weighted else None,
+        "gate": gate,
+        "gradient": tuple(gradient),
+        "T": tokens,
+        "D": width,
+        "s_x": x[0].stride(0),
+        "s_h_t": first.h_t.stride(0),
+        "LAYERS": count,
+        "GATED": gate is not None,
+        "WEIGHTED": weighted,
+        "BIASED": biased,
+        "KIND": kind,
+        "EPS": L2_EPS if kind == 2 else LAYERNORM_EPS,
+        "STORE": any(first.wants),
+    }
+    if width > WIDEST_ROW:
+        shares = first.h_s.new_empty((count, tokens), dtype=torch.float32)
+        owes = sums or (first.wants[0] and not is_projected)
+        wide_row_kernel[(tokens, count)](loss=shares, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
+        return _finished(shares, None, layers, gate), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
+
+    tile = row_tiling(width)
+    blocks = triton.cdiv(tokens, tile["BR"])
+    turns = max(min(blocks * count // FULL, MOST_TURNS), 1)
+    programs = triton.cdiv(blocks, turns)
+    shares = first.h_s.new_empty((count, programs), dtype=torch.float32)
+    column_shares = first.h_s.new_empty((count, programs, width), dtype=torch.float32) if sums else None
+    row_kernel[(programs, count)](
+        loss=shares,
+        sums=column_shares,
+        OWES=first.wants[0] and not is_projected,
+        SUMS=sums,
+        DOUBLE=kind != 0 and width <= NARROW,
+        turns=turns,
+        **tile,
+        **arguments,
+    )
+    biases = [first.h_s.new_empty(width, dtype=torch.float32) for _ in layers] if sums else []
+    return _finished(shares, column_shares, layers, gate, biases), biases
+
+
+def _finished(
+    shares: Tensor,
+    column_shares: Tensor | None,
+    layers: Sequence[Layer],
+    gate: Tensor | None,
+    biases: Sequence[Tensor] = (),
+) -> Sequence[Tensor]:
+    """The losses, of programs' shares [L, programs]; and fills `biases`, of shares [L, programs, D]."""
+    count, programs = shares.shape
+    width = layers[0].h_t.shape[1]
+    losses = shares.new_empty(count)
+    join_rows_kernel[(1 if column_shares is None else triton.cdiv(width, JOINED_COLUMNS), count)](
+        shares=shares,
+        column_shares=column_shares,
+        losses=losses,
+        biases=tuple(biases) if biases else None,
+        gate=gate,
+        scale=1.0 / layers[0].h_t.numel(),
+        PROGRAMS=programs,
+        D=width,
+        LAYERS=count,
+        GATED=gate is not None,
+        SUMS=column_shares is not None,
+        BP=JOINED_PROGRAMS,
+        BC=JOINED_COLUMNS,
+    )
+    return losses.unbind()
 
 
 def row_tiling(width: int) -> dict[str, int]:
-    """About 4096 elements a program, in float64 1024: a row is held in registers whole, so that it is read once."""
+    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once."""
     columns = triton.next_power_of_2(width)
-    elements = 1024 if columns <= NARROW else 4096
-    return {"BR": max(elements // columns, 1), "BC": columns, "num_warps": 4 if columns <= 4096 else 8}
+    elements = 1024 if columns <= NARROW else 2048
+    # The next rows are on their way while these are worked on, where shared memory holds them.
+    tile = {"num_warps": 4, "STAGES": 3} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
+    return {"BR": max(elements // columns, 1), "BC": columns, **tile}

@@ -5,19 +5,19 @@ of that size. `linear_kl` takes the hidden states and the heads instead and only
 `prediction_kl` is for heads whose logits are small enough to exist: a few answers, or a few thousand.
 
 The gradients are made in the forward pass, while the logits are there, and the backward pass only multiplies them.
-With labels there are two losses, whose incoming gradients are only known in the backward pass, and a gradient of the
-head for each would double the memory: then the forward pass keeps nothing, and the backward makes the logits again.
+With labels there are two losses. If the caller says what the cross entropy weighs beside the divergence, that holds for
+their sum, too. Else their incoming gradients are only known in the backward pass, and the logits are made again there.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from optima_kernels import reference
-from optima_kernels.logits import blocked
-from optima_kernels.logits.problem import Gradients, Problem
+from optima_kernels.logits import operator
+from optima_kernels.logits.predictions import LEAST_ELEMENTS, PredictionDivergence
 from optima_kernels.shared.checks import (
     check_choice,
     check_device,
@@ -27,12 +27,54 @@ from optima_kernels.shared.checks import (
     check_sample_weight,
     check_shape,
 )
-from optima_kernels.shared.dispatch import choose_backend, compute_dtype
-from optima_kernels.shared.gates import apply_gate, closed_gates
-from optima_kernels.shared.registration import FusedOperator, multiply
-from optima_kernels.shared.tokens import token_weight
+from optima_kernels.shared.dispatch import Backend, autocast_dtype, choose_backend, compute_dtype
+from optima_kernels.shared.gates import apply_gate
 
 DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+@overload
+def linear_kl(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor,
+    w_t: Tensor,
+    *,
+    bias_s: Tensor | None = None,
+    bias_t: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    labels: None = None,
+    label_weight: float | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_kl(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor,
+    w_t: Tensor,
+    *,
+    bias_s: Tensor | None = None,
+    bias_t: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    labels: Tensor,
+    label_weight: float | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_kl(
@@ -47,9 +89,11 @@ def linear_kl(
     divergence: str = "forward",
     beta: float = 0.5,
     labels: Tensor | None = None,
+    label_weight: float | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     gate: Tensor | None = None,
+    budget_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Divergence between token distributions given as hidden states and heads, without a logits matrix in memory.
@@ -63,6 +107,9 @@ def linear_kl(
       Jensen-Shannon divergence of GKD (Agarwal et al., arXiv 2306.13649). It vanishes at both ends of beta; divided by
       `beta` it tends to forward as beta goes to 0, divided by `1 - beta` to reverse as beta goes to 1.
 
+    With labels there is also the cross entropy of the same student logits at T = 1, averaged over the tokens that
+    `mask` keeps and whose label is not `ignore_index`, and times `gate`.
+
     Args:
         h_s: student state [..., D_s], usually [tokens, D_s]. Gets a gradient.
         w_s: student head [V, D_s]. Gets a gradient.
@@ -73,26 +120,84 @@ def linear_kl(
         temperature: T > 0.
         divergence: "forward", "reverse" or "jsd".
         beta: strictly between 0 and 1, only read by "jsd".
-        labels: int64 [...], one a token, each in [0, V) or `ignore_index`. Adds the cross entropy of the same student
-            logits at T = 1, averaged over tokens that `mask` keeps and whose label is not `ignore_index`.
+        labels: int64 [...], one a token, each in [0, V) or `ignore_index`.
+        label_weight: what the cross entropy counts beside the divergence, at least 0, if that is known before the
+            backward pass. It saves making all logits a second time; see Returns.
         ignore_index: the label of a token that has none.
         mask: bool, broadcastable to [...]; True counts. What a masked token holds does not matter.
         gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and no work is
             done, on a CPU or by the triton backend.
+        budget_bytes: what the logits of both models may take at a time; as many tokens are worked on together, at
+            least one. By default what the backend does best with: `BUDGET_BYTES` in `logits.triton`, and blocks of
+            `BLOCK_ELEMENTS` in `logits.blocked`. Less memory costs time: on a GPU the gradient of the head is read and
+            written once for every chunk.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on
             blocked.
 
+    Under autocast states and heads are taken in its dtype, as `torch.nn.functional.linear` would. The triton backend
+    stores the logits of bfloat16 states in bfloat16, like eager torch, those of others in float32. Everything else is
+    computed in float32, on blocked also the logits.
+
     Returns:
-        The loss, or `(loss, cross_entropy)` when labels are given: scalars, float64 if any floating argument
-        is, float32 otherwise. Sums are kept in that dtype, also under autocast; each gradient has the dtype of its
-        argument.
+        The loss; with labels `(loss, cross_entropy)`; with labels and a `label_weight` `(loss, cross_entropy)`, too,
+        where the loss is `divergence + label_weight * cross_entropy`, and its cross entropy is to look at: it carries
+        no gradient. Scalars, float64 if any floating argument is, float32 otherwise. Sums are kept in that dtype; each
+        gradient has the dtype of its argument.
 
     Raises:
         ValueError: a shape (unequal vocabularies among them), device or option does not fit.
         TypeError: a tensor has the wrong kind of dtype.
     """
-    check_floating(h_s, h_s=h_s, w_s=w_s, h_t=h_t, w_t=w_t, bias_s=bias_s, bias_t=bias_t)
+    _check_heads(h_s, w_s, h_t, w_t, bias_s, bias_t)
+    tokens = h_s.shape[:-1]
     check_device(h_s, labels=labels, mask=mask, gate=gate)
+    if labels is not None:
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, not {labels.dtype}")
+        check_shape("labels", labels, tokens, "the tokens of h_s")
+    check_mask(mask, tokens)
+    check_gate(gate)
+    _check_options(temperature, divergence, beta)
+    _check_extras(labels, label_weight, budget_bytes)
+    if labels is not None:
+        labels = labels.masked_fill(labels == ignore_index, -1)
+    chosen = _backend(backend, h_s, w_s, h_t, w_t, bias_s, bias_t)
+    heads = {"h_s": h_s, "w_s": w_s, "h_t": h_t, "w_t": w_t, "bias_s": bias_s, "bias_t": bias_t}
+    if chosen == "reference":
+        return _by_reference(heads, temperature, divergence, beta, labels, label_weight, mask, gate)
+
+    counts = None if mask is None else mask.expand(tokens).flatten()
+    if labels is not None:
+        labels = labels.flatten() if counts is None else labels.flatten().masked_fill(~counts, -1)
+    student = [h_s.flatten(0, -2), w_s, bias_s]
+    teacher = [h_t.flatten(0, -2), w_t, bias_t]
+    arguments: tuple[Any, ...] = (
+        [x for x in student if x is not None],
+        [x.detach() for x in teacher if x is not None],
+        [counts, labels, None],
+        gate,
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student],
+        autocast_dtype(h_s),
+        float(temperature),
+        divergence,
+        float(beta),
+        0.0 if label_weight is None else float(label_weight),
+        budget_bytes,
+        chosen,
+    )
+    if labels is not None and label_weight is None:
+        losses = operator.losses_apart(*arguments)
+        return apply_gate(losses[0], gate), apply_gate(losses[1], gate)
+    loss, cross_entropy, *_ = operator.solve(*arguments)
+    if labels is None:
+        return apply_gate(loss, gate)
+    return apply_gate(loss, gate), apply_gate(cross_entropy, gate)
+
+
+def _check_heads(
+    h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, bias_s: Tensor | None, bias_t: Tensor | None
+) -> None:
+    check_floating(h_s, h_s=h_s, w_s=w_s, h_t=h_t, w_t=w_t, bias_s=bias_s, bias_t=bias_t)
     for name, h in (("h_s", h_s), ("h_t", h_t)):
         if h.dim() == 0:
             raise ValueError(f"{name} must have a feature dimension, not be 0-d")
@@ -113,54 +218,56 @@ def linear_kl(
     for name, bias in (("bias_s", bias_s), ("bias_t", bias_t)):
         if bias is not None:
             check_shape(name, bias, (vocabulary,), "[V]")
-    if labels is not None:
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, not {labels.dtype}")
-        check_shape("labels", labels, tokens, "the tokens of h_s")
-    check_mask(mask, tokens)
-    check_gate(gate)
-    _check_options(temperature, divergence, beta)
-    chosen = choose_backend(backend, h_s, "linear_kl")
-    if chosen == "reference":
-        return reference.linear_kl(
-            h_s,
-            w_s,
-            h_t,
-            w_t,
-            bias_s=bias_s,
-            bias_t=bias_t,
+
+
+def _check_extras(labels: Tensor | None, label_weight: float | None, budget_bytes: int | None) -> None:
+    if label_weight is not None:
+        if labels is None:
+            raise ValueError(f"label_weight={label_weight} needs labels, which are None")
+        if not 0 <= label_weight < math.inf:
+            raise ValueError(f"label_weight must be finite and at least 0, not {label_weight}")
+    if budget_bytes is not None and not budget_bytes > 0:
+        raise ValueError(f"budget_bytes must be positive, not {budget_bytes}")
+
+
+def _backend(backend: str | None, *heads: Tensor | None) -> Backend:
+    """What `choose_backend` says; float64 is not for Triton's kernels."""
+    tensors = [x for x in heads if x is not None]
+    wide = compute_dtype(*tensors) == torch.float64
+    chosen = choose_backend("blocked" if backend is None and wide else backend, tensors[0], "linear_kl")
+    if chosen == "triton" and wide:
+        raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
+    return chosen
+
+
+def _by_reference(
+    heads: dict[str, Any],
+    temperature: float,
+    divergence: str,
+    beta: float,
+    labels: Tensor | None,
+    label_weight: float | None,
+    mask: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    operands = autocast_dtype(heads["h_s"])
+    if operands is not None:
+        for name in ("h_s", "w_s", "h_t", "w_t"):
+            heads[name] = heads[name] if heads[name].dtype == torch.float64 else heads[name].to(operands)
+    with torch.autocast(heads["h_s"].device.type, enabled=False):
+        losses = reference.linear_kl(
+            **heads,
             temperature=temperature,
             divergence=divergence,
             beta=beta,
             labels=labels,
-            ignore_index=ignore_index,
+            ignore_index=-1,
             mask=mask,
             gate=gate,
         )
-    dtype = compute_dtype(*(x for x in (h_s, w_s, h_t, w_t, bias_s, bias_t) if x is not None))
-    problem = (
-        h_s.flatten(0, -2),
-        w_s,
-        bias_s,
-        *(None if x is None else x.detach() for x in (h_t.flatten(0, -2), w_t, bias_t)),
-        float(temperature),
-        divergence,
-        float(beta),
-        chosen,
-        gate,
-        _token_weight(h_s, mask, dtype),
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h_s, w_s, bias_s)),
-    )
-    if labels is None:
-        return apply_gate(_linear_kl(*problem)[0], gate)
-    counted = labels != ignore_index if mask is None else (labels != ignore_index) & mask
-    losses = _linear_kl_with_labels(*problem, labels.flatten(), _token_weight(h_s, counted, dtype))
-    return apply_gate(losses[0], gate), apply_gate(losses[1], gate)
-
-
-def _token_weight(h: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    weight = token_weight(h.shape[:-1], mask, None, dtype)
-    return h.new_ones(h.shape[:-1].numel(), dtype=dtype) if weight is None else weight
+    if isinstance(losses, Tensor) or label_weight is None:
+        return losses
+    return losses[0] + label_weight * losses[1], losses[1].detach()
 
 
 def prediction_kl(
@@ -177,7 +284,8 @@ def prediction_kl(
 
     It is plain torch on every device: at the 3129 answers of VQA and 256 questions the logits are 3 MB, the whole
     loss is a handful of launches that `torch.compile` fuses into two, and a kernel of our own would save nothing that
-    shows in a step.
+    shows in a step. On a CPU, uncompiled, the forward pass makes the gradient in fewer passes over the logits than
+    autograd would take; there it has no second derivative.
 
     Args:
         z_s: student logits [..., V]. Gets a gradient.
@@ -202,15 +310,25 @@ def prediction_kl(
     check_sample_weight(sample_weight, z_s.shape[:-1])
     check_gate(gate)
     _check_options(temperature, divergence, beta)
-    return reference.prediction_kl(
-        z_s,
-        z_t,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        sample_weight=sample_weight,
-        gate=gate,
-    )
+    if torch.compiler.is_compiling() or z_s.device.type != "cpu" or z_s.numel() < LEAST_ELEMENTS:
+        return reference.prediction_kl(
+            z_s,
+            z_t,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            sample_weight=sample_weight,
+            gate=gate,
+        )
+    dtype = compute_dtype(z_s, z_t)
+    weight = None
+    if sample_weight is not None:
+        weight = sample_weight.detach().to(dtype).repeat_interleave(z_s[0, ..., 0].numel())
+        total = weight.sum()
+        weight = weight / torch.where(total == 0, 1, total)
+    rows = (z.to(dtype).flatten(0, -2) if z.dim() > 1 else z.to(dtype)[None] for z in (z_s, z_t.detach()))
+    loss, _ = PredictionDivergence.apply(*rows, weight, temperature, divergence, beta)  # type: ignore[no-untyped-call]
+    return apply_gate(loss, gate)
 
 
 def _check_options(temperature: float, divergence: str, beta: float) -> None:
@@ -222,203 +340,3 @@ def _check_options(temperature: float, divergence: str, beta: float) -> None:
             f'beta must lie strictly between 0 and 1, not be {beta}; the limits are divergence="forward" (beta to 0) '
             'and divergence="reverse" (beta to 1)'
         )
-
-
-def _sweep(
-    backend: str,
-    problem: Problem,
-    divergence_weight: Tensor,
-    labels: Tensor | None,
-    label_weight: Tensor | None,
-    wants: tuple[bool, bool, bool],
-    gate: Tensor | None,
-) -> tuple[Tensor, Gradients]:
-    """See `logits_problem`."""
-    arguments = (divergence_weight, labels, label_weight, wants)
-    with torch.autocast(problem.h_s.device.type, enabled=False):
-        if backend == "triton" and problem.dtype != torch.float64:
-            from optima_kernels.logits import triton
-
-            return triton.sweep(problem, *arguments, gate)
-        if closed_gates(gate, 1)[0]:
-            gradients = Gradients(*(x.zero_() for x in Gradients.empty(problem, wants)))
-            return problem.h_s.new_zeros(2, dtype=problem.dtype), gradients
-        return blocked.sweep(problem, *arguments)
-
-
-def _forward(
-    h_s: Tensor,
-    w_s: Tensor,
-    bias_s: Tensor | None,
-    h_t: Tensor,
-    w_t: Tensor,
-    bias_t: Tensor | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    backend: str,
-    gate: Tensor | None,
-    token_weight: Tensor,
-    wants_state: bool,
-    wants_head: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients without the factor `temperature` / T.
-
-    float16 could not hold the gradient of the state with that factor, and a loss scale comes too late.
-    """
-    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
-    sums, gradients = _sweep(backend, problem, token_weight, None, None, (wants_state, wants_head, wants_bias), gate)
-    return sums[0] * (temperature**2 / max(h_s.shape[0], 1)), *gradients
-
-
-def _fake(
-    h_s: Tensor,
-    w_s: Tensor,
-    bias_s: Tensor | None,
-    h_t: Tensor,
-    w_t: Tensor,
-    bias_t: Tensor | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    backend: str,
-    gate: Tensor | None,
-    token_weight: Tensor,
-    wants_state: bool,
-    wants_head: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
-    return h_s.new_empty((), dtype=problem.dtype), *Gradients.empty(problem, (wants_state, wants_head, wants_bias))
-
-
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    h_s, w_s, bias_s = inputs[:3]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [x.dtype if wanted else None for x, wanted in zip((h_s, w_s, bias_s), inputs[12:], strict=True)]
-    ctx.scale = inputs[6] / max(h_s.shape[0], 1)
-
-
-def _backward(in_graph: bool, ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = [
-        None if d_loss is None or dtype is None else multiply(gradient, d_loss * ctx.scale, in_graph).to(dtype)
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
-    return *gradients, *[None] * 12
-
-
-_linear_kl = FusedOperator("linear_kl", _forward, _fake, _setup_context, _backward)
-
-
-def _forward_with_labels(
-    h_s: Tensor,
-    w_s: Tensor,
-    bias_s: Tensor | None,
-    h_t: Tensor,
-    w_t: Tensor,
-    bias_t: Tensor | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    backend: str,
-    gate: Tensor | None,
-    token_weight: Tensor,
-    wants_state: bool,
-    wants_head: bool,
-    wants_bias: bool,
-    labels: Tensor,
-    label_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
-    sums, _ = _sweep(backend, problem, token_weight, labels, label_weight, (False, False, False), gate)
-    tokens = max(h_s.shape[0], 1)
-    return sums[0] * (temperature**2 / tokens), sums[1] / tokens
-
-
-def _fake_with_labels(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    dtype = Problem(h_s, w_s, bias_s, *arguments[:6]).dtype
-    return h_s.new_empty((), dtype=dtype), h_s.new_empty((), dtype=dtype)
-
-
-def _setup_context_with_labels(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *inputs[10:12], *inputs[15:])
-    ctx.options, ctx.wants = inputs[6:10], inputs[12:15]
-
-
-def _backward_with_labels(
-    in_graph: bool, ctx: Any, d_divergence: Tensor, d_cross_entropy: Tensor
-) -> tuple[Tensor | None, ...]:
-    *tensors, gate, token_weight, labels, label_weight = ctx.saved_tensors
-    tokens = max(labels.shape[0], 1)
-    gradients = _gradients_with_labels(
-        *tensors,
-        *ctx.options,
-        gate,
-        token_weight * (d_divergence * (ctx.options[0] / tokens)),
-        labels,
-        label_weight * (d_cross_entropy / tokens),
-        *ctx.wants,
-        in_graph=in_graph,
-    )
-    return *(g if wanted else None for g, wanted in zip(gradients, ctx.wants, strict=True)), *[None] * 14
-
-
-def _forward_gradients(
-    h_s: Tensor,
-    w_s: Tensor,
-    bias_s: Tensor | None,
-    h_t: Tensor,
-    w_t: Tensor,
-    bias_t: Tensor | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    backend: str,
-    gate: Tensor | None,
-    token_weight: Tensor,
-    labels: Tensor,
-    label_weight: Tensor,
-    wants_state: bool,
-    wants_head: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, divergence, beta)
-    wants = (wants_state, wants_head, wants_bias)
-    _, gradients = _sweep(backend, problem, token_weight, labels, label_weight, wants, gate)
-    return (
-        gradients.state,
-        gradients.head.to(w_s.dtype),
-        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
-    )
-
-
-def _fake_gradients(h_s: Tensor, w_s: Tensor, bias_s: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = Gradients.empty(Problem(h_s, w_s, bias_s, *arguments[:6]), arguments[-3:])
-    return (
-        gradients.state,
-        gradients.head.to(w_s.dtype),
-        gradients.bias.to(w_s.dtype if bias_s is None else bias_s.dtype),
-    )
-
-
-def _no_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    pass
-
-
-def _no_second_derivative(in_graph: bool, ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("linear_kl has no second derivatives")
-
-
-_gradients_with_labels = FusedOperator(
-    "linear_kl_with_labels_gradients", _forward_gradients, _fake_gradients, _no_context, _no_second_derivative
-)
-_linear_kl_with_labels = FusedOperator(
-    "linear_kl_with_labels",
-    _forward_with_labels,
-    _fake_with_labels,
-    _setup_context_with_labels,
-    _backward_with_labels,
-)

@@ -1,11 +1,10 @@
 """What a backend of `linear_kl` is asked, and what it answers.
 
-Each backend is one function, `sweep(problem, divergence_weight, labels, label_weight, wants)`, to which Triton adds the
-gate. It returns, over all tokens, the weighted sums [2] of divergence (at the problem's temperature) and of cross
-entropy (at 1; 0 without labels), and the gradients of `temperature * divergence + cross entropy`. Tokens whose weights
-[T] are 0 may hold anything.
+A backend offers `solve(layers, options, gate) -> list[Solution]`; `linear_kl` has one layer, the head. `gate` is [L],
+on the tensors' device, or None; behind a closed one losses and gradients are 0.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,31 @@ from torch import Tensor
 from optima_kernels.shared.dispatch import compute_dtype
 
 
-class Problem(NamedTuple):
-    """One call, with tokens flat: `h` [T, D], `w` [V, D], `bias` [V]. Teacher tensors are detached."""
+@dataclass(frozen=True)
+class Options:
+    """`temperature`, `divergence` and `beta` as in `linear_kl`.
+
+    `label_weight` is what a cross entropy counts beside a divergence, `wants` says which of the student's state, head
+    and bias get gradients, `head_dtype` what that of the head is summed in, None for the dtype of the sums, and
+    `budget_bytes` how much the logits of a chunk of tokens may take, None for what the backend finds best.
+    """
+
+    temperature: float
+    divergence: str
+    beta: float
+    label_weight: float
+    wants: tuple[bool, bool, bool]
+    head_dtype: torch.dtype | None = None
+    budget_bytes: int | None = None
+
+
+class Layer(NamedTuple):
+    """Both heads, with tokens flat: `h` [T, D], `w` [V, D], `bias` [V]; the teacher's are detached.
+
+    A token counts where `counts` [T], bool, is True (everywhere, if None), and has a label where `labels` [T], int64,
+    is not -1; what other tokens hold does not matter. `factors` [2] multiply what divergence and cross entropy add to
+    the gradients; without them that is 1 and the options' `label_weight`.
+    """
 
     h_s: Tensor
     w_s: Tensor
@@ -23,25 +45,39 @@ class Problem(NamedTuple):
     h_t: Tensor
     w_t: Tensor
     bias_t: Tensor | None
-    temperature: float
-    divergence: str
-    beta: float
+    counts: Tensor | None
+    labels: Tensor | None
+    factors: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
+        """What sums are kept in."""
         return compute_dtype(*(x for x in self[:6] if x is not None))
 
 
-class Gradients(NamedTuple):
-    """Gradients of the student's state, head and bias; empty where not wanted. The last two in the compute dtype."""
+class Solution(NamedTuple):
+    """`losses` [2]: the divergence times temperature squared, and the cross entropy (0 without labels), each a mean
+    over the tokens that it counts. The gradients of the student's state, head and bias, empty where not wanted, are
+    still to be multiplied by `scale`, 0-d. All but the head's are in the dtype of the sums.
+    """
 
+    losses: Tensor
+    scale: Tensor
     state: Tensor
     head: Tensor
     bias: Tensor
 
     @classmethod
-    def empty(cls, problem: Problem, wants: tuple[bool, bool, bool]) -> "Gradients":
-        h_s, w_s, dtype = problem.h_s, problem.w_s, problem.dtype
-        shapes = (h_s.shape, w_s.shape, w_s.shape[:1])
-        dtypes = (h_s.dtype, dtype, dtype)
-        return cls(*(h_s.new_empty(s if w else 0, dtype=d) for s, d, w in zip(shapes, dtypes, wants, strict=True)))
+    def empty(cls, layer: Layer, options: Options) -> "Solution":
+        h_s, sums = layer.h_s, layer.dtype
+        shapes = (h_s.shape, layer.w_s.shape, layer.w_s.shape[:1])
+        dtypes = (sums, options.head_dtype or sums, sums)
+        gradients = (
+            h_s.new_empty(shape if wanted else 0, dtype=dtype)
+            for shape, dtype, wanted in zip(shapes, dtypes, options.wants, strict=True)
+        )
+        return cls(h_s.new_empty(2, dtype=sums), h_s.new_empty((), dtype=sums), *gradients)
+
+    @classmethod
+    def zero(cls, layer: Layer, options: Options) -> "Solution":
+        return cls(*(x.zero_() for x in cls.empty(layer, options)))

@@ -6,7 +6,8 @@ with a fake kernel and a backward. Such an operator costs tens of microseconds a
 eager calls go through an equivalent `autograd.Function` instead.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -16,6 +17,22 @@ from torch.autograd.function import once_differentiable
 
 Outputs = Sequence[Tensor]
 Sizes = tuple[int | None, ...]
+
+_always_operators = False
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """While entered, every loss is one operator of torch, as in a compiled graph, rather than what it is made of.
+
+    On fake tensors an operator computes shapes alone: what it returns and keeps, and none of its inner steps.
+    """
+    global _always_operators
+    before, _always_operators = _always_operators, True
+    try:
+        yield
+    finally:
+        _always_operators = before
 
 
 class FusedOperator:
@@ -61,8 +78,9 @@ class FusedOperator:
 
     def __call__(self, *arguments: Any, in_graph: bool | None = None) -> Outputs:
         """`forward(*arguments)`; whether it is being traced is asked of torch when not given."""
-        traced = torch.compiler.is_compiling() if in_graph is None else in_graph
-        if traced:
+        if in_graph is None:
+            in_graph = torch.compiler.is_compiling() or _always_operators
+        if in_graph:
             return cast(Outputs, self.operator(*arguments))
         sizes = tuple(len(x) if isinstance(x, list) else None for x in arguments)
         return cast(Outputs, self.function.apply(sizes, *_flat(sizes, arguments)))  # type: ignore[no-untyped-call]
@@ -81,12 +99,18 @@ def _nested(sizes: Sizes, flat: Sequence[Any]) -> list[Any]:
     return [next(rest) if size is None else list(islice(rest, size)) for size in sizes]
 
 
-def multiply(saved: Tensor, factor: Tensor, in_graph: bool) -> Tensor:
-    """`saved * factor`, in the memory of `saved` unless a second backward pass may come to read it.
+def multiply(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """`saved * factor`, factor being 0-d, in `dtype` or else that of `saved`.
 
+    It is made in the memory of `saved` where the dtype is the same, unless a second backward pass may come to read it.
     Of that autograd alone knows; AOTAutograd asks it by the same call before it donates buffers. `saved` is an output
     that never leaves this package, so that nobody else sees it change.
     """
-    if in_graph or torch._C._autograd._get_current_graph_task_keep_graph():
-        return saved * factor
-    return saved.mul_(factor)
+    dtype = saved.dtype if dtype is None else dtype
+    if saved.dim() > 0:
+        factor = factor.reshape(1)  # a 0-d factor would first be rounded to the dtype of `saved`
+    if in_graph:
+        return (saved * factor).to(dtype)
+    may_be_read_again = torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(saved, dtype=dtype) if may_be_read_again or dtype != saved.dtype else saved
+    return torch.mul(saved, factor, out=out)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from optima.data.formats.files import ImageFolders, find_or_refuse, read_lines
-from optima.data.pictograms.statements import TRUTHS
 from optima.data.record import Collector, Record, Records, Unusable, clean_text, entry, identifier, name_of
+from optima.task import TRUTHS
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test1", "test2": "test2"}
 

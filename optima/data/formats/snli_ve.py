@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from optima.data.formats.files import ImageFolders, find_or_refuse, read_lines
-from optima.data.pictograms.hypotheses import LABELS
 from optima.data.record import Collector, Record, Records, Unusable, clean_text, entry, identifier, name_of
+from optima.task import LABELS
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 PICTURE_FIELDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")

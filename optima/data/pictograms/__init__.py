@@ -10,20 +10,17 @@ are the four tasks' languages and truths; `combinations` keeps the splits apart.
 
 from optima.data.pictograms.captions import Description, describes, parse_caption, references
 from optima.data.pictograms.combinations import SPLITS, Split
-from optima.data.pictograms.draws import Draws
-from optima.data.pictograms.hypotheses import LABELS, snli_ve
+from optima.data.pictograms.hypotheses import snli_ve
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.questions import ANSWERS, vqa
 from optima.data.pictograms.render import render
 from optima.data.pictograms.scene import Scene
-from optima.data.pictograms.statements import TRUTHS, nlvr2
+from optima.data.pictograms.statements import nlvr2
 from optima.data.pictograms.stream import (
     CLASSES,
-    TASKS,
     Batch,
     Example,
     Pictograms,
-    Task,
     TrainingBatch,
     collate,
     training_pair_items,
@@ -34,18 +31,13 @@ __all__ = [
     "ANSWERS",
     "CLASSES",
     "KINDS",
-    "LABELS",
     "SPLITS",
-    "TASKS",
-    "TRUTHS",
     "Batch",
     "Description",
-    "Draws",
     "Example",
     "Pictograms",
     "Scene",
     "Split",
-    "Task",
     "TrainingBatch",
     "collate",
     "describes",

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from optima.data.pictograms.hypotheses import LABELS
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.questions import PLACES
-from optima.data.pictograms.statements import TRUTHS
-from optima.data.pictograms.stream import TASKS, Example, Pictograms, Task
+from optima.data.pictograms.stream import Example, Pictograms
+from optima.task import LABELS, TASKS, TRUTHS, Task
 
 _NOUN = {word: "noun" for kind in KINDS for word in (kind.name, kind.plural)} | {"an": "a"}
 

@@ -6,7 +6,7 @@ them: "a dog to the left of two pizzas", "two pizzas to the right of a dog".
 
 from typing import NamedTuple
 
-from optima.data.pictograms.draws import Draws
+from optima.data.draws import Draws
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.scene import Content, Group, Scene
 

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import combinations
 from typing import Literal, get_args
 
-from optima.data.pictograms.draws import Draws
+from optima.data.draws import Draws
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.scene import Axis, Content, Group
 

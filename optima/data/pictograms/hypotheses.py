@@ -18,14 +18,14 @@ not matter. Without a cover, what is seen is all there is. So, with n the object
 
 from typing import NamedTuple
 
+from optima.data.draws import Draws
 from optima.data.pictograms.captions import NUMBERS, RELATIONS, relation_of
 from optima.data.pictograms.combinations import MOST, Stock, arrange
-from optima.data.pictograms.draws import Draws
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.questions import absent_kind
 from optima.data.pictograms.scene import Content, Scene
+from optima.task import LABELS
 
-LABELS = ("entailment", "neutral", "contradiction")
 """The index is the class."""
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 HYPOTHESIS_TEMPLATES = ("exists", "absent", "at_least", "exactly", "relation")

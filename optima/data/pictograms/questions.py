@@ -14,9 +14,9 @@ No wording gives its answer away: `how_many` always says the plural, `what_besid
 
 from typing import NamedTuple
 
+from optima.data.draws import Draws
 from optima.data.pictograms.captions import NUMBERS, RELATIONS, relation_of
 from optima.data.pictograms.combinations import MOST, Stock, arrange
-from optima.data.pictograms.draws import Draws
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.scene import Content, Group, Scene
 

@@ -9,8 +9,8 @@ something could be behind it, and that is what makes a hypothesis neutral.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from optima.data.draws import Draws
 from optima.data.pictograms.atlas import LARGEST, SMALLEST, extent
-from optima.data.pictograms.draws import Draws
 
 SIDE = 64
 """Width and height of a picture in pixels."""

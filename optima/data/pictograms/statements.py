@@ -13,13 +13,13 @@
 
 from typing import NamedTuple
 
+from optima.data.draws import Draws
 from optima.data.pictograms.captions import NUMBERS
 from optima.data.pictograms.combinations import MOST, Stock, arrange
-from optima.data.pictograms.draws import Draws
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.scene import Content, Group, Scene
+from optima.task import TRUTHS
 
-TRUTHS = ("false", "true")
 """The index is the class."""
 STATEMENT_TEMPLATES = ("both", "exactly_one", "neither", "in_all", "more_kind", "more", "same")
 _SIDES = ("left", "right")

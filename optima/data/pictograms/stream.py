@@ -6,24 +6,23 @@ integer, two processes that ask for the same index get the same bytes, and resum
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optima.data.draws import Draws
 from optima.data.pictograms.captions import caption
 from optima.data.pictograms.combinations import SPLITS, Split, arrange, stock
-from optima.data.pictograms.draws import Draws
-from optima.data.pictograms.hypotheses import LABELS, draw_hypothesis, propose
+from optima.data.pictograms.hypotheses import draw_hypothesis, propose
 from optima.data.pictograms.questions import ANSWER_OF, ANSWERS, ask, draw_question
 from optima.data.pictograms.render import render
 from optima.data.pictograms.scene import Scene, compose
-from optima.data.pictograms.statements import TRUTHS, draw_statement, related, state
+from optima.data.pictograms.statements import draw_statement, related, state
+from optima.task import LABELS, TASKS, TRUTHS, Task
 
-Task = Literal["captioning", "vqa", "nlvr2", "snli_ve"]
-TASKS: tuple[Task, ...] = get_args(Task)
 CLASSES: dict[Task, tuple[str, ...]] = {"captioning": (), "vqa": ANSWERS, "nlvr2": TRUTHS, "snli_ve": LABELS}
 """The names of each task's classes, by class index. Captioning has none."""
 HELD_OUT_SIZE = 2000

@@ -1,10 +1,9 @@
 """Every word of the data set's closed language, for the word-level vocabulary."""
 
 from optima.data.pictograms.captions import NUMBERS, RELATIONS
-from optima.data.pictograms.hypotheses import LABELS
 from optima.data.pictograms.kinds import KINDS
 from optima.data.pictograms.questions import PLACES
-from optima.data.pictograms.statements import TRUTHS
+from optima.task import LABELS, TRUTHS
 
 _GRAMMAR = """
     a all an are at both exactly how in is least many more neither number objects of one picture pictures right same

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optima.coca import CoCa
-from optima.coca.generate import GenerationConfig, beam_search, draw, generate
+from optima.coca.config import GenerationConfig
+from optima.coca.generate import beam_search, draw, generate
 
 PAD, START, END, LENGTH = 0, 1, 2, 14
 

@@ -1,7 +1,9 @@
 """Miniature data sets in the official formats, with pictograms for pictures: real JPEGs and PNGs of several shapes."""
 
+import io
 import json
 import random
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from PIL import Image
 
 from optima.data.pictograms.captions import references
 from optima.data.pictograms.render import render
-from optima.data.pictograms.stream import Pictograms, Task
+from optima.data.pictograms.stream import Pictograms
+from optima.task import Task
 
 
 def save_picture(path: Path, scene: Any, size: tuple[int, int], **options: Any) -> None:
@@ -156,6 +159,25 @@ def make_folder(root: Path, count: int = 12, ending: str = "tsv") -> Path:
     return root
 
 
+def make_webdataset(root: Path, count: int = 12) -> Path:
+    """Two tars a split, as other programs write them: a picture, and its caption in .txt or in .json."""
+    root.mkdir(parents=True, exist_ok=True)
+    for split, first in (("train", 0), ("validation", 1000), ("test", 2000)):
+        for shard in range(2):
+            with tarfile.open(root / f"{split}-{shard:04d}.tar", "w") as tar:
+                for index, example in list(enumerate(examples("captioning", count)))[shard::2]:
+                    encoded = io.BytesIO()
+                    image = Image.fromarray(render(example.scenes[0]).transpose(1, 2, 0))
+                    image.resize(shape(first + index)).save(encoded, "JPEG", quality=90)
+                    text = references(example.scenes[0])[0]
+                    words = ("txt", text) if index % 3 else ("json", json.dumps({"caption": text}))
+                    for ending, data in (("jpg", encoded.getvalue()), (words[0], words[1].encode())):
+                        member = tarfile.TarInfo(f"{first + index:06d}.{ending}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    return root
+
+
 MAKERS = {
     "coco": make_coco,
     "coco_karpathy": make_karpathy,
@@ -163,4 +185,5 @@ MAKERS = {
     "nlvr2": make_nlvr2,
     "snli_ve": make_snli_ve,
     "folder": make_folder,
+    "webdataset": make_webdataset,
 }

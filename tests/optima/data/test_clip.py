@@ -12,7 +12,7 @@ import torch
 from open_clip_oracle import TEXTS, TOKENS, load_open_clip, token_ids
 
 from optima.data.clip import VOCABULARY, clip_tokenizer
-from optima.data.tokenizer import named_tokenizer, tokenizer_from_json
+from optima.data.tokenizers import named_tokenizer, tokenizer_from_json
 from optima_core import OptimaError
 
 GOLDEN: dict[str, list[int]] = json.loads(TOKENS.read_text())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from miniatures import MAKERS, make_coco, make_vqav2
 
-from optima.data.loader import LoaderConfig, make_loader
-from optima.data.prepare import PrepareConfig, prepare
-from optima.data.records import FORMATS, DataName, open_records
+from optima.commands.prepare import prepare
+from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
+from optima.data.loader import make_loader
+from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer
-from optima.data.transform import TransformConfig
 from optima.run import main
 from optima_core.errors import OptimaError
 
@@ -125,6 +125,38 @@ def test_shards_of_something_else_or_with_a_part_missing_are_refused(tmp_path: P
     content = json.loads((out / "train.json").read_text())
     (out / "train.json").write_text(json.dumps(content | {"optima_shards": 99}))
     with pytest.raises(OptimaError, match="is of version 99, 1 is wanted"):
+        open_records("coco", out, "train")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [{"bytes": 3}]},
+        {"shards": None},
+        {"shards": [None]},
+        {"shards": [{"file": "../../train-000000.tar", "bytes": 1}]},
+        {"shards": [{"file": "train-000000.tar", "bytes": "1"}]},
+        {"left_out": None},
+        {"left_out": {"a": "b"}},
+        {"classes": None},
+        {"classes": [1]},
+        {"task": "painting"},
+        {"task": []},
+        {"name": ["coco"]},
+        {"optima_shards": [1]},
+    ],
+    ids=str,
+)
+def test_a_list_of_shards_of_another_shape_is_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    root, out = make_coco(tmp_path / "root", 4), tmp_path / "out"
+    prepare(PrepareConfig("coco", root, ["train"], out, workers=1))
+    content = json.loads((out / "train.json").read_text())
+    (out / "train.json").write_text(json.dumps({"optima_shards": 1} | content | change))
+    with pytest.raises(OptimaError, match=r"train\.json") as caught:
+        open_records("coco", out, "train")
+    assert "\n" not in str(caught.value)
+    (out / "train.json").write_text(json.dumps([{"optima_shards": 1}]))
+    with pytest.raises(OptimaError, match=r"train\.json"):
         open_records("coco", out, "train")
 
 

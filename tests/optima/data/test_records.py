@@ -6,8 +6,9 @@ import pytest
 from miniatures import MAKERS, examples, make_coco, make_folder, make_nlvr2, make_snli_ve, make_vqav2, write_json
 
 from optima.data.answers import normalise_answer
+from optima.data.config import DataName
 from optima.data.pictograms.captions import references
-from optima.data.records import FORMATS, DataName, Records, open_records
+from optima.data.records import FORMATS, Records, open_records
 from optima_core.errors import OptimaError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from optima.data.pictograms.stream import Pictograms
 from optima.data.sentencepiece import SentencePieceModel, sentencepiece_tokenizer
-from optima.data.tokenizer import named_tokenizer, tokenizer_from_json
+from optima.data.tokenizers import named_tokenizer, tokenizer_from_json
 from optima_core import OptimaError
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="SentencePiece models need sentencepiece")

@@ -8,9 +8,10 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from optima.data.pictograms import ANSWERS, LABELS, TASKS, TRUTHS, Pictograms
+from optima.data.pictograms import ANSWERS, Pictograms
 from optima.data.pictograms.build_vocabulary import vocabulary
 from optima.data.tokenizer import VOCABULARY, Tokenizer, word_tokenizer
+from optima.task import LABELS, TASKS, TRUTHS
 
 
 def test_rows_hold_start_words_end_and_padding() -> None:

@@ -102,7 +102,7 @@ def _rounds(rng: random.Random, rounds: int, arms: list[tuple[str, ...]]) -> lis
         total = [0.9 * t for t in total]
         count[arm] += 1
         total[arm] += reward
-        posterior = None
+        posterior: dict[str, Any] = {}
         if all(count):
             names = ["+".join(modules) for modules in arms]
             posterior = {
@@ -117,7 +117,7 @@ def _rounds(rng: random.Random, rounds: int, arms: list[tuple[str, ...]]) -> lis
                 "arm": arm,
                 "modules": list(arms[arm]),
                 "reward": reward,
-                "posterior": posterior,
+                **posterior,
                 "losses": {name: losses[name] * rng.uniform(0.93, 1.12) for name in computed},
                 "probe": dict(losses),
                 "learning_rate": 1e-3 * 0.5 * (1 + math.cos(math.pi * number / rounds)),
@@ -143,7 +143,7 @@ def _summary(rng: random.Random, task: str, rows: list[dict[str, Any]], seed: in
         "images_per_second": {"teacher": 412.0, "student": 1311.0},
         "seconds": 243.6,
         "peak_mib": 1388.4,
-        "command": f"python -m optima.run distill --task {task} --seed {seed} --output runs/{task}-{seed}",
+        "command": f"optima distill --task {task} --seed {seed} --output runs/{task}-{seed}",
         "environment": {"python": "3.11.9", "torch": "2.13.0", "device": "CPU, 2 threads", "commit": "abc1234"},
         "learning_curve": [
             {"step": row["step"], metric: 12 + (after - 12) * (1 - math.exp(-4 * (i + 1) / len(rows)))}

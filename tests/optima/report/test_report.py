@@ -14,6 +14,7 @@ from PIL import Image
 from synthetic_run import edit_json, loss_names, write_json, write_run
 
 from optima.report import write_report
+from optima_core import OptimaError
 
 
 def test_page_refers_to_nothing_outside_itself(page: Page) -> None:
@@ -167,6 +168,28 @@ def test_any_set_of_arms_can_be_drawn(tmp_path: Path, seed: int, arms: list[tupl
     assert all(" + ".join(arm) in page.text for arm in arms)
 
 
+def test_an_arm_of_a_single_round_has_no_spread(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row, arm in zip(rows[:3], ("a", "b", "b"), strict=True):
+        row |= {"modules": [arm], "mean": {"a": 0.991, "b": 0.5}, "std": {"a": 5.92e-9, "b": 0.25}}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    text = Page(write_report(run_dir)).text
+    assert "0.991 (one round)" in text
+    assert "0.500 ± 0.250" in text
+
+
+def test_a_report_is_replaced_as_a_whole(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write_report(run_dir).read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OptimaError, match=r"cannot write .*report\.html"):
+        write_report(run_dir)
+    assert (run_dir / "report.html").read_bytes() == before
+
+
 def test_one_round_is_enough(tmp_path: Path, seed: int) -> None:
     assert (
         "Arms over 1 round." in Page(write_report(write_run(tmp_path / "short", seed=seed, rounds=1, samples=1))).text
@@ -179,9 +202,7 @@ def test_optional_files_and_fields_are_left_out_without_them(run_dir: Path) -> N
     optional = ("images_per_second", "parameters", "learning_curve", "environment", "command", "peak_mib", "seconds")
     edit_json(run_dir / "summary.json", lambda summary: [summary.pop(name) for name in optional])
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    bare = [
-        {key: row[key] for key in ("round", "step", "arm", "modules", "reward")} | {"posterior": None} for row in rows
-    ]
+    bare = [{key: row[key] for key in ("round", "step", "arm", "modules", "reward")} | {"mean": None} for row in rows]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     text = Page(write_report(run_dir)).text
     assert "What was distilled when" in text
@@ -200,12 +221,12 @@ def test_losses_that_are_not_numbers_leave_gaps(run_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json"])
 def test_missing_required_file_is_named(run_dir: Path, name: str) -> None:
     (run_dir / name).unlink()
-    with pytest.raises(ValueError, match=rf"^[^\n]*{name} is missing[^\n]*$"):
+    with pytest.raises(OptimaError, match=rf"^[^\n]*{name} is missing[^\n]*$"):
         write_report(run_dir)
 
 
 def test_missing_run_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(OptimaError, match="nowhere does not exist"):
         write_report(tmp_path / "nowhere")
 
 
@@ -214,32 +235,41 @@ def test_missing_run_directory_is_named(tmp_path: Path) -> None:
     [
         ('{"round": 2, "step"', "not JSON"),
         ("[1, 2]", "expected an object"),
-        ('{"round": 2, "step": 60, "modules": ["a"], "reward": "high"}', "'reward' is \"high\", not a number"),
-        ('{"round": 2, "modules": ["a"], "reward": 0.1}', "no 'step'"),
-        ('{"round": true, "step": 60, "modules": ["a"], "reward": 0.1}', "'round' is true, not a whole number"),
-        ('{"round": 2, "step": 60, "modules": [1], "reward": 0.1}', "not a list of texts"),
-        ('{"round": 2, "step": 60, "modules": ["a"], "reward": 0.1, "probe": {"task": "x"}}', "'probe': 'task'"),
+        (
+            '{"round": 2, "step": 60, "arm": 0, "modules": ["a"], "reward": "high"}',
+            "'reward' is \"high\", not a number",
+        ),
+        ('{"round": 2, "arm": 0, "modules": ["a"], "reward": 0.1}', "no 'step'"),
+        (
+            '{"round": true, "step": 60, "arm": 0, "modules": ["a"], "reward": 0.1}',
+            "'round' is true, not a whole number",
+        ),
+        ('{"round": 2, "step": 60, "arm": 0, "modules": [1], "reward": 0.1}', "not a list of texts"),
+        (
+            '{"round": 2, "step": 60, "arm": 0, "modules": ["a"], "reward": 0.1, "probe": {"task": "x"}}',
+            "'probe': 'task'",
+        ),
     ],
 )
 def test_malformed_round_is_named_with_its_line(run_dir: Path, line: str, complaint: str) -> None:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     lines[2] = line
     (run_dir / "metrics.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"^[^\n]*metrics\.jsonl line 3[^\n]*$") as caught:
+    with pytest.raises(OptimaError, match=r"^[^\n]*metrics\.jsonl line 3[^\n]*$") as caught:
         write_report(run_dir)
     assert complaint in str(caught.value)
 
 
 def test_metrics_without_a_round_are_refused(run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no round"):
+    with pytest.raises(OptimaError, match="holds no round"):
         write_report(run_dir)
 
 
 def test_unknown_headline_metric_is_named_with_the_known_ones(run_dir: Path) -> None:
     edit_json(run_dir / "summary.json", lambda summary: summary.update(headline_metric="meteor"))
     with pytest.raises(
-        ValueError, match=r"'meteor' is not among the teacher's scores \(scene_accuracy, kind_accuracy, loss\)"
+        OptimaError, match=r"'meteor' is not among the teacher's scores \(scene_accuracy, kind_accuracy, loss\)"
     ):
         write_report(run_dir)
 
@@ -247,13 +277,13 @@ def test_unknown_headline_metric_is_named_with_the_known_ones(run_dir: Path) -> 
 def test_pictures_outside_the_run_directory_are_refused(run_dir: Path) -> None:
     (run_dir.parent / "secret.png").write_bytes((run_dir / "samples/000_0.png").read_bytes())
     edit_json(run_dir / "samples.json", lambda rows: rows[0].update(images=["../secret.png"]))
-    with pytest.raises(ValueError, match=r"entry 0: picture '\.\./secret\.png' lies outside the run directory"):
+    with pytest.raises(OptimaError, match=r"entry 0: picture '\.\./secret\.png' lies outside the run directory"):
         write_report(run_dir)
 
 
 def test_files_that_are_no_png_are_refused(run_dir: Path) -> None:
     (run_dir / "samples/000_0.png").write_text("<svg/>")
-    with pytest.raises(ValueError, match=r"000_0\.png is not a readable PNG file"):
+    with pytest.raises(OptimaError, match=r"000_0\.png is not a readable PNG file"):
         write_report(run_dir)
 
 
@@ -267,7 +297,7 @@ def test_files_that_are_no_png_are_refused(run_dir: Path) -> None:
 )
 def test_attention_maps_that_do_not_fit_are_refused(run_dir: Path, change: dict, complaint: str) -> None:
     edit_json(run_dir / "cross_attention.json", lambda value: value.update(change))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(OptimaError, match=complaint):
         write_report(run_dir)
 
 

@@ -9,7 +9,7 @@ import pytest
 from page_reader import Page
 from synthetic_run import edit_json, write_run
 
-from optima.report import write_comparison
+from optima.report import write_side_by_side
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def pair(written: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_comparison_shows_each_run_and_refers_to_nothing_outside(pair: list[Path], tmp_path: Path) -> None:
-    page = Page(write_comparison(pair, tmp_path / "deep" / "comparison.html"))
+    page = Page(write_side_by_side(pair, tmp_path / "deep" / "page.html"))
     assert "2 runs side by side" in page.text
     assert all(name in page.text for name in ("optima", "uniform"))
     assert [address for address in page.references if not address.startswith(("data:", "#"))] == []
@@ -33,31 +33,31 @@ def test_comparison_shows_each_run_and_refers_to_nothing_outside(pair: list[Path
 
 
 def test_only_differing_configuration_is_listed(pair: list[Path], tmp_path: Path) -> None:
-    text = Page(write_comparison(pair, tmp_path / "comparison.html")).text
+    text = Page(write_side_by_side(pair, tmp_path / "page.html")).text
     assert "policy.gamma 0.9 0.75" in text
     assert "steps_per_round" not in text
 
 
 def test_samples_the_students_disagree_on_are_shown(pair: list[Path], tmp_path: Path) -> None:
-    page = Page(write_comparison(pair, tmp_path / "comparison.html"))
+    page = Page(write_side_by_side(pair, tmp_path / "page.html"))
     assert "only one gets it right" in page.text
     assert len(page.all("img")) == 1
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(written: Path, tmp_path: Path) -> None:
     runs = [Path(shutil.copytree(written, tmp_path / parent / "run")) for parent in ("x", "y")]
-    text = Page(write_comparison(runs, tmp_path / "comparison.html")).text
+    text = Page(write_side_by_side(runs, tmp_path / "page.html")).text
     assert "x/run" in text
     assert "y/run" in text
 
 
 def test_runs_of_different_tasks_share_losses_but_no_score_curve(written: Path, tmp_path: Path, seed: int) -> None:
     other = write_run(tmp_path / "pairs", seed=seed, rounds=5, task="nlvr2", samples=1)
-    labels = [svg["aria-label"] for svg in Page(write_comparison([written, other], tmp_path / "c.html")).all("svg")]
+    labels = [svg["aria-label"] for svg in Page(write_side_by_side([written, other], tmp_path / "c.html")).all("svg")]
     assert any("task, logits" in label for label in labels)
     assert not any("score" in label for label in labels)
 
 
 def test_one_run_is_no_comparison(written: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run_dirs: 1 given"):
-        write_comparison([written], tmp_path / "comparison.html")
+        write_side_by_side([written], tmp_path / "page.html")

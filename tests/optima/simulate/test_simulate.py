@@ -5,9 +5,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from optima.simulate import SimulateConfig, simulate
+from optima.simulate.config import SimulateConfig
 from optima.simulate.environments import ENVIRONMENTS
 from optima.simulate.run import run_trial
+from optima.simulate.simulate import simulate
 from optima_core.bandit import count_arms, make_policy
 from optima_core.errors import OptimaError
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from optima.data.pictograms.stream import CLASSES, TASKS, Pictograms, Task
+from optima.data.pictograms.stream import CLASSES, Pictograms
 from optima.data.tokenizer import word_tokenizer
-from optima.tasks import HEADLINE, TEXT_LENGTH
+from optima.task import TASKS, Task
 from optima.tasks.evaluate import evaluate
-from optima.tasks.pictograms import PictogramTask
+from optima.tasks.pictograms import HEADLINE, TEXT_LENGTH, PictogramTask
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if CLASSES[task]])

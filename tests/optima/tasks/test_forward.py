@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from optima.coca.pairs import module_pairs
-from optima.data.pictograms.stream import CLASSES, TASKS, Task
+from optima.data.pictograms.stream import CLASSES
 from optima.data.tokenizer import word_tokenizer
+from optima.task import TASKS, Task
 from optima.tasks.forward import TaskForward
 from optima.tasks.pictograms import PictogramTask
 from optima_core import LinearPrediction, LogitPrediction, Objective, ObjectiveConfig

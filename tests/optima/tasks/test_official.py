@@ -10,8 +10,8 @@ from miniatures import MAKERS
 
 from optima.coca import HeadSpec
 from optima.coca.checkpoint import save_coca
-from optima.data.loader import LoaderConfig
-from optima.data.records import FORMATS, DataName, open_records
+from optima.data.config import DataName, LoaderConfig
+from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
 from optima.tasks.official import OfficialSplits, OfficialTask
@@ -23,6 +23,7 @@ PREDICTIONS = {
     "nlvr2": "nlvr2_test1_predictions.csv",
     "snli_ve": "snli_ve_test_predictions.jsonl",
     "folder": "folder_test_predictions.jsonl",
+    "webdataset": "webdataset_test_predictions.jsonl",
 }
 
 
@@ -94,6 +95,20 @@ def test_finetune_makes_the_teacher_of_official_data(make_coca, tmp_path: Path) 
     assert "accuracy" in json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
 
 
+def test_every_other_command_reads_the_tars_of_other_programs_too(
+    make_coca, student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, start = MAKERS["webdataset"](tmp_path / "data"), tmp_path / "start.safetensors"
+    save_coca(make_coca(16, 1, None), start)
+    words = f"finetune --model {start} --run {tmp_path / 'run'} --steps 2 --batch_size 4 --threads 1"
+    assert main([*words.split(), *options("webdataset", root)]) == 0
+    assert "cider_d" in json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
+    capsys.readouterr()
+    words = f"plan --teacher {start} --student {student_file} --json"
+    assert main([*words.split(), *options("webdataset", root)]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["data"]["name"] == "webdataset"
+
+
 def test_mistakes_are_one_line(
     brief: list[str], student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,3 +167,36 @@ def test_an_unusable_picture_is_left_out_of_an_evaluation_and_named(tmp_path: Pa
     assert len(data.probe_batch(12).tokens) == 11
     (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "pictures/3.jpg"
+
+
+def test_rows_that_cannot_be_used_are_named_once_and_counted(tmp_path: Path) -> None:
+    MAKERS["folder"](tmp_path)
+    with open(tmp_path / "validation.tsv", "a") as file:
+        file.write("no tab\n../up.jpg\ta cat\n")
+    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    for rank in (0, 1, 0):
+        data = official("folder", tmp_path, rank, 2, max_rejected=0.2)
+        if rank == 0:
+            with pytest.warns(UserWarning, match="folder validation: 2 of 14 items cannot be used.*rejected.jsonl"):
+                data.records("validation")
+        assert data.unused("validation") == 2
+    assert list(data.held_batches("validation", 5))
+    assert data.unused("validation") == 3
+    rows = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(row["kind"] for row in rows) == ["image-unrecognised", "row-type", "unsafe-name"]
+
+
+def test_evaluate_says_how_many_items_its_score_leaves_out(
+    student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MAKERS["folder"](tmp_path)
+    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    with open(tmp_path / "test.tsv", "a") as file:
+        file.write("no tab\n")
+    words = ["evaluate", "--model", str(student_file), *options("folder", tmp_path)]
+    with pytest.warns(UserWarning, match="1 of 13 items"):
+        assert main([*words, "--data.loader.max_rejected", "0.2"]) == 0
+    assert "11 items count; 2 that cannot be used are left out" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="1 of 13 items"):
+        assert main([*words, "--data.loader.max_rejected", "0.2", "--predictions", str(tmp_path / "said")]) == 0
+    assert len((tmp_path / "said" / "rejected.jsonl").read_text().splitlines()) == 2

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from miniatures import MAKERS
 
-from optima.data.records import DataName, Records, open_records
-from optima.tasks.scoring import HEADLINES, has_truth, score, submission
+from optima.data.config import DataName
+from optima.data.records import Records, open_records
+from optima.task import TASKS
+from optima.tasks.scoring import has_truth, score, submission
 
 SCORES = {
     "captioning": {"cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"},
@@ -40,7 +42,7 @@ def test_right_answers_score_everything_and_wrong_ones_nothing(name: DataName, t
     assert all(value == pytest.approx(100) for metric, value in right.scores.items() if metric != "cider_d")
     assert right.scores.get("cider_d", 1000) > 100
     assert right.correct == [True] * len(records)
-    assert HEADLINES[records.task] in right.scores
+    assert TASKS[records.task].headline in right.scores
     others = {"captioning": "x y z", "vqa": "no idea"}
     said = [others.get(records.task) or records.classes[record.target - 1] for record in records.items]
     wrong = score(records, everything, said)

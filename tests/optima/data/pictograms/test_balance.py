@@ -2,8 +2,9 @@
 
 import pytest
 
-from optima.data.pictograms import Pictograms, Task
+from optima.data.pictograms import Pictograms
 from optima.data.pictograms.balance import measure
+from optima.task import Task
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])

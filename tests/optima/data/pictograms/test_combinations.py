@@ -1,6 +1,7 @@
 """Held-out combinations stay held out, and nothing is missing from training."""
 
-from optima.data.pictograms import KINDS, SPLITS, TASKS, Pictograms, Scene
+from optima.data.pictograms import KINDS, SPLITS, Pictograms, Scene
+from optima.task import TASKS
 
 
 def combination(scene: Scene) -> tuple[int, ...] | frozenset[int]:

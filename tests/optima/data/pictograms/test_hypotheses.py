@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 from pictograms_oracle import PHRASES, SINGULAR, WORD, seen, stands
 
-from optima.data.pictograms import LABELS, Pictograms, Scene, snli_ve
+from optima.data.pictograms import Pictograms, Scene, snli_ve
+from optima.task import LABELS
 
 World = tuple[dict[str, int], dict[tuple[str, str], str]]
 

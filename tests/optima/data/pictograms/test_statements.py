@@ -3,7 +3,8 @@
 import pytest
 from pictograms_oracle import SINGULAR, WORD, seen
 
-from optima.data.pictograms import TRUTHS, Pictograms, Scene, nlvr2
+from optima.data.pictograms import Pictograms, Scene, nlvr2
+from optima.task import TRUTHS
 
 
 def truth(text: str, left: Scene, right: Scene) -> bool:

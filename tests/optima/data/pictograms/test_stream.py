@@ -8,23 +8,13 @@ import sys
 import pytest
 import torch
 
-from optima.data.pictograms import (
-    ANSWERS,
-    LABELS,
-    SPLITS,
-    TASKS,
-    TRUTHS,
-    Pictograms,
-    describes,
-    nlvr2,
-    render,
-    snli_ve,
-    vqa,
-)
+from optima.data.pictograms import ANSWERS, SPLITS, Pictograms, describes, nlvr2, render, snli_ve, vqa
+from optima.task import LABELS, TASKS, TRUTHS
 
 FINGERPRINT = """
 import hashlib, sys
-from optima.data.pictograms import SPLITS, TASKS, Pictograms
+from optima.data.pictograms import SPLITS, Pictograms
+from optima.task import TASKS
 digest = hashlib.sha256()
 for split in SPLITS:
     pictures = Pictograms(split, int(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""This process among those that torchrun started, as far as it is known without torch."""
+
+import os
+import sys
+from datetime import timedelta
+from typing import Literal, NoReturn
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+def count_processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def several() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return count_processes() > 1
+
+
+def speaks() -> bool:
+    """Whether this process is to tell why the run ends: the first that asks, for the others end for the same reason."""
+    if not several():
+        return True
+    import torch
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+        return store.add(f"optima/told/{attempt}", 1) == 1
+    except RuntimeError:  # the store has gone with the process that held it
+        return True
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process that was one of several, at once.
+
+    With torch 2.13 the interpreter's own shutdown after gloo and DTensors hung or aborted in some of our runs, when all
+    work was done and the process group destroyed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

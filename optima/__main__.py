@@ -1,0 +1,6 @@
+"""`python -m optima`."""
+
+from optima.run import door
+
+if __name__ == "__main__":
+    door()

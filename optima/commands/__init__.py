@@ -1,0 +1,101 @@
+"""The commands: what each does in a line, and where its options and its work are, to be imported when it is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word after `optima`.
+
+    options: "module:class" of its options, a dataclass. work: "module:function" that takes them. bare: the option, a
+    list, that words without an option's name before them go to. recipes: the command whose recipes `--config` takes.
+    resumes: whether `--resume` goes on with the run of a directory.
+    """
+
+    summary: str
+    options: str
+    work: str
+    bare: str = ""
+    recipes: str = ""
+    resumes: bool = False
+
+    def config(self) -> type[Any]:
+        """The class of its options."""
+        found: type[Any] = _named(self.options)
+        return found
+
+    def function(self) -> Callable[[Any], None]:
+        """What it does with them."""
+        found: Callable[[Any], None] = _named(self.work)
+        return found
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+_RUNS, _OPTIONS = "optima.runs.config:", "optima.commands.options:"
+_HERE = "optima.commands."
+
+COMMANDS = {
+    "distill": Command(
+        "Distil a teacher into a student on one task.",
+        _RUNS + "DistillConfig", _HERE + "distill:run_distill", recipes="distill", resumes=True,
+    ),
+    "pretrain": Command(
+        "Train a CoCa from scratch on pictograms.",
+        _RUNS + "PretrainConfig", _HERE + "pretrain:run_pretrain", recipes="pretrain", resumes=True,
+    ),
+    "finetune": Command(
+        "Train a CoCa on one task, to be its teacher.",
+        _RUNS + "FinetuneConfig", _HERE + "finetune:run_finetune", resumes=True,
+    ),
+    "evaluate": Command(
+        "Score a model on a held-out split.", _OPTIONS + "EvaluateConfig", _HERE + "evaluate:run_evaluate"
+    ),
+    "import": Command(
+        "Read an open_clip CoCa checkpoint.", _OPTIONS + "ImportConfig", _HERE + "exchange:run_import"
+    ),
+    "export": Command(
+        "Write a model for other programs: open_clip, ONNX, torch.export.",
+        _OPTIONS + "ExportConfig", _HERE + "exchange:run_export",
+    ),
+    "compare": Command(
+        "Compare ways of choosing the module, over tasks and seeds.",
+        _OPTIONS + "CompareConfig", _HERE + "compare:compare",
+    ),
+    "caption": Command(
+        "Caption pictures with a run's student.",
+        _OPTIONS + "CaptionConfig", _HERE + "use:run_caption", bare="picture",
+    ),
+    "answer": Command(
+        "Answer a text about a picture with a run's student.",
+        _OPTIONS + "AnswerConfig", _HERE + "use:run_answer", bare="picture",
+    ),
+    "report": Command(
+        "Write a finished run's report.html anew, or several runs side by side.",
+        _OPTIONS + "ReportConfig", _HERE + "report:run_report", bare="run",
+    ),
+    "simulate": Command(
+        "Compare bandit policies in simulated environments.",
+        "optima.simulate.config:SimulateConfig", "optima.simulate.simulate:simulate",
+    ),
+    "prepare": Command(
+        "Check a data set's files and pack them into tar shards.",
+        "optima.data.config:PrepareConfig", _HERE + "prepare:prepare",
+    ),
+    "plan": Command(
+        "Say what a distillation will need, before a GPU is rented.",
+        _OPTIONS + "PlanConfig", _HERE + "plan:plan", recipes="distill",
+    ),
+    "doctor": Command(
+        "Say what this machine offers and what will be used of it.",
+        _OPTIONS + "DoctorConfig", _HERE + "doctor:doctor",
+    ),
+}  # fmt: skip
+DEFAULT = "distill"
+"""The command of words that name none."""

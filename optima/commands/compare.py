@@ -1,0 +1,208 @@
+"""Whether the bandit is worth it: ways of choosing what to distil, at equal steps, from the same start, over seeds.
+
+A comparison is a directory with one ordinary run directory a task, method and seed. Each run is a process of its own,
+the same command a person would type, so its time and peak memory are its own and it can be looked at or resumed alone.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optima.coca import MODULES
+from optima.commands.console import make_console, make_table
+from optima.commands.options import CompareConfig
+from optima.plain_yaml import load_yaml
+from optima.report.comparison import (
+    HEADINGS,
+    Outcome,
+    conclusion,
+    markdown,
+    method_rows,
+    row_texts,
+    write_comparison,
+)
+from optima.report.formatting import task_title
+from optima.runs.directory import flat
+from optima.runs.reading import CONFIG, SUMMARY, read_summary
+from optima.runs.rows import Summary, plain
+from optima.task import Task
+from optima_core.checkpoint import write_atomically
+from optima_core.errors import OptimaError
+
+_NO_LAYERS = {"engine.objective.hidden": 0.0, "engine.objective.attention": 0.0}
+
+
+def _policy(name: str, **options: float) -> dict[str, Any]:
+    return {"engine.bandit.policy": name, "engine.bandit.options": options}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "task_loss": {"engine.objective.logits": 0.0, **_NO_LAYERS},
+    "task_loss_and_logits": _NO_LAYERS,
+    "all_modules": _policy("all_modules"),
+    **{f"only_{module}": _policy("fixed_arm", arm=arm) for arm, module in enumerate(MODULES)},
+    "uniform": _policy("uniform"),
+    "discounted_ucb": _policy("discounted_ucb"),
+    "optima": {},
+}
+"""Method -> the options in which its runs differ from the settings that all share."""
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One run of the comparison."""
+
+    task: Task
+    method: str
+    seed: int
+
+    def path(self, root: Path) -> Path:
+        return root / self.task / self.method / f"seed-{self.seed}"
+
+
+def run_command(root: Path, task: Task, method: str, seed: int) -> list[str]:
+    """The command of one run of the comparison in `root`; modules in the current folder do not take part (-P)."""
+    path = _Cell(task, method, seed).path(root)
+    words = [sys.executable, "-P", "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
+    words += ["--task", task, "--seed", str(seed), "--run", str(path), "--quiet", "true"]
+    for name, value in METHODS[method].items():
+        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words + (["--resume", "true"] if (path / CONFIG).exists() else [])
+
+
+def compare(config: CompareConfig) -> None:
+    """Runs what is missing, prints a table a task, and writes comparison.html and comparison.md."""
+    _settle(config)
+    cells = [
+        _Cell(task, method, seed) for task in config.task for seed in range(config.seeds) for method in config.method
+    ]
+    _run_missing([cell for cell in cells if not (cell.path(config.run) / SUMMARY).exists()], config)
+    outcomes = [_outcome(cell, config) for cell in cells]
+    command = "optima " + shlex.join(sys.argv[1:])
+    text = f"{markdown(outcomes)}\n`{command}`\n"
+    write_atomically(config.run / "comparison.md", text.encode())
+    page = write_comparison(outcomes, config.run / "comparison.html", command=command, split=config.split)
+    _print(outcomes, config, page)
+
+
+def _settle(config: CompareConfig) -> None:
+    """Writes the shared settings, or refuses to mix two comparisons in one directory."""
+    values = plain(replace(config.distill, resume=False))
+    for name in ("task", "run", "seed", "quiet", "resume"):
+        values.pop(name)
+    path = config.run / "settings.yaml"
+    if path.exists():
+        before, now = (flat(found) for found in (load_yaml(path.read_text(encoding="utf-8"), str(path)), values))
+        for name in sorted(before | now):
+            if before.get(name) != now.get(name):
+                raise OptimaError(
+                    f"{config.run} holds runs with distill.{name} {before.get(name)}, now it is {now.get(name)}; "
+                    "give the same settings, or a new directory with --run"
+                )
+        return
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptimaError(f"cannot make the directory {config.run}: {error.strerror}; give another --run") from error
+    if any(config.run.iterdir()):
+        raise OptimaError(f"directory {config.run} holds something, but no comparison; give another with --run")
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
+
+
+def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
+    """Raises OptimaError naming the first run that failed; runs under way are stopped, and save themselves."""
+    started = time.monotonic()
+    with _processes() as start, ThreadPoolExecutor(config.jobs) as pool:
+        pending = {pool.submit(start, cell, config.run): cell for cell in cells}
+        try:
+            for done, finished in enumerate(as_completed(pending), 1):
+                cell = pending[finished]
+                finished.result()
+                outcome = _outcome(cell, config)
+                left = (time.monotonic() - started) / done * (len(cells) - done)
+                print(
+                    f"{done}/{len(cells)}  {cell.task}  {cell.method}  seed {cell.seed}: {outcome.score:.1f} % in "
+                    f"{outcome.seconds:.0f} s  {left / 60:.0f} min left",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[Any]:
+    """Yields a function that runs one cell to its end; leaving stops what still runs."""
+    running: set[subprocess.Popen[str]] = set()
+    stopped = False
+
+    def run(cell: _Cell, root: Path) -> None:
+        if stopped:
+            return
+        log = cell.path(root).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                run_command(root, cell.task, cell.method, cell.seed),
+                stdout=file,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "COLUMNS": "100"},
+            )
+            running.add(process)
+            _, errors = process.communicate()
+            running.discard(process)
+            file.write(errors)
+        if process.returncode:
+            said = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {process.returncode}"
+            raise OptimaError(f"{cell.task} {cell.method} seed {cell.seed} failed: {said} (all of it: {log})")
+
+    try:
+        yield run
+    finally:
+        stopped = True
+        for process in list(running):
+            process.terminate()
+
+
+def _outcome(cell: _Cell, config: CompareConfig) -> Outcome:
+    summary = _summary(cell, config)
+    metric = summary.headline_metric
+    score = summary.learning_curve[-1][metric] if config.split == "validation" else summary.scores["after"][metric]
+    return Outcome(cell.task, cell.method, cell.seed, score, summary.seconds, summary.peak_mib)
+
+
+def _summary(cell: _Cell, config: CompareConfig) -> Summary:
+    return read_summary(cell.path(config.run) / SUMMARY)
+
+
+def _ends(config: CompareConfig, task: Task) -> str:
+    """What the student scored before distillation, and the teacher."""
+    summary = _summary(_Cell(task, "optima", 0), config)
+    before, teacher = (summary.scores[model][summary.headline_metric] for model in ("before", "teacher"))
+    return f"Student before {before:.1f}, teacher {teacher:.1f} (test)."
+
+
+def _print(outcomes: Sequence[Outcome], config: CompareConfig, page: Path) -> None:
+    console = make_console()
+    ends = {str(task): f" {_ends(config, task)}" for task in config.task}
+    for task, rows in method_rows(outcomes).items():
+        headings = [heading.format("optima") for heading in HEADINGS]
+        table = make_table(*headings, title=f"{task_title(task)}, {config.split} split")
+        table.columns[HEADINGS.index("")].justify = "left"
+        for row in row_texts(rows):
+            table.add_row(*astuple(row))
+        console.print(table)
+        console.print(f"{conclusion(rows)}{ends.get(task, '')}")
+    console.print(f"Comparison: {page}", soft_wrap=True)

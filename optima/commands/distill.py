@@ -1,0 +1,306 @@
+"""The main job: distils a CoCa teacher into a student on one task, scores both, and writes the run directory."""
+
+import contextlib
+import copy
+import json
+import shlex
+import sys
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optima.assets import TEACHER
+from optima.coca import CoCa
+from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.pairs import module_pairs
+from optima.commands.console import make_console, make_table
+from optima.data.config import HELD
+from optima.runs.config import DistillConfig, told_in_a_line
+from optima.runs.directory import REJECTED, RunDirectory, fingerprint
+from optima.runs.display import Display, WithEvents, make_display
+from optima.runs.interruption import StopRequest
+from optima.runs.memory import peak_mib
+from optima.runs.reading import SUMMARY
+from optima.runs.rows import Model, Round, Summary
+from optima.runs.samples import write_cross_attention, write_samples
+from optima.runs.start import find_start
+from optima.runs.summary import count_parameters, environment, layer_work, score_models
+from optima.runs.words import write_words
+from optima.tasks.batches import TaskBatch
+from optima.tasks.choose import open_data
+from optima.tasks.data import TaskData
+from optima.tasks.evaluate import evaluate
+from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
+from optima.tasks.forward import TaskForward
+from optima_core.engine import Distiller
+from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks, join_ranks
+from optima_core.recompute import recompute_activations
+from optima_core.records import PendingRecord
+
+STATE = {"distiller": dict, "config": str, "learning_curve": list, "seconds": float, "command": str}
+"""What a checkpoint holds: key -> type."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One distillation, as one of its ranks sees it; only the first has a directory."""
+
+    config: DistillConfig
+    ranks: Ranks
+    directory: RunDirectory | None
+    data: TaskData
+    started: float
+
+
+@dataclass
+class _Progress:
+    """What a run has come to beside its weights; `seconds` and `command` are those of its earlier parts."""
+
+    curve: list[dict[str, float]]
+    rounds: list[Round]
+    seconds: float
+    command: str
+
+
+def distill(config: DistillConfig) -> Summary | None:
+    """Runs the job and returns what summary.json holds; None on ranks other than the first, which write nothing."""
+    started = time.monotonic()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+        if config.batch_size % ranks.count:
+            raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
+        directory = None
+        if ranks.first:
+            directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
+        state = directory.checkpoints.load(STATE) if directory is not None else None
+        if directory is not None and state is not None:
+            _refuse_other_run(config, directory, state)
+
+        teacher = load_coca(config.teacher or TEACHER).to(ranks.device).requires_grad_(False)
+        data = open_data(
+            config.data,
+            config.task,
+            teacher.config,
+            seed=config.seed,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.count,
+            report=config.run / REJECTED,
+        )
+        stack.enter_context(contextlib.closing(data))
+        return _distill(_Job(config, ranks, directory, data, started), teacher, state)
+
+
+def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
+    config, ranks = job.config, job.ranks
+    _refuse_misfits(config, teacher, job.data)
+    with told_in_a_line():
+        student = find_start(config, teacher, job.data, job.directory, resumed=state is not None).train()
+    whole = copy.deepcopy(student) if ranks.sharded else None
+    if config.recompute:
+        recompute_activations(student.transformer_layers())
+    ranks.shard(teacher)
+    with told_in_a_line():
+        distiller = _make_distiller(job, student, teacher)
+    progress = _train(job, distiller, whole, state)
+    student = _result(distiller, whole)
+    if job.directory is None:
+        return None
+    if ranks.sharded:
+        teacher = load_coca(config.teacher or TEACHER).to(ranks.device)
+    before = find_start(config, teacher, job.data, job.directory, resumed=True)
+    return _finish(job, job.directory, {"teacher": teacher, "before": before, "after": student}, progress)
+
+
+def _refuse_misfits(config: DistillConfig, teacher: CoCa, data: TaskData) -> None:
+    name = f"teacher {config.teacher or TEACHER}"
+    refuse_misfit(teacher, name, data)
+    refuse_headless(teacher, name, data)
+    for split in HELD:
+        refuse_unscorable(data, split)
+
+
+def _refuse_other_run(config: DistillConfig, directory: RunDirectory, state: dict[str, Any]) -> None:
+    """Raises OptimaError if the directory's run had other options, but for more rounds where that changes nothing."""
+    saved, engine = json.loads(state["config"]), config.engine
+    before = saved["engine.rounds"]
+    if engine.rounds > before:
+        asked = f"cannot resume {directory.path} for {engine.rounds} rounds in place of {before}"
+        if engine.optimiser.schedule != "constant":
+            raise OptimaError(
+                f"{asked}: the learning rate follows a {engine.optimiser.schedule} over all rounds, so this is another "
+                "run; give a new directory with --run (a run with --engine.optimiser.schedule constant can go on)"
+            )
+        warmup = engine.optimiser.warmup * engine.rounds * engine.steps_per_round
+        if state["distiller"]["step"] < warmup:
+            raise OptimaError(
+                f"{asked}: the warm-up, a share of all steps, would be of {warmup:.0f} steps and has not ended; "
+                "give a new directory with --run"
+            )
+        saved["engine.rounds"] = engine.rounds
+    directory.refuse_other_run(config, json.dumps(saved))
+
+
+def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBatch]:
+    config, ranks = job.config, job.ranks
+
+    def load(step: int) -> TaskBatch:
+        return job.data.training_batch(step, config.batch_size // ranks.count)
+
+    probe = job.data.probe_batch(config.probe_size)
+    first, size = ranks.share(0, len(probe.tokens))
+    return Distiller(
+        student,
+        TaskForward(student, config.task),
+        TaskForward(teacher, config.task),
+        module_pairs(student, teacher, config.layer_map),
+        load,
+        TaskBatch(*(part[first : first + size] for part in probe)),
+        config.engine,
+        config.seed,
+        ranks,
+    )
+
+
+def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state: dict[str, Any] | None) -> _Progress:
+    """Runs the rounds that are left."""
+    config, ranks, directory = job.config, job.ranks, job.directory
+    progress = _Progress([], [], 0.0, "optima " + shlex.join(sys.argv[1:]))
+    if state is not None:
+        progress = _Progress(state["learning_curve"], [], state["seconds"], state["command"])
+    resumed, scored = ranks.broadcast((state is not None, bool(progress.curve)))
+    if resumed:
+        distiller.load_state_dict({} if state is None else state.pop("distiller"))
+    rounds = config.engine.rounds
+    names = distiller.arm_names[: distiller.policy.arms]
+    display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
+    if directory is not None:
+        directory.write_config(config)
+        progress.rounds = directory.rounds(distiller.round)
+        if config.tensorboard:
+            display = WithEvents(display, directory.path / "tensorboard", distiller.step)
+    started = time.monotonic()
+    with StopRequest() as stop, contextlib.closing(display):
+        if resumed:
+            display.note(f"resumed after round {distiller.round} of {rounds}")
+        if not scored:
+            _add_point(job, progress, distiller, whole, display)
+        pending: deque[PendingRecord] = deque()
+        while distiller.round < rounds:
+            pending.append(distiller.launch_round())
+            number = distiller.round
+            stopping = ranks.any(stop.made)
+            save = number % config.checkpoint_every == 0 or number == rounds or stopping
+            score = bool(config.evaluate_every) and (number % config.evaluate_every == 0 or number == rounds)
+            # A GPU works on the newest round while the one before is written down; what is saved has been looked at.
+            while pending and (save or score or len(pending) > 1 or pending[0].ready()):
+                record = pending.popleft().result()
+                display.round(record)
+                if directory is not None:
+                    row = Round.of(record, progress.seconds + time.monotonic() - started)
+                    directory.append_round(row)
+                    progress.rounds.append(row)
+            if score:
+                _add_point(job, progress, distiller, whole, display)
+            if save:
+                saved = {
+                    "distiller": distiller.state_dict(),
+                    "config": fingerprint(config),
+                    "learning_curve": progress.curve,
+                    "seconds": progress.seconds + time.monotonic() - started,
+                    "command": progress.command,
+                }
+                if directory is not None:
+                    directory.checkpoints.save(distiller.step, saved)
+            if stopping:
+                raise KeyboardInterrupt
+    return progress
+
+
+def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
+    """The student to score and to keep; where it is sharded, `whole` with its weights, on the first rank."""
+    found = distiller.result if whole is None else distiller.gather_result(whole)
+    assert isinstance(found, CoCa)
+    return found
+
+
+def _add_point(
+    job: _Job, progress: _Progress, distiller: Distiller[TaskBatch], whole: CoCa | None, display: Display
+) -> None:
+    """A point of the learning curve. The first rank scores; the others wait for it in the next round."""
+    config, data = job.config, job.data
+    if not config.evaluate_every or not config.evaluate_items:
+        return
+    student = _result(distiller, whole)
+    if not distiller.ranks.first:
+        return
+    scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
+    headline = data.headline
+    progress.curve.append({"step": distiller.step, headline: scores[headline]})
+    display.score(distiller.step, headline, scores[headline])
+
+
+def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progress: _Progress) -> Summary:
+    """Keeps the student, scores all models on the test split, and writes what the report is drawn from."""
+    config, data, student = job.config, job.data, models["after"]
+    save_coca(student, directory.path / "student.safetensors")
+    write_words(directory, data, config.data.loader.transform)
+    if not config.quiet:
+        print("scoring the teacher, and the student before and after, on the test split", flush=True)
+    evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch)
+    write_samples(directory, data, evaluations, config.samples)
+    if config.task == "captioning":
+        write_cross_attention(directory, student, data, evaluations["after"])
+    summary = Summary(
+        task=config.task,
+        scores={name: evaluation.scores for name, evaluation in evaluations.items()},
+        headline_metric=data.headline,
+        parameters={"teacher": count_parameters(models["teacher"]), "student": count_parameters(student)},
+        images_per_second={"teacher": speed["teacher"], "student": speed["after"]},
+        test_items=len(evaluations["after"].predictions),
+        seconds=progress.seconds + time.monotonic() - job.started,
+        peak_mib=peak_mib(),
+        command=progress.command,
+        environment=environment(job.ranks.device),
+        layer_work=layer_work(progress.rounds),
+        learning_curve=tuple(progress.curve),
+    )
+    directory.write_json(SUMMARY, summary)
+    if config.report and progress.rounds:
+        _draw_report(directory)
+    elif config.report:
+        warnings.warn(f"no report is drawn, since no row of {directory.metrics} is left", stacklevel=2)
+    return summary
+
+
+def _draw_report(directory: RunDirectory) -> None:
+    from optima.report import write_report  # what draws takes a second to load, which no run should wait for
+
+    write_report(directory.path)
+
+
+def run_distill(config: DistillConfig) -> None:
+    """Distils, then prints the scores."""
+    summary = distill(config)
+    if summary is None:
+        return
+    table = make_table(
+        "score, %",
+        *("teacher", "student before", "student after"),
+        title=f"{config.task}, {summary.test_items} test items",
+    )
+    for name in summary.scores["teacher"]:
+        table.add_row(name, *(f"{summary.scores[model][name]:.1f}" for model in ("teacher", "before", "after")))
+    sizes = (summary.parameters[model] / 1e6 for model in ("teacher", "student", "student"))
+    table.add_row("parameters, M", *(f"{size:.2f}" for size in sizes))
+    console = make_console()
+    console.print(table)
+    left = f"Report: {config.run / 'report.html'}" if config.report else f"Run: {config.run}"
+    console.print(f"{summary.seconds:.0f} s, peak memory {summary.peak_mib:.0f} MiB. {left}", soft_wrap=True)

@@ -1,0 +1,62 @@
+"""The command `evaluate`: a model's scores on held-out data, and its predictions in the benchmark's format."""
+
+import contextlib
+
+import torch
+
+from optima.coca import CoCa
+from optima.coca.checkpoint import load_coca
+from optima.commands.console import make_console, make_table
+from optima.commands.options import EvaluateConfig
+from optima.data.records import FORMATS
+from optima.runs.directory import REJECTED
+from optima.task import TASKS, Task
+from optima.tasks.choose import open_data
+from optima.tasks.evaluate import evaluate
+from optima.tasks.fit import refuse_headless, refuse_misfit
+from optima_core.checkpoint import write_atomically
+from optima_core.errors import OptimaError
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    """Prints a model's scores, and writes its predictions if asked to."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_coca(config.model).to(device)
+    for task in config.tasks or _own_tasks(config, model):
+        _evaluate_task(config, model, task, device)
+
+
+def _own_tasks(config: EvaluateConfig, model: CoCa) -> list[Task]:
+    if config.data.name != "pictograms":
+        return [FORMATS[config.data.name].task]
+    return [task for task in TASKS if task == "captioning" or task in model.head_specs]
+
+
+def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torch.device) -> None:
+    console = make_console()
+    report = config.predictions / REJECTED if config.predictions is not None else None
+    data = open_data(config.data, task, model.config, device=device, report=report)
+    with contextlib.closing(data):
+        refuse_misfit(model, f"model {config.model}", data)
+        refuse_headless(model, f"model {config.model}", data)
+        if config.predictions is None and not data.has_truth(config.split):
+            raise OptimaError(
+                f"the {config.split} split of {data.name} has no published truth to score by; "
+                "give --predictions FOLDER to write predictions, or another split"
+            )
+        if config.predictions is not None:
+            config.predictions.mkdir(parents=True, exist_ok=True)
+        found = evaluate(
+            model, data, config.split, limit=config.items, batch_size=config.batch_size, generation=config.generation
+        )
+        if found.scores:
+            table = make_table("score, %", task, left=2)
+            for name, value in found.scores.items():
+                table.add_row(name, f"{value:.1f}")
+            console.print(table)
+        if unused := data.unused(config.split):
+            print(f"{len(found.indices):,} items count; {unused:,} that cannot be used are left out")
+        if config.predictions is not None:
+            name, content = data.submission(config.split, found.indices, found.predictions)
+            write_atomically(config.predictions / name, content.encode())
+            console.print(f"wrote {config.predictions / name}", soft_wrap=True)

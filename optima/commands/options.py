@@ -1,0 +1,245 @@
+"""The options of the commands that make no run of their own; those that do have theirs in `optima.runs.config`.
+
+Nothing here imports torch, so that help and mistakes in the command line are there at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from optima.coca.config import ClassMask, GenerationConfig
+from optima.data.config import DataConfig, Held
+from optima.runs.config import DistillConfig, refuse_below
+from optima.task import TASKS, Task
+
+Method = Literal[
+    "task_loss",
+    "task_loss_and_logits",
+    "all_modules",
+    "only_image_encoder",
+    "only_text_decoder",
+    "only_multimodal_decoder",
+    "uniform",
+    "discounted_ucb",
+    "optima",
+]
+"""Ways of choosing what to distil."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores a model on a held-out split.
+
+    Attributes:
+        model: Weights (.safetensors), such as a run directory's student.safetensors.
+        tasks: Tasks to score; those that the model has no head for are refused. None named takes the task of the data,
+            and of pictograms all that the model has heads for, and captioning.
+        data: Which pictures and texts.
+        split: Which held-out split; data.validation and data.test say which one of the data set that is.
+        items: Items of the split that count; 0 takes all.
+        batch_size: Items a forward pass.
+        generation: How captions are generated.
+        predictions: Folder to write predictions to, in the benchmark's submission format; null writes none.
+    """
+
+    model: Path
+    tasks: list[Task] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Held = "test"
+    items: int = 0
+    batch_size: int = 250
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    predictions: Path | None = None
+
+    def __post_init__(self) -> None:
+        refuse_below(0, self, "items")
+        refuse_below(1, self, "batch_size")
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Turns an open_clip CoCa checkpoint into a model file of ours.
+
+    Attributes:
+        checkpoint: The checkpoint: .safetensors, .bin, .pt or .pth.
+        output: The file to write (.safetensors).
+        preset: Name of the model's configuration, such as coca_ViT-L-14.
+        model_config: open_clip's JSON configuration of the model, in place of a preset; with neither, an
+            open_clip_config.json beside the checkpoint is taken.
+        class_mask: What the text tower's CLS token sees. All open_clip models, released ones too, were trained with
+            the "shifted" mask; "exact" is right for weights that were trained with a corrected one.
+        image_size: Picture side that the model is to take, pixels; its position embeddings are interpolated. 0 keeps
+            the one of the configuration.
+    """
+
+    checkpoint: Path
+    output: Path
+    preset: str | None = None
+    model_config: Path | None = None
+    class_mask: ClassMask = "shifted"
+    image_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.model_config is not None:
+            raise ValueError("preset and model_config are both given; give one")
+        if self.image_size < 0:
+            raise ValueError(f"image_size must be at least 0, got {self.image_size}")
+        if self.output.suffix != ".safetensors":
+            raise ValueError(f"output must be a .safetensors file, got {self.output}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a model for other programs, after checking that what was written does what the model does.
+
+    Attributes:
+        model: The model, a .safetensors file of ours; a run's words.json beside it is used and copied.
+        output: Directory to write to.
+        format: "safetensors" writes weights and a config.json; "open_clip" what
+            open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
+            pictures and tokens to logits, for batches of any size.
+        task: The program's task; by default that of words.json.
+    """
+
+    model: Path
+    output: Path
+    format: Literal["safetensors", "open_clip", "torch_export", "onnx"] = "safetensors"
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Captions pictures with the student of a captioning run: `caption picture.png --run runs/distill`.
+
+    Attributes:
+        picture: Picture files: JPEG, PNG, WebP, GIF, BMP, TIFF.
+        run: Directory of a finished run.
+        generation: How words are chosen.
+        device: Where the student works, such as "cpu" or "cuda"; null takes the GPU if there is one.
+    """
+
+    picture: list[Path]
+    run: Path = Path("runs/distill")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """Answers a question about a picture, or judges a statement: `answer picture.png --run runs/vqa --text "..."`.
+
+    Attributes:
+        picture: The picture file; two for nlvr2.
+        text: The question (vqa), statement (nlvr2) or hypothesis (snli_ve).
+        run: Directory of a finished run.
+        show: Most answers that are shown, most probable first.
+        device: Where the student works, such as "cpu" or "cuda"; null takes the GPU if there is one.
+    """
+
+    picture: list[Path]
+    text: str
+    run: Path = Path("runs/distill")
+    show: int = 3
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "show")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Writes report.html anew, or one page that sets several runs side by side.
+
+    Attributes:
+        run: Run directory of a finished distillation, or several: `report runs/a runs/b`.
+        output: The page to write; of one run it is report.html in its directory, of several side_by_side.html here.
+    """
+
+    run: list[Path]
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run must name one run directory or more: `report runs/distill`")
+        for path in self.run:
+            if not path.is_dir():
+                raise ValueError(f"run directory {path} does not exist; give one that `distill` wrote")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to look at.
+
+    Attributes:
+        check: Also run the Triton kernels of every loss on this GPU and compare them with the reference; takes a
+            minute.
+    """
+
+    check: bool = False
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Distils by every method over several seeds and compares the scores.
+
+    Attributes:
+        run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
+            command continues; more tasks, methods and seeds may be asked for later.
+        task: The tasks; all four by default.
+        method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
+            module in every round, uniform a random one; discounted_ucb and optima are bandits. optima runs the
+            settings under `distill` as they are. All methods by default.
+        seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
+        split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
+            counts (distill.evaluate_items); report "test" once.
+        jobs: Runs at once. Give distill.threads too: threads times jobs should not exceed the cores.
+        distill: Settings that all runs share; task, run, seed, resume and quiet are the comparison's.
+    """
+
+    run: Path = Path("runs/compare")
+    task: list[Task] = field(default_factory=lambda: list(TASKS))
+    method: list[Method] = field(default_factory=lambda: list(get_args(Method)))
+    seeds: int = 5
+    split: Literal["validation", "test"] = "test"
+    jobs: int = 1
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "seeds", "jobs")
+        for name in ("task", "method"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must name one or more, each once, got {getattr(self, name)}")
+        if "optima" not in self.method:
+            raise ValueError(f"method must include optima, which the others are compared with, got {self.method}")
+        if self.split == "validation" and not (self.distill.evaluate_every and self.distill.evaluate_items):
+            raise ValueError(
+                "split validation needs a learning curve; distill.evaluate_every and distill.evaluate_items must be at "
+                f"least 1, got {self.distill.evaluate_every} and {self.distill.evaluate_items}"
+            )
+
+
+@dataclass(frozen=True)
+class PlanConfig(DistillConfig):
+    """A distillation on one GPU: the options, recipes and resolved config.yaml of `distill`, as they are.
+
+    No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
+    count. Of several GPUs give the share of one as batch_size and probe_size. What bears on neither memory nor the
+    time of a step has no effect.
+
+    Attributes:
+        memory: Memory of the GPU that the step must fit, GB.
+        utilisation: Share of a GPU's peak arithmetic that is assumed to be reached, in (0, 1].
+        json: Print the figures as JSON instead of tables.
+    """
+
+    memory: float = 80.0
+    utilisation: float = 0.4
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.memory < math.inf:
+            raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation must be in (0, 1], got {self.utilisation}")

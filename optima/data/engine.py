@@ -1,0 +1,126 @@
+"""What an engine of the loader is given, what it gives back, and what all of them share: reading pictures.
+
+An engine chooses nothing: a job names the places in the stream, `Pictures` reads their bytes and chooses their windows.
+"""
+
+import abc
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optima.data.config import TransformConfig
+from optima.data.draws import Draws
+from optima.data.images import Header, inspect
+from optima.data.order import Place
+from optima.data.record import ImageSource, Records, Unusable
+from optima.data.transform import Window, evaluation_window, mirror_allowed, picture, training_window
+
+
+class PictureBatch(NamedTuple):
+    """images: uint8 [B, pictures, 3, S, S], see `optima.data.normalise`. indices: int64 [B], into the records.
+
+    epochs: int64 [B], the epoch in which each record comes, for `Record.text_at`.
+    """
+
+    images: Tensor
+    indices: Tensor
+    epochs: Tensor
+
+
+class Fault(NamedTuple):
+    """A picture that could not be used: which record, where, and `Unusable`'s fields."""
+
+    record: int
+    where: str
+    kind: str
+    reason: str
+
+
+class Job(NamedTuple):
+    """What an engine is asked for: places in the stream, and whether their windows are the training ones."""
+
+    places: list[Place]
+    training: bool
+
+
+class Ready(NamedTuple):
+    """A picture whose bytes are read: its place in the batch (row, side), and what is to be made of it."""
+
+    row: int
+    side: int
+    data: bytes
+    header: Header
+    window: Window
+
+
+class Pictures:
+    """Reads the pictures of records and chooses their windows; cheap to copy into worker processes.
+
+    The sources are kept in arrays, since a worker that touches Python objects copies the memory they lie in.
+    """
+
+    def __init__(self, records: Records, config: TransformConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.sides = len(records[0].images)
+        paths = list(dict.fromkeys(source.path for record in records.items for source in record.images))
+        number = {path: place for place, path in enumerate(paths)}
+        encoded = [os.fsencode(path) for path in paths]
+        self._paths = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *(len(path) for path in encoded)])
+        self._sources = np.array(
+            [[(number[s.path], s.offset, s.size) for s in record.images] for record in records.items], dtype=np.int64
+        )
+        self._mirror = np.array([mirror_allowed(records.task, record) for record in records.items]) & config.mirror
+
+    def source(self, index: int, side: int) -> ImageSource:
+        """Where a picture of a record is."""
+        path, offset, size = self._sources[index, side].tolist()
+        return ImageSource(os.fsdecode(self._paths[self._ends[path] : self._ends[path + 1]].tobytes()), offset, size)
+
+    def read(self, place: Place, row: int, side: int, training: bool) -> Ready:
+        """Reads a picture and chooses its window. Raises Unusable."""
+        data = self.source(place.record, side).read()
+        header = inspect(data)
+        if not training:
+            window = evaluation_window(header.width, header.height, self.config)
+        else:
+            draws = Draws(self.seed, (place.epoch * len(self._sources) + place.record) * self.sides + side)
+            window = training_window(header.width, header.height, self.config, draws, bool(self._mirror[place.record]))
+        return Ready(row, side, data, header, window)
+
+    def square(self, ready: Ready) -> Tensor:
+        """The square of a picture, uint8 [3, S, S]. Raises Unusable."""
+        return picture(ready.data, ready.header, ready.window, self.config)
+
+    def fault(self, place: Place, side: int, fault: Unusable) -> Fault:
+        """What is reported of a picture."""
+        return Fault(place.record, str(self.source(place.record, side)), fault.kind, fault.reason)
+
+
+def assemble(
+    places: Sequence[Place], images: Tensor, faults: Sequence[Fault], lost_rows: set[int]
+) -> tuple[PictureBatch, tuple[Fault, ...]]:
+    """The batch without its lost rows. images: uint8 [B, pictures, 3, S, S]."""
+    indices = torch.tensor([place.record for place in places], dtype=torch.int64)
+    epochs = torch.tensor([place.epoch for place in places], dtype=torch.int64)
+    if lost_rows:
+        kept = torch.tensor([row for row in range(len(places)) if row not in lost_rows], dtype=torch.int64)
+        images, indices, epochs = images[kept.to(images.device)], indices[kept], epochs[kept]
+    return PictureBatch(images, indices, epochs), tuple(faults)
+
+
+class Engine(abc.ABC):
+    """Runs jobs ahead of their use."""
+
+    @abc.abstractmethod
+    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[PictureBatch, tuple[Fault, ...]]]:
+        """The batches of the jobs, in order; jobs are drawn from the iterator ahead of their results."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends worker processes and threads."""

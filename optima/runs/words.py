@@ -1,0 +1,69 @@
+"""The words of a run: what its student reads and says, kept beside the student so that it can be used without the data.
+
+words.json holds the task, the tokenizer, the length of a text, the answers by class, and how a picture becomes the
+square that the student was trained on.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from optima.data.config import TransformConfig
+from optima.data.tokenizer import Tokenizer
+from optima.data.tokenizers import tokenizer_from_json
+from optima.limits import MAX_TEXT_LENGTH, MAX_VOCABULARY_BYTES
+from optima.runs.directory import RunDirectory
+from optima.sizes import whole_number
+from optima.task import TASKS, Task
+from optima.tasks.data import TaskData
+from optima.untrusted import read_json, shown
+from optima_core.errors import OptimaError
+
+NAME = "words.json"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its pictures."""
+
+    task: Task
+    tokenizer: Tokenizer
+    text_length: int
+    classes: tuple[str, ...]
+    transform: TransformConfig
+
+
+def write_words(directory: RunDirectory, data: TaskData, transform: TransformConfig) -> None:
+    """Writes words.json of a run on the data, whose pictures went through the transform."""
+    directory.write_json(
+        NAME,
+        {
+            "task": data.task,
+            "text_length": data.text_length,
+            "classes": list(data.classes),
+            "tokenizer": data.tokenizer.to_json(),
+            "transform": asdict(replace(transform, image_size=data.picture_size)),
+        },
+    )
+
+
+def read_words(run: Path) -> Words:
+    """Raises OptimaError if the run directory has no readable words.json."""
+    path = run / NAME
+    if not path.exists():
+        raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished")
+    values = read_json(path, "words", MAX_VOCABULARY_BYTES)
+    try:
+        if not isinstance(values["task"], str) or values["task"] not in TASKS:
+            raise ValueError(f"unknown task {values['task']!r:.80}")
+        classes = values["classes"]
+        if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+            raise ValueError(f"classes must be a list of texts, got {classes!r:.80}")
+        return Words(
+            values["task"],
+            tokenizer_from_json(values["tokenizer"]),
+            whole_number(values["text_length"], "text_length", 2, MAX_TEXT_LENGTH),
+            tuple(classes),
+            TransformConfig(**values["transform"]),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OptimaError(f"{path} cannot be read ({shown(' '.join(str(error).split()))})") from None

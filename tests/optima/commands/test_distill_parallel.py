@@ -1,0 +1,132 @@
+"""The main job under torchrun, with gloo: a lost rank, a request to stop, and going on with another number of ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optima.run import main
+from optima_core import CheckpointStore
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(options: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "--", "optima.run", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_rounds(run: Path, rounds: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(rows_of(run)) >= rounds:
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"no {rounds} rounds came: {process.communicate()}")
+
+
+def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The process id of a rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher.pid and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+        except OSError:  # it has just ended
+            continue
+    pytest.fail(f"there is no rank {rank}")
+
+
+def told(errors: str) -> list[str]:
+    """Our lines, without what torchrun says of the processes it started."""
+    return [line for line in errors.splitlines() if line.startswith("optima:")]
+
+
+def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_number_of_ranks(
+    brief: list[str], tmp_path: Path
+) -> None:
+    run, rounds = tmp_path / "run", 40
+    options = [*brief, "--engine.rounds", str(rounds), "--engine.steps_per_round", "1", "--report", "false"]
+    assert main([*options, "--run", str(tmp_path / "whole")]) == 0
+
+    process = start([*(word for word in options if word != "--quiet"), "--run", str(run)])
+    wait_for_rounds(run, 3, process)
+    os.kill(rank_process(process, 1), signal.SIGKILL)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert len(told(errors)) == 1, errors
+    assert "a process of the run was lost" in told(errors)[0]
+    numbers = [line.split()[1] for line in output.splitlines() if line.startswith("round ")]
+    assert numbers == [f"{i}/{rounds}" for i in range(1, len(numbers) + 1)], "more than one rank speaks"
+    state = CheckpointStore(run / "checkpoints").load()
+    assert state is not None
+
+    process = start([*options, "--run", str(run), "--resume", "--parallel", "fsdp"])
+    wait_for_rounds(run, state["distiller"]["round"] + 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert told(errors) == ["optima: stopped; continue with the same command and --resume"], errors
+    state = CheckpointStore(run / "checkpoints").load()
+    assert state is not None
+    assert state["distiller"]["round"] == len(rows_of(run)) < rounds
+    assert {path.name for path in run.iterdir()} <= {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "start.safetensors",
+    }
+
+    assert main([*options, "--run", str(run), "--resume"]) == 0
+    ours, theirs = rows_of(run), rows_of(tmp_path / "whole")
+    assert [row["arm"] for row in ours] == [row["arm"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        # The order of sums differs, by some 1e-7 a step.
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+        assert one["probe"] == pytest.approx(other["probe"], rel=1e-4)
+
+
+def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:
+    rate = ["--engine.optimiser.learning_rate", "1e30", "--engine.optimiser.warmup", "0"]
+    process = start([*brief, "--run", str(tmp_path / "run"), *rate])
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert len(told(errors)) == 1, errors
+    assert "became NaN or infinite in round 1" in told(errors)[0]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    brief: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import contextlib
+    from collections.abc import Iterator
+
+    from optima_core.parallel import Ranks
+
+    @contextlib.contextmanager
+    def three(strategy: str) -> Iterator[Ranks]:
+        yield Ranks(0, 3)
+
+    monkeypatch.setattr("optima.commands.distill.join_ranks", three)
+    assert main([*brief, "--run", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "optima: batch_size must be a multiple of the 3 ranks, got 4\n"

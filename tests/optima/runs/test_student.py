@@ -1,0 +1,179 @@
+"""Captions and answers about picture files: the same as evaluation gives, and one line for what cannot be done."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal, get_args
+
+import pytest
+import torch
+from PIL import Image
+
+from optima.coca.checkpoint import load_coca
+from optima.data.config import TransformConfig
+from optima.data.pictograms.stream import Pictograms
+from optima.data.tokenizer import word_tokenizer
+from optima.data.tokenizers import tokenizer_from_json
+from optima.run import main
+from optima.runs.directory import RunDirectory
+from optima.runs.student import load_student
+from optima.runs.words import write_words
+from optima.task import Task
+from optima.tasks.evaluate import evaluate
+from optima.tasks.pictograms import PictogramTask
+from optima_core import OptimaError
+
+ITEMS = 6
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory a task, as far as `use` looks at it, and the test split's first pictures as files."""
+    root = tmp_path_factory.mktemp("runs")
+    for task in get_args(Task):
+        directory = RunDirectory(root / task, resume=False, keep=1)
+        (root / task / "student.safetensors").write_bytes(teacher_file.read_bytes())
+        write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
+        images = Pictograms("test").batch(task, 0, ITEMS).images
+        for number, pictures in enumerate(images):
+            for side, pixels in enumerate(pictures):
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / task / f"{number}-{side}.png")
+    return root
+
+
+def test_captions_are_those_of_the_evaluation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PictogramTask("captioning", 0, torch.device("cpu"))
+    expected = evaluate(load_coca(runs / "captioning" / "student.safetensors"), data, "test", limit=ITEMS).predictions
+    files = [str(runs / "captioning" / f"{number}-0.png") for number in range(ITEMS)]
+    assert load_student(runs / "captioning").caption(files) == expected
+    assert main(["caption", *files, "--run", str(runs / "captioning")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)]
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])
+def test_answers_are_those_of_the_evaluation(task: Task, runs: Path) -> None:
+    data = PictogramTask(task, 0, torch.device("cpu"))
+    expected = evaluate(load_coca(runs / task / "student.safetensors"), data, "test", limit=ITEMS).predictions
+    student = load_student(runs / task)
+    for number, answer in enumerate(expected):
+        example = Pictograms("test").example(task, number)
+        files = [runs / task / f"{number}-{side}.png" for side in range(len(example.scenes))]
+        probabilities = student.answer(example.text, files)
+        assert next(iter(probabilities)) == answer
+        assert set(probabilities) == set(data.classes)
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+
+
+@pytest.mark.parametrize(("fit", "edge"), [("crop", (0, 255, 0)), ("squash", (255, 0, 0))])
+def test_a_picture_is_shown_as_the_student_was_trained_to_see_it(
+    fit: Literal["crop", "squash"], edge: tuple[int, int, int], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs / fit
+    shutil.copytree(runs / "captioning", run)
+    write_words(
+        RunDirectory(run / "words", resume=False, keep=1), PictogramTask("captioning"), TransformConfig(fit=fit)
+    )
+    (run / "words" / "words.json").replace(run / "words.json")
+    wide = Image.new("RGB", (256, 128), (0, 255, 0))
+    wide.paste((255, 0, 0), (0, 0, 64, 128))
+    wide.save(run / "wide.png")
+    seen: list[torch.Tensor] = []
+
+    def look(_: object, images: torch.Tensor, **__: object) -> torch.Tensor:
+        seen.append(images)
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    monkeypatch.setattr("optima.runs.student.generate", look)
+    load_student(run, device="cpu").caption([run / "wide.png"])
+    left = seen[0][0, :, 32, 0]
+    torch.testing.assert_close(left, torch.tensor(edge) / 127.5 - 1, atol=0.02, rtol=0)
+
+
+def test_a_device_that_is_not_there_is_one_line(runs: Path) -> None:
+    assert load_student(runs / "vqa", device="cpu").device.type == "cpu"
+    with pytest.raises(OptimaError, match="device 'gpu' cannot be used"):
+        load_student(runs / "vqa", device="gpu")
+
+
+def test_case_and_punctuation_of_a_question_do_not_matter(runs: Path) -> None:
+    student, file = load_student(runs / "vqa"), runs / "vqa" / "0-0.png"
+    assert student.answer("How many objects are there?", [file]) == student.answer("how many objects are there", [file])
+
+
+def test_a_word_the_student_does_not_know_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["answer", str(runs / "vqa" / "0-0.png"), "--run", str(runs / "vqa"), "--show", "2"]
+    with pytest.warns(UserWarning, match="the student does not know quokka"):
+        assert main([*words, "--text", "is there a quokka"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["caption", "0-0.png", "--run", "vqa"], "taught vqa; use `answer`"),
+        (["answer", "0-0.png", "--run", "captioning", "--text", "a dog"], "taught captioning; use `caption`"),
+        (["answer", "0-0.png", "--run", "nlvr2", "--text", "a dog"], "nlvr2 takes 2 pictures a text, got 1"),
+        (["answer", "0-0.png", "--run", "vqa", "--text", "is there a dog " * 9], "the text is too long"),
+        (["caption", "missing.png", "--run", "captioning"], "there is no "),
+        (["caption", "words.json", "--run", "captioning"], "words.json: "),
+        (["caption", "0-0.png", "--run", "nowhere"], "nowhere/student.safetensors does not exist"),
+        (["caption", "--run", "captioning"], "picture"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    arguments: list[str], said: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs / arguments[arguments.index("--run") + 1]
+    placed = [str(run / word) if word.endswith((".png", ".json")) else word for word in arguments]
+    placed[placed.index("--run") + 1] = str(run)
+    assert main(placed) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("vqa", {"text_length": "x"}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 10**9}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 999}, "says 999"),
+        ("vqa", {"classes": None}, "classes must be a list of texts"),
+        ("vqa", {"classes": ["yes"]}, "words.json has 1"),
+        ("vqa", {"task": ["vqa"]}, "unknown task"),
+        ("vqa", {"tokenizer": 3}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": []}}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": {"model": {}}}}, "no tokenizer"),
+    ],
+)
+def test_words_of_another_shape_are_refused_in_one_line(
+    task: str, change: dict[str, object], said: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / task / "student.safetensors")
+    (tmp_path / "words.json").write_text(json.dumps(json.loads((runs / task / "words.json").read_text()) | change))
+    assert main(["answer", str(runs / task / "0-0.png"), "--run", str(tmp_path), "--text", "is there a dog"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "3", "[]", "null", "{", ""])
+def test_words_that_are_none_are_refused_in_one_line(
+    content: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / "vqa" / "student.safetensors")
+    (tmp_path / "words.json").write_text(content)
+    assert main(["caption", str(runs / "vqa" / "0-0.png"), "--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "words.json" in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_survives_being_written() -> None:
+    tokenizer = word_tokenizer()
+    again = tokenizer_from_json(tokenizer.to_json())
+    texts = ["three cats above a dog", "Quokka?"]
+    assert torch.equal(again.encode(texts, 9), tokenizer.encode(texts, 9))
+    assert (again.pad_id, again.start_id, again.end_id) == (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id)
