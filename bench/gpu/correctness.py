@@ -167,14 +167,14 @@ def selfchecks(context: Context) -> Iterator[Item]:
     """What a first use on this GPU would ask."""
     from optima_kernels.shared import selfcheck
 
-    def run(loss: str) -> dict[str, Any]:
-        outcome = selfcheck.check(loss, context.device)
-        if not outcome.passed:
-            raise Wrong(outcome.detail)
+    def run(loss: str, variant: str) -> dict[str, Any]:
+        outcome = selfcheck.check_anew(loss, variant, context.device)
+        if outcome.verdict != "right":
+            raise Wrong(f"{outcome.verdict}: {outcome.detail}")
         return {"error": outcome.error}
 
-    for loss in list(selfcheck.PROBLEMS)[: 1 if context.rehearse else None]:
-        yield Item(loss, lambda loss=loss: run(loss))  # type: ignore[misc]
+    for loss, variant in selfcheck.everything_usual()[: 1 if context.rehearse else None]:
+        yield Item(f"{loss} {variant}", lambda loss=loss, variant=variant: run(loss, variant))  # type: ignore[misc]
 
 
 def tests(context: Context) -> Iterator[Item]:

@@ -19,7 +19,6 @@ from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.pairs import module_pairs
 from optima.commands.console import make_console, make_table
 from optima.data.config import HELD
-from optima.report import write_report
 from optima.runs.config import DistillConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, WithEvents, make_display
@@ -275,10 +274,16 @@ def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progr
     )
     directory.write_json(SUMMARY, summary)
     if config.report and progress.rounds:
-        write_report(directory.path)
+        _draw_report(directory)
     elif config.report:
         warnings.warn(f"no report is drawn, since no row of {directory.metrics} is left", stacklevel=2)
     return summary
+
+
+def _draw_report(directory: RunDirectory) -> None:
+    from optima.report import write_report  # what draws takes a second to load, which no run should wait for
+
+    write_report(directory.path)
 
 
 def run_distill(config: DistillConfig) -> None:

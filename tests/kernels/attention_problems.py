@@ -88,9 +88,11 @@ class Case:
         causal[-1] = ~forbidden[0, 0, 0]
         return causal
 
-
     def _log_sums(self, side: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Of every row of masked, scaled scores, as a forward pass would hand them out; NaN where there is no key, which nobody may look at."""
+        """Of every row of masked, scaled scores, as a forward pass hands them out.
+
+        NaN where a row has no key, which nobody may look at.
+        """
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         q, k = tensors[f"q_{side}"].double(), tensors[f"k_{side}"].double()
         k = torch.stack([k[:, h * k.shape[1] // q.shape[1]] for h in range(q.shape[1])], 1)
@@ -163,7 +165,9 @@ def cases(dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...], most_tokens:
             "scale_t": scale,
         }
     )
-    masks = st.sampled_from([None, None, "bool", "bool per sample", "additive", "additive per sample", "additive lowest", "cls"])
+    masks = st.sampled_from(
+        [None, None, "bool", "bool per sample", "additive", "additive per sample", "additive lowest", "cls"]
+    )
     drawn = st.builds(
         Case,
         generator_seed=st.integers(0, 2**31),

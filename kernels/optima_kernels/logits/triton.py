@@ -154,7 +154,10 @@ def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tens
     are to be multiplied by in a row, the larger of them 1. Sets `scale` to what they lack then."""
     tokens = len(layer.h_s)
     share = scale.new_zeros(2)
-    share[0] = 1.0 / tokens if layer.counts is None else layer.counts.sum().clamp(min=1).reciprocal()
+    if layer.counts is None:
+        share[0].fill_(1.0 / tokens)  # an assignment would copy from the host, and wait
+    else:
+        share[0] = layer.counts.sum().clamp(min=1).reciprocal()
     unscaled = 1.0 / NARROW_SCALE if layer.h_s.dtype == torch.float16 else 1.0
     if layer.labels is None:
         torch.mul(share[0], options.temperature * unscaled, out=scale)
