@@ -80,7 +80,9 @@ def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> li
     weight = [x.weight for x in layers if x.weight is not None]
     token_weight = [x.token_weight for x in layers if x.token_weight is not None]
     projected = first.h_s.new_empty((len(layers), *first.h_t.shape)).unbind()
-    tile = tiling(target_of(first.h_s.device), first.h_s.dtype != torch.float32)
+    rows = (*first.weight.shape, first.h_s.stride(0), first.weight.stride(0))
+    aligned = all(length % 8 == 0 for length in rows)
+    tile = tiling(target_of(first.h_s.device), first.h_s.dtype != torch.float32, aligned)
     if gate is None:
         if token_weight:  # what does not count may be anything, and a product with 0 would not end that
             h_s = [x.masked_fill(counts[:, None] == 0, 0.0) for x, counts in zip(h_s, token_weight, strict=True)]
@@ -145,7 +147,7 @@ def _rows(
         wide_row_kernel[(tokens, count)](loss=shares, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
         return _finished(shares, None, layers, gate), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
 
-    tile = row_tiling(width)
+    tile = row_tiling(width, x[0].dtype != torch.float32)
     blocks = triton.cdiv(tokens, tile["BR"])
     turns = max(min(blocks * count // FULL, MOST_TURNS), 1)
     programs = triton.cdiv(blocks, turns)
@@ -194,10 +196,13 @@ def _finished(
     return losses.unbind()
 
 
-def row_tiling(width: int) -> dict[str, int]:
-    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once."""
+def row_tiling(width: int, narrow: bool) -> dict[str, int]:
+    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once.
+
+    `narrow` says that x has 16 bits.
+    """
     columns = triton.next_power_of_2(width)
     elements = 1024 if columns <= NARROW else 2048
     # The next rows are on their way while these are worked on, where shared memory holds them.
-    tile = {"num_warps": 4, "STAGES": 3} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
+    tile = {"num_warps": 4, "STAGES": 3 if narrow else 2} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
     return {"BR": max(elements // columns, 1), "BC": columns, **tile}

@@ -48,8 +48,9 @@ class Tiling(NamedTuple):
         }
 
 
-def tiling(target: str, narrow: bool) -> Tiling:
-    """The tiling of products for "interpreter", "sm_90" or the like; `narrow` says that operands have 16 bits.
+def tiling(target: str, narrow: bool, aligned: bool) -> Tiling:
+    """The tiling of products for "interpreter", "sm_90" or the like; `narrow` says that operands have 16 bits,
+    `aligned` that eight of them can be read at once.
 
     Fixed, not tuned at run time. Chosen from compiled code: no spilled register on any target. On sm_90 a program has
     one warp group: of two, Triton to 3.7 lets one overwrite operands that the other's products may still read.
@@ -57,9 +58,9 @@ def tiling(target: str, narrow: bool) -> Tiling:
     if target == "interpreter":
         return Tiling(32, 32, 32, 4, 1)
     if not narrow:
-        # Of 64 rows Triton 3.7 makes tf32 products on sm_100, in `logits_kernel`, whatever precision is asked for.
-        return Tiling(32 if target.startswith("sm_10") else 64, 64, 16, 4, 2)
-    if target.startswith("gfx"):
+        # Of 64 rows Triton 3.7 makes tf32 products on sm_100, whatever precision is asked for.
+        return Tiling(32, 64, 16, 4, 2) if target.startswith("sm_10") else Tiling(64, 64, 16, 4, 3)
+    if target.startswith("gfx") or not aligned:
         return Tiling(64, 64, 32, 4, 2)
     if target.startswith("sm_9"):
         return Tiling(128, 128, 32, 4, 4)

@@ -127,6 +127,7 @@ def launches_on(name: str) -> Iterator[Log]:
         stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda device=None: properties))
         stack.enter_context(patch.object(target, "architecture", lambda device: name))
         stack.enter_context(patch.object(dispatch, "runs_triton", lambda tensor: True))
+        stack.enter_context(patch.object(dispatch, "WITHOUT_AUTOCAST", ()))
         for function in ("is_autocast_enabled", "get_autocast_dtype"):
             stack.enter_context(patch.object(torch, function, _on_cpu(getattr(torch, function))))
         stack.enter_context(patch.object(torch, "autocast", _on_cpu(torch.autocast)))
