@@ -131,7 +131,7 @@ def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tenso
     gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
     solve_layers = _means if options.mean_heads else _matches
     totals = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
-    each = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
+    each: Sequence[Tensor | float] = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
     return [
         Solution(total, terms, *grads) for total, terms, grads in zip(totals.unbind(), each, gradients, strict=True)
     ]
