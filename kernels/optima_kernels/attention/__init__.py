@@ -115,7 +115,7 @@ def attention_map_loss(
         sample_weight=sample_weight,
         gate=None if gate is None else gate[None],
         backend=backend,
-    )[0]
+    ).squeeze(0)
 
 
 def attention_map_losses(

@@ -131,7 +131,10 @@ def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tenso
     gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
     solve_layers = _means if options.mean_heads else _matches
     totals = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
-    return [Solution(totals[i], counts[i], *gradients[i]) for i in range(len(layers))]
+    each: Sequence[Tensor | float] = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
+    return [
+        Solution(total, terms, *grads) for total, terms, grads in zip(totals.unbind(), each, gradients, strict=True)
+    ]
 
 
 def _pointers(layers: Sequence[Layer], name: str) -> tuple[Tensor, ...] | None:
@@ -186,8 +189,8 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
     return lse.unbind()
 
 
-def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor:
-    """How many terms the loss has: [layers, B], float32."""
+def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor | float:
+    """How many terms the loss has: [layers, B] in float32, or a number for all of them."""
     first = layers[0]
     (batch, heads, queries, _), keys = first.q_s.shape, first.k_s.shape[2]
     maps = 1 if options.mean_heads else heads
@@ -202,16 +205,17 @@ def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) ->
         )
         return count.sum((2, 3)) * (maps // distinct)
     if first.key_lengths is None:
-        lengths = first.q_s.new_full((len(layers), batch), keys, dtype=torch.float32)
-    else:
-        lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None])
-        lengths = lengths.clamp(0, keys).float()
+        diagonal = min(queries, keys)
+        causal = diagonal * (diagonal + 1) / 2 + (queries - diagonal) * keys
+        return maps * (queries if not mse else causal if options.causal else queries * keys)
+    lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None]).clamp(0, keys)
+    lengths = lengths.float()
     if not mse:
         return maps * queries * (lengths > 0).float()
     if not options.causal:
         return maps * queries * lengths
-    diagonal = lengths.clamp(max=queries)
-    return maps * (diagonal * (diagonal + 1) / 2 + (queries - diagonal) * lengths)
+    on_diagonal = lengths.clamp(max=queries)
+    return maps * (on_diagonal * (on_diagonal + 1) / 2 + (queries - on_diagonal) * lengths)
 
 
 Gradients = Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
