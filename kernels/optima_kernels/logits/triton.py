@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from optima_kernels.logits.problem import Layer, Options, Solution
@@ -220,7 +219,7 @@ def _walk(columns: int, dtype: torch.dtype, is_long: bool) -> dict[str, Any]:
     """How a program walks a row: 16 bytes a thread and load, or less where the arithmetic takes many registers, and two
     tiles ahead."""
     each = 4 if is_long else 16 // dtype.itemsize
-    lanes = triton.next_power_of_2(columns)
+    lanes = 1 << (columns - 1).bit_length()
     if INTERPRETED:
         return {"BC": max(lanes // 8, 64), "STAGES": 1, "num_warps": 1}  # small vocabularies have several tiles, too
     lanes = min(lanes, 8 * 32 * each)
