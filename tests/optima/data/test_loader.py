@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -268,3 +270,23 @@ def test_dali_that_is_missing_is_named(coco: Records, monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "optima.data.dali_engine", raising=False)
     with pytest.raises(OptimaError, match="engine dali needs the package nvidia-dali"):
         loader_of(coco, "dali")
+
+
+def test_dali_copies_every_batch_on_one_stream(coco: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator keeps a pool of memory a stream: a stream a batch would keep dozens of batches."""
+    for name in ("nvidia", "nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.delitem(sys.modules, "optima.data.dali_engine", raising=False)
+    from optima.data.dali_engine import DaliEngine
+
+    made = MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    engine = DaliEngine(MagicMock(), LoaderConfig(), torch.device("cpu"), resample_in_dali=True)
+    for _ in range(3):
+        engine._from_gpu(None, MagicMock(ready=[]), (2, 1, 3, 4, 4))
+    assert made.call_count == 1
+    assert made.return_value.synchronize.call_count == 3
+    monkeypatch.delitem(sys.modules, "optima.data.dali_engine")
