@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from optima_kernels.logits.problem import Layer, Options, Solution
 from optima_kernels.logits.triton_products import PADDING, GatedProducts, VendorProducts
 from optima_kernels.logits.triton_rows import row_kernel
+from optima_kernels.shared.dispatch import INTERPRETED
 
 DIVERGENCE = {"forward": 0, "reverse": 1, "jsd": 2}
 # What float16 gradients of logits are multiplied by, and what they are cut off at.
@@ -219,5 +219,8 @@ def _walk(columns: int, dtype: torch.dtype, is_long: bool) -> dict[str, Any]:
     """How a program walks a row: 16 bytes a thread and load, or less where the arithmetic takes many registers, and two
     tiles ahead."""
     each = 4 if is_long else 16 // dtype.itemsize
-    lanes = min(triton.next_power_of_2(columns), 8 * 32 * each)
+    lanes = 1 << (columns - 1).bit_length()
+    if INTERPRETED:
+        return {"BC": max(lanes // 8, 64), "STAGES": 1, "num_warps": 1}  # small vocabularies have several tiles, too
+    lanes = min(lanes, 8 * 32 * each)
     return {"BC": lanes, "STAGES": 3, "num_warps": max(lanes // (32 * each), 1)}

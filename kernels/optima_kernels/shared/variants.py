@@ -262,8 +262,8 @@ def _hidden(options: dict[str, str], dtypes: list[torch.dtype], draw: Draw) -> M
 
 
 def _logits(options: dict[str, str], dtypes: list[torch.dtype], draw: Draw) -> Made:
-    """70 tokens, of which some do not count, and a vocabulary of 208 or 203."""
-    vocabulary = 208 if options["whole"] == "1" else 203
+    """70 tokens, of which some do not count, and a vocabulary of two tiles and a part of one, 4208 or 4203 words."""
+    vocabulary = 4208 if options["whole"] == "1" else 4203
     arguments: dict[str, Any] = {
         "h_s": draw(70, 48).to(dtypes[0]),
         "w_s": (draw(vocabulary, 48) * 48**-0.5).to(dtypes[1]),
