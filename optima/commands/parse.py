@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Container, Iterator, Sequence
 from difflib import get_close_matches
@@ -115,7 +116,7 @@ def _config_word(value: str, name: str, command: Command) -> str:
     known = recipes_of(command.recipes)
     if value in known:
         return json.dumps(known[value].options())
-    if Path(value).is_file():
+    if os.path.isfile(value):
         return value
     if value in RECIPES:
         listed = f"the recipes of {name} are {', '.join(known)}" if known else f"{name} has no recipes"
@@ -156,8 +157,8 @@ def _with_own_config(words: list[str], config: type[Any]) -> list[str]:
         return words
     run = values.get("run")
     if run is None and "config" in values:
-        text = values["config"]
-        given = _file_values(Path(text)) if Path(text).is_file() else load_yaml(text, "config")
+        text = values["config"]  # a file, or what a recipe says
+        given = _file_values(Path(text)) if os.path.isfile(text) else load_yaml(text, "config")
         run = given.get("run") if isinstance(given, dict) else None
     own = Path(str(run)) / "config.yaml" if run is not None else config.run / "config.yaml"
     return ["--config", str(own), *words] if own.is_file() else words

@@ -89,7 +89,10 @@ class Case:
         return causal
 
     def _log_sums(self, side: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Of every row of masked, scaled scores, as a forward pass would hand them out; NaN where there is no key, which nobody may look at."""
+        """Of every row of masked, scaled scores, as a forward pass hands them out.
+
+        NaN where a row has no key, which nobody may look at.
+        """
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         q, k = tensors[f"q_{side}"].double(), tensors[f"k_{side}"].double()
         k = torch.stack([k[:, h * k.shape[1] // q.shape[1]] for h in range(q.shape[1])], 1)

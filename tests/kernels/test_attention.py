@@ -38,8 +38,11 @@ def test_blocked_equals_reference(case: Case, device: torch.device) -> None:
 
 
 def map_by_the_definition(q: Tensor, k: Tensor, heads: int) -> list[list[list[list[float]]]]:
-    """MiniLMv2 of q, k [B, H, N, d]: the heads' vectors of a token end to end, cut into `heads` pieces of one width; the
-    softmax over keys of the pieces' inner products over the square root of that width: [B][heads][N][M]."""
+    """MiniLMv2's relations of q, k [B, H, N, d], as [B][heads][N][M].
+
+    The heads' vectors of a token end to end are cut into `heads` pieces of one width; a relation is the softmax over
+    keys of the pieces' inner products, divided by the square root of that width.
+    """
     batch, own_heads, _, width = q.shape
 
     def piece(x: Tensor, b: int, h: int, token: int) -> list[float]:
@@ -66,7 +69,7 @@ def map_by_the_definition(q: Tensor, k: Tensor, heads: int) -> list[list[list[li
 
 
 def test_relations_are_those_of_the_definition(backend: str, seed: int, device: torch.device) -> None:
-    """Heads of different numbers and widths, cut anew into three: KL of a row, averaged over samples, heads and rows."""
+    """Heads of different numbers and widths, cut anew into three: KL of rows, averaged over samples, heads and rows."""
     tensors = {
         "q_s": torch.randn(2, 2, 3, 6),
         "k_s": torch.randn(2, 2, 4, 6),

@@ -244,7 +244,8 @@ def _check_layer(
     for side, q, k in (("s", q_s, k_s), ("t", q_t, k_t)):
         if q.shape[1] % k.shape[1]:
             raise ValueError(
-                f"k_{side} must have a number of heads that divides the {q.shape[1]} heads of q_{side}, not {k.shape[1]}"
+                f"k_{side} must have a number of heads that divides the {q.shape[1]} heads of q_{side}, "
+                f"not {k.shape[1]}"
             )
     if (relation_heads is not None) != (heads == "relation"):
         raise ValueError(f'relation_heads must be given with heads="relation" and only then, not {relation_heads!r}')

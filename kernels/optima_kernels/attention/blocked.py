@@ -309,7 +309,7 @@ def _mean_of_logs_(rows: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor, Tenso
 def _compare_mean_mse(
     student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """sum (mean_h P_s - mean_h P_t)^2, and half of its gradient, which reaches every head as 1 / H of that to the mean."""
+    """sum (mean_h P_s - mean_h P_t)^2, and half of its gradient, of which every head gets 1 / H of that to the mean."""
     p_s = _maps_(student)
     difference = p_s.mean(1, keepdim=True).sub_(_maps_(teacher).mean(1, keepdim=True))
     if counted is not None:

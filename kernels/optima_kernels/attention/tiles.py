@@ -18,12 +18,12 @@ class Tiling(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A tiling for each kernel."""
+    """A tiling for each kernel; those of means take the queries' and the keys'."""
 
     lse: Tiling
     query: Tiling
     key: Tiling
-    mean: Tiling
+    mean: Tiling | None  # None where kernels of means do not fit
 
 
 # Of `count_kernel`, on every chip: it has no product.
@@ -38,23 +38,33 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     heads. Then loads are not made ahead, which would cost registers that are not there and, on Hopper, make products
     wait for each other.
 
-    Fixed, not tuned at run time. Four warps everywhere: a warp group's products are then waited for by that group
-    alone. Measured on an H100 (bfloat16, width 64, 577 tokens): 32 keys in three stages take 0.64 of the time of 64 keys
-    in two in `query_kernel`, because more programs fit a multiprocessor.
+    Fixed, not tuned at run time. Four warps wherever products are a warp group's, which that group alone then waits
+    for. Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of
+    the time of 64 keys in two, because more programs fit a multiprocessor.
     """
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
     if dtype == torch.float32:
         if width > 128:
             return None
-        square, query = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1) if width <= 64 else Tiling(16, 16, 4, 1)
-        return Tiles(square, query, square, square)
+        # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
+        square = Tiling(32, 32, 4, 1)
+        if width <= 64:
+            return Tiles(square, Tiling(32, 16, 4, 1), square, square)
+        return Tiles(square, Tiling(32, 16, 8, 1), square, None)
     if width > 256:
         return None
+    if target.startswith("gfx"):
+        return Tiles(*(Tiling(32, 64 if width <= 128 else 32, 4, 1),) * 4)
+    # Where a warp group's products do not read their left side from shared memory, it takes registers.
+    roomy = target.startswith("sm_9")
     if width > 128:
-        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
+        query = Tiling(64, 16, 4, 1) if roomy else Tiling(32, 32, 4, 1)
+        return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
+    if width > 64 and reads_maps and not roomy:
+        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(64, 32, 4, 1))
     ahead = 1 if reads_maps else 3
-    key_ahead = 1 if grouped and width > 64 else ahead
+    key_ahead = 1 if grouped and not (roomy and width <= 64) else ahead
     return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), Tiling(32, 64, 4, key_ahead), Tiling(64, 64, 4, 2))
 
 

@@ -29,7 +29,7 @@ FLOAT16_GAIN = 2**14
 
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Every layer's sums and gradients, layers that look alike in one launch a kernel; `gate` [L] on their device."""
-    with torch.cuda.device_of(layers[0].q_s):
+    with torch.cuda.device_of(layers[0].q_s):  # type: ignore[no-untyped-call]
         results: dict[int, Solution] = {}
         layers = [_readable(layer) for layer in layers]
         for members in _alike(layers):
@@ -44,12 +44,14 @@ def _by_torch(layer: Layer, options: Options) -> Solution:
     if not options.with_grad:
         return solution
     grad_q, grad_k = empty_gradients(layer, "triton")
-    assert solution.grad_q is not None and solution.grad_k is not None
+    assert solution.grad_q is not None
+    assert solution.grad_k is not None
     return solution._replace(grad_q=grad_q.copy_(solution.grad_q), grad_k=grad_k.copy_(solution.grad_k))
 
 
 def _readable(layer: Layer) -> Layer:
-    """q and k of one dtype a side, with features next to each other; a mask of bytes or floats; log-sum-exps in float32."""
+    """q and k of one dtype a side, with features next to each other; a mask of bytes or floats; log-sum-exps in
+    float32."""
     tensors: dict[str, Any] = {}
     for side in ("s", "t"):
         q, k = getattr(layer, f"q_{side}"), getattr(layer, f"k_{side}")
@@ -96,15 +98,14 @@ def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> l
         reads_maps=options.mean_heads or mask["PER_ELEMENT"],
         grouped=first.k_s.shape[1] < first.q_s.shape[1],
     )
-    if tiles is None:
+    if tiles is None or (options.mean_heads and tiles.mean is None):
         return [_by_torch(layer, options) for layer in layers]
 
-    batch, heads, queries, d_s = first.q_s.shape
     gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
     shared: dict[str, Any] = {
         "key_lengths": _pointers(layers, "key_lengths"),
         "gate": gate,
-        "N": queries,
+        "N": first.q_s.shape[2],
         "M": first.k_s.shape[2],
         "LAYERS": len(layers),
         "CAUSAL": options.causal,
@@ -255,6 +256,7 @@ def _means(
     first = layers[0]
     batch, heads, queries, _ = first.q_s.shape
     heads_k, keys = first.k_s.shape[1:3]
+    assert tiles.mean is not None
     row_tiles, key_tiles = triton.cdiv(queries, tiles.mean.queries), triton.cdiv(keys, tiles.mean.keys)
     total = _rows(layers, 1, row_tiles * key_tiles)
     quotients = None

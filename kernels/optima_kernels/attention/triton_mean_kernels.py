@@ -9,14 +9,14 @@ The loss looks at the means, so its gradient to every head's map is the same up 
 A constant added to a row of G changes nothing, r takes it away. So KL's -mean_t / mean_s is stored as
 (mean_s - mean_t) / mean_s, which 16 bits hold to their relative precision however near the means are.
 
-A student's mean below `LEAST` counts as `LEAST`: its logarithm, and with it the loss, ends at -83. Log-sum-exps and
-names are those of `triton_kernels`.
+A student's mean below `LEAST` counts as `LEAST`: its logarithm, and with it the loss, ends at -83. Log-sum-exps
+are those of `triton_kernels`, names those of `triton_parts`.
 """
 
 import triton
 import triton.language as tl
 
-from optima_kernels.attention.triton_kernels import (
+from optima_kernels.attention.triton_parts import (
     SIZES,
     allowed,
     dot,
@@ -142,7 +142,7 @@ def mean_query_kernel(
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is rounded to q's dtype."""
+    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is what is rounded."""
     i_l, i_b, i_h, _, i_0 = where_am_i(H, TILES, BI)
     o_i, o_d = i_0 + tl.arange(0, BI), tl.arange(0, BD_S)
     m_i = o_i < N
