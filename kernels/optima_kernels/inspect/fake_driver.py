@@ -131,6 +131,8 @@ def launches_on(name: str) -> Iterator[Log]:
         for function in ("is_autocast_enabled", "get_autocast_dtype"):
             stack.enter_context(patch.object(torch, function, _on_cpu(getattr(torch, function))))
         stack.enter_context(patch.object(torch, "autocast", _on_cpu(torch.autocast)))
+        available = _on_cpu(torch.amp.is_autocast_available)
+        stack.enter_context(patch.object(torch.amp, "is_autocast_available", available))
         stack.enter_context(_Operators(log))
         yield log
 

@@ -87,6 +87,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask about
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
