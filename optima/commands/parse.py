@@ -29,6 +29,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     after help or the version, which are printed.
     """
     words = list(arguments)
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # a byte of another encoding
+            raise OptimaError(f"words must be UTF-8, got {word!r:.80}")
     if words[:1] == ["--version"]:
         print(f"optima {__version__}")
         raise SystemExit(0)

@@ -13,7 +13,7 @@ from optima_kernels.shared.dispatch import INTERPRETED
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from optima_kernels.hidden import rows as hidden_kernels  # noqa: E402
+from optima_kernels.hidden import triton_rows as hidden_kernels  # noqa: E402
 from optima_kernels.inspect.counts import OUTSIDE, Launch, counting, tilings_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
