@@ -71,7 +71,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [N, M] = a [N, K] b [K, M] by the vendor's library, summed in float32; `out` may be wider than a and b."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and torch.version.hip is None:
+    elif a.device.type != "cpu" and torch.version.hip is None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

@@ -84,13 +84,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-# Devices that torch refuses to ask about autocast.
-WITHOUT_AUTOCAST: tuple[str, ...] = ("meta",)
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
     device = tensor.device.type
-    if device in WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
