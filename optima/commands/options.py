@@ -32,7 +32,8 @@ class EvaluateConfig:
     """Scores a model on a held-out split.
 
     Attributes:
-        model: Weights (.safetensors), such as a run directory's student.safetensors.
+        model: Weights (.safetensors), such as a run directory's student.safetensors. The words.json beside says how
+            pictures are fitted to squares, and which tokenizer is meant where data.tokenizer is null.
         tasks: Tasks to score; those that the model has no head for are refused. None named takes the task of the data,
             and of pictograms all that the model has heads for, and captioning.
         data: Which pictures and texts.

@@ -46,6 +46,21 @@ def write_words(directory: RunDirectory, data: TaskData, transform: TransformCon
     )
 
 
+def words_beside(weights: Path) -> Words | None:
+    """The words.json beside weights; None if there is none."""
+    return read_words(weights.parent) if (weights.parent / NAME).exists() else None
+
+
+def refuse_other_words(weights: Path, data: TaskData) -> None:
+    """Raises OptimaError if weights were trained with another vocabulary than the data's, by the words.json beside."""
+    known = words_beside(weights)
+    if known is not None and known.tokenizer.to_json() != data.tokenizer.to_json():
+        raise OptimaError(
+            f"{weights} was trained with the vocabulary of {weights.parent / NAME}, which is not that of {data.name} "
+            "now; finetune it on these texts first, or give the tokenizer it was trained with as --data.tokenizer"
+        )
+
+
 def read_words(run: Path) -> Words:
     """Raises OptimaError if the run directory has no readable words.json."""
     path = run / NAME

@@ -19,6 +19,7 @@ from optima.data.order import Place
 from optima.data.record import Records, RejectionLog, Unusable, counted_kinds
 from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import Tokenizer
+from optima.data.vocabulary import unknown_words
 from optima.task import TASKS, Task
 from optima.tasks import scoring
 from optima.tasks.batches import TaskBatch
@@ -49,6 +50,7 @@ class OfficialTask:
         picture_size: side of the squares, pixels.
         text_length: tokens in a row of text; longer texts are cut there.
         answers: size of VQAv2's answer vocabulary.
+        max_unknown: share of the words of the training texts, 0 to 1, that the tokenizer may lack.
         seed: of order and windows of the training pictures.
         device: where batches are wanted.
         rank: this process.
@@ -69,6 +71,7 @@ class OfficialTask:
         picture_size: int,
         text_length: int,
         answers: int,
+        max_unknown: float,
         seed: int = 0,
         device: torch.device | None = None,
         rank: int = 0,
@@ -88,6 +91,7 @@ class OfficialTask:
             loader, transform=dataclasses.replace(loader.transform, image_size=picture_size)
         )
         self._answers = answers
+        self._max_unknown = max_unknown
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._rank, self._world_size = rank, world_size
@@ -114,10 +118,24 @@ class OfficialTask:
                 answers=self._answers,
                 classes=known.classes if known is not None else None,
             )
+            self._refuse_unknown(records)
             self._read[split] = records
             if self._rank == 0:
                 self._tell(records)
         return self._read[split]
+
+    def _refuse_unknown(self, records: Records) -> None:
+        """Warns of words that the vocabulary lacks. Raises OptimaError if training would lose too many of them."""
+        found = unknown_words(self.tokenizer, (text for record in records.items for text in record.texts))
+        if not found.different:
+            return
+        if records.split == self._splits.train and found.share > self._max_unknown:
+            raise OptimaError(
+                f"{self.name} {records.split}: {found}; that is more than the share of {self._max_unknown:g} that is "
+                "allowed: give --data.tokenizer texts, a vocabulary of these texts, or raise data.max_unknown"
+            )
+        if self._rank == 0:
+            warnings.warn(f"{self.name} {records.split}: {found}", stacklevel=3)
 
     def _tell(self, records: Records) -> None:
         """Names the rows that cannot be used, and says how many there are."""

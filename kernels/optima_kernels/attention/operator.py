@@ -96,6 +96,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for pair in zip(*inputs[:2], strict=True) for x in pair]
+    ctx.backend = inputs[15]
     # A list of nothing but tensors is owed a list of gradients.
     ctx.without_gradient = [
         [None] * len(x) if isinstance(x, list) and all(isinstance(y, Tensor) for y in x) else None for x in inputs
@@ -106,12 +107,26 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
     if d_losses is None:
         return tuple(ctx.without_gradient)
     factor, *gradients = ctx.saved_tensors
+    if ctx.backend == "triton" and not in_graph and torch._C._functorch.maybe_get_level(d_losses) < 0:
+        return *_scale_together(gradients, d_losses[:, None] * factor, ctx.dtypes), *ctx.without_gradient[2:]
     per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
     scaled = [
         _times(gradient, per_sample[i // 2], dtype, in_graph)
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
     ]
     return scaled[::2], scaled[1::2], *ctx.without_gradient[2:]
+
+
+def _scale_together(
+    gradients: Sequence[Tensor], factors: Tensor, dtypes: Sequence[torch.dtype]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of q and of k, q and k in turn, times a factor a layer and sample [L, B]."""
+    from optima_kernels.shared.scaling import scaled
+
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another backward pass may come to read them
+    layers, scales = range(len(factors)), [1.0] * len(factors)
+    q, k = (scaled(gradients[i::2], layers, factors, scales, dtypes[i::2], keep) for i in range(2))
+    return q, k
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool) -> Tensor:

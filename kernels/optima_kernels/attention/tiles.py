@@ -48,10 +48,10 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         if width > 128:
             return None
         # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
-        square = Tiling(32, 32, 4, 1)
+        square, low = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1)
         if width <= 64:
-            return Tiles(square, Tiling(32, 16, 4, 1), square, square)
-        return Tiles(square, Tiling(32, 16, 8, 1), square, None)
+            return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square)
+        return Tiles(low, Tiling(32, 16, 8, 1), square, None)
     if width > 256:
         return None
     if target.startswith("gfx"):
@@ -62,7 +62,8 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         query = Tiling(64, 16, 4, 1) if roomy else Tiling(32, 32, 4, 1)
         return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
     if width > 64 and reads_maps and not roomy:
-        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(64, 32, 4, 1))
+        key = Tiling(16, 64, 4, 1) if target.startswith("sm_10") else Tiling(32, 32, 4, 1)
+        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1))
     ahead = 1 if reads_maps else 3
     key_ahead = 1 if grouped and not (roomy and width <= 64) else ahead
     return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), Tiling(32, 64, 4, key_ahead), Tiling(64, 64, 4, 2))

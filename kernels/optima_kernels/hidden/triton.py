@@ -4,7 +4,7 @@ The projected state is made by a matrix product. `row_kernel` then does all that
 projected state: it adds the bias, normalises, subtracts the teacher, sums the loss, and leaves the gradient, whose
 column sums are that of the bias. Two more products turn it into the gradients of state and weight, and it is freed
 before the forward pass returns. Products are the vendor's, or, since those run whether or not a gate is open, those of
-`products` where there is a gate. Without a projection `row_kernel` alone does it: both states are read once, the
+`triton_products` where there is a gate. Without a projection `row_kernel` alone does it: both states are read once, the
 gradient is written once.
 """
 
@@ -16,12 +16,11 @@ import triton
 from torch import Tensor
 
 from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
-from optima_kernels.hidden.rows import join_rows_kernel, row_kernel, wide_row_kernel
-from optima_kernels.shared.products import multiply_into, project, state_gradients, tiling, weight_gradients
+from optima_kernels.hidden.triton_products import multiply_into, project, state_gradients, tiling, weight_gradients
+from optima_kernels.hidden.triton_rows import join_rows_kernel, row_kernel, wide_row_kernel
+from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH
 from optima_kernels.shared.target import target_of
 
-# A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
-MOST_LAYERS_PER_LAUNCH = 32
 NORMALIZE = {None: 0, "layernorm": 1, "l2": 2}
 
 # Rows of more features do not fit into registers twice.
@@ -36,7 +35,7 @@ JOINED_PROGRAMS, JOINED_COLUMNS = 32, 32
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Loss and gradients of every layer, layers that look alike in one launch a kernel. A closed gate gives zeros."""
     solutions: dict[int, Solution] = {}
-    with torch.cuda.device_of(layers[0].h_s):
+    with torch.cuda.device_of(layers[0].h_s):  # type: ignore[no-untyped-call]
         for members in _alike(layers):
             gates = gate
             if gate is not None and len(members) < len(layers):

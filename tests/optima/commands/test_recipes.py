@@ -62,7 +62,7 @@ def test_a_recipe_of_another_command_is_refused_by_name() -> None:
         parse(["distill", "--config", "pretrain_teacher"])
     with pytest.raises(OptimaError, match="recipe own_images is one of `distill`; evaluate has no recipes"):
         parse(["evaluate", "--config", "own_images", "--model", "m"])
-    assert parse(["plan", "--config=own_images"])[1].student.name == "tiny12"
+    assert parse(["plan", "--config=own_images"])[1].data.tokenizer == "texts"
     assert {recipe.command for recipe in RECIPES.values()} == {"distill", "pretrain"}
 
 

@@ -139,6 +139,7 @@ def official(name: DataName, root: Path, rank: int = 0, world_size: int = 1, max
         picture_size=32,
         text_length=9,
         answers=3129,
+        max_unknown=1.0,
         rank=rank,
         world_size=world_size,
         report=root / "rejected.jsonl",
