@@ -13,11 +13,14 @@ Pairs = Sequence[tuple[LayerTap, LayerTap]]
 
 
 def alike_layers(pairs: Pairs) -> dict[tuple[int, ...], list[tuple[LayerTap, LayerTap]]]:
-    """The layers that have attention maps, together where those are as many, see alike and are scaled alike."""
+    """The layers that have attention maps, together where those are as many, of equal batches, and alike otherwise."""
     found: dict[object, list[int]] = {}
     for layer, (student, teacher) in enumerate(pairs):
         if student.attention:
-            kinds = [(s.causal, s.scale, t.scale) for s, t in zip(student.attention, teacher.attention, strict=True)]
+            kinds = [
+                (len(s.q), s.causal, s.scale, t.scale)
+                for s, t in zip(student.attention, teacher.attention, strict=True)
+            ]
             found.setdefault(tuple(kinds), []).append(layer)
     return {tuple(layers): [pairs[layer] for layer in layers] for layers in found.values()}
 
