@@ -12,7 +12,9 @@ run. A launch takes as long as the slowest of four resources needs, times what i
 - memory, at the measured bandwidth: every tensor once, and once more where a GEMM reads it again per tile of the other
   factor and it exceeds the L2 cache.
 
-A launch costs two microseconds on the GPU, and ten on the host; both are assumptions that measured times can replace.
+A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
+and the share of issue slots that latency leaves are set after measurements (bench/GPU.md). torch's own operators are
+passes over memory.
 Others are estimated by their passes over maps and logits. Writes bench/PREDICTED.md; with `--measured`, beside each
 estimate what a GPU said.
 """
@@ -44,7 +46,8 @@ class Machine:
     l2_bytes: float = 50e6
     clock: float = 1.755e9
     launch_seconds: float = 2e-6
-    host_seconds: float = 10e-6
+    host_seconds: float = 35e-6
+    issued: float = 0.6
 
     @property
     def multiprocessors(self) -> int:
@@ -56,8 +59,8 @@ class Machine:
 
     @property
     def slots(self) -> float:
-        """Instructions of a warp."""
-        return 4 * self.multiprocessors * self.clock
+        """Instructions of a warp, of which latency leaves the share that `lse_kernel` was measured to reach."""
+        return self.issued * 4 * self.multiprocessors * self.clock
 
 
 MACHINE = Machine()
@@ -119,6 +122,7 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
     for product in log.products:
         bounds["vendor products"] += of_product(product, machine)
     small = log.operators - len(log.products)
+    bounds["torch's operators"] += log.operator_bytes / machine.bytes
     bounds["launches"] += machine.launch_seconds * (len(log.launches) + log.operators)
     host = machine.host_seconds * (len(log.launches) + len(log.products) + small)
     return Estimate(bounds, host, tuple(dict.fromkeys(unknown)))

@@ -12,7 +12,6 @@ compute nothing; q and k are made of what they kept once the model is through.
 """
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,16 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optima_core.errors import OptimaError
+from optima_core.paths import expand_layers, find_submodule, join_path
 from optima_core.recompute import recompute_activations
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
+from optima_core.witness import Witness, unlike_scores
 
 
 @dataclass(frozen=True)
 class LinearQK:
     """Attention whose q and k come out of two submodules, as [B, N, heads * d] each.
 
-    The map must be softmax(q k^T / sqrt(d)) of these outputs: what a model does to q and k afterwards (rotary
-    positions, norms) is not seen.
+    The map must be softmax(q k^T / sqrt(d)) of these outputs. The first pass compares it with what the attention
+    computes, and a model that does more to q and k (rotary positions, norms, biases) is refused.
 
     Attributes:
         q: Path of the query projection, from the layer.
@@ -51,6 +52,8 @@ class LinearQK:
 @dataclass(frozen=True)
 class LinearQKV:
     """Self-attention with one projection for q, k and v, one after the other: [B, N, 3 * heads * d].
+
+    Refused like `LinearQK` where more than that is done to q and k.
 
     Attributes:
         qkv: Path of the projection, from the layer.
@@ -121,6 +124,7 @@ class Adaptor:
         self.model = model
         self.modules = dict(modules)
         self._layers = {name: tuple(_find_layers(model, paths)) for name, paths in self.modules.items()}
+        self._proven: set[tuple[str, ...]] = set()
         for name, paths in self.modules.items():
             unknown = {source.context for source in paths.attention} - {None, *self.modules}
             if unknown:
@@ -156,18 +160,50 @@ class Adaptor:
         unknown = set(wanted) - set(self.modules)
         if unknown:
             raise OptimaError(f"there is no module {min(unknown)!r}; the adaptor has {list(self.modules)}")
-        caught = _Caught()
+        caught, witness = _Caught(), Witness()
         with contextlib.ExitStack() as stack:
             if any(wanted.values()):
                 stack.enter_context(_without_fused_encoder())
             for name, numbers in wanted.items():
                 for i in numbers:
                     stack.enter_context(self._hooked(self._layers[name][i], self.modules[name], caught))
+                    stack.enter_context(self._watched(self._layers[name][i], self.modules[name], witness))
+            if witness.awaited:
+                stack.enter_context(witness)
             output = self.model(*arguments, **named)
         taps: Taps = {}
         for name, numbers in wanted.items():
             taps[name] = tuple(self._tap(name, self._layers[name][i], caught, valid) for i in numbers)
+            for i, tap in zip(numbers, taps[name], strict=True):
+                self._prove(self._layers[name][i], self.modules[name], tap, witness)
         return output, taps
+
+    @contextlib.contextmanager
+    def _watched(self, layer: _Layer, paths: LayerPaths, witness: Witness) -> Iterator[None]:
+        """On the first pass, the witness is told which projections ran last."""
+        handles = []
+        for source, found in zip(paths.attention, layer.sources, strict=True):
+            if not isinstance(source, TorchAttention) and found not in self._proven:
+                handles += witness.expect_after([self.model.get_submodule(path) for path in found], found)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _prove(self, layer: _Layer, paths: LayerPaths, tap: LayerTap, witness: Witness) -> None:
+        """Raises OptimaError if the attention computed other maps than those of the tap."""
+        for source, found, one in zip(paths.attention, layer.sources, tap.attention, strict=True):
+            if found in witness.scores:
+                error = unlike_scores(
+                    witness.scores[found], one.q, one.k, causal=one.causal or source.context is not None
+                )
+                if error:
+                    raise OptimaError(
+                        f"{', '.join(found)}: {error}; take optima_core.integrations.huggingface.TransformersAdaptor "
+                        "for a model of transformers, else let the model return its own taps"
+                    )
+            self._proven.add(found)
 
     @contextlib.contextmanager
     def _hooked(self, layer: _Layer, paths: LayerPaths, caught: "_Caught") -> Iterator[None]:
@@ -258,38 +294,17 @@ def _without_fused_encoder() -> Iterator[None]:
 
 
 def _find_layers(model: nn.Module, paths: LayerPaths) -> Iterator[_Layer]:
-    for path in _expand(model, paths.layers):
+    for path in expand_layers(model, paths.layers):
         sources = []
         for source in paths.attention:
             parts = _parts(source)
-            found = tuple(_join(path, part) for part in parts)
+            found = tuple(join_path(path, part) for part in parts)
             for part, heads in zip(found, parts.values(), strict=True):
-                _refuse_unreadable(source, part, _find(model, part), heads)
+                _refuse_unreadable(source, part, find_submodule(model, part), heads)
             sources.append(found)
-        hidden = _join(path, paths.hidden)
-        _find(model, hidden)
+        hidden = join_path(path, paths.hidden)
+        find_submodule(model, hidden)
         yield _Layer(path, hidden, tuple(sources))
-
-
-def _expand(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
-    if not isinstance(layers, str):
-        found = list(layers)
-    elif "*" not in layers:
-        found = [layers]
-    else:
-        before, _, after = layers.partition("*")
-        parent = before.removesuffix(".")
-        numbers = [name for name, _ in _find(model, parent).named_children() if name.isdecimal()]
-        found = [f"{before}{number}{after}" for number in numbers]
-        if not found:
-            raise OptimaError(f"layers {layers!r}: {parent or 'the model'} has no numbered layers")
-    for path in found:
-        _find(model, path)
-    return found
-
-
-def _join(path: str, part: str) -> str:
-    return f"{path}.{part}" if path and part else path or part
 
 
 def _parts(source: QKSource) -> dict[str, int]:
@@ -301,22 +316,6 @@ def _parts(source: QKSource) -> dict[str, int]:
             return {qkv: 3 * heads}
         case TorchAttention(path):
             return {path: 1}
-
-
-def _find(model: nn.Module, path: str) -> nn.Module:
-    found, place = model, ""
-    for name in path.split(".") if path else ():
-        children = dict(found.named_children())
-        if name not in children:
-            near = difflib.get_close_matches(name, children, n=1, cutoff=0.4)
-            hint = f"did you mean {_join(place, near[0])!r}?" if near else f"it has {_shown(list(children))}"
-            raise OptimaError(f"path {path!r}: {place or 'the model'} has no submodule {name!r}; {hint}")
-        found, place = children[name], _join(place, name)
-    return found
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
 
 
 def _refuse_unreadable(source: QKSource, path: str, found: nn.Module, heads: int) -> None:
@@ -340,7 +339,7 @@ def _refuse_unreadable(source: QKSource, path: str, found: nn.Module, heads: int
 def _queries_and_keys(
     model: nn.Module, source: QKSource, paths: Sequence[str], caught: _Caught, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """q [B, H, N, d] and k [B, H, M, d]."""
+    """q [B, H, N, d] and k [B, H_k, M, d]."""
     if isinstance(source, TorchAttention):
         attention = model.get_submodule(paths[0])
         assert isinstance(attention, nn.MultiheadAttention)
@@ -355,7 +354,7 @@ def _queries_and_keys(
     if not batch_first:
         q, k = q.transpose(0, 1), k.transpose(0, 1)
     q, k = (torch.unflatten(x, -1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, key_heads)))
-    return q, k.repeat_interleave(heads // key_heads, dim=1) if key_heads != heads else k
+    return q, k
 
 
 def _project(attention: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optima_core.bandit.arms import arm_gates, arm_names, count_arms
+from optima_core.comparable import refuse_other_masks
 from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
 from optima_core.graphs import CudaRecorder, ReplayedStep
@@ -98,7 +99,8 @@ class Distiller(Generic[Batch]):
         self._replayed = ReplayedStep(self.training, CudaRecorder(self.device)) if replays else None
         self._next: _Choice | None = None
         self._taught = self.training.teach(probe, self.names)
-        self.initial_probe = self.training.measure(probe, self._taught)
+        with self.objective.comparing_masks() as self._differing:
+            self.initial_probe = self.training.measure(probe, self._taught)
         self._modules_of_terms = _modules_of(self.initial_probe.terms, self.names, self.device)
         self.reward = self.meter.init(self.initial_probe.values[None])
         if not self.ranks.first:
@@ -125,6 +127,7 @@ class Distiller(Generic[Batch]):
         """One round, and what happened in it.
 
         Raises OptimaError, naming the loss term, if a loss became NaN or infinite; the state is then not worth saving.
+        Also if student and teacher mask their attention differently, so that their maps cannot be compared.
         """
         return self.launch_round().result()
 
@@ -242,6 +245,7 @@ class Distiller(Generic[Batch]):
             "std": std[0],
             "losses": torch.stack([found.values for found in steps]),
             "probe": probe.values,
+            "masks": torch.stack([*self._differing.values(), probe.values.new_zeros(())]),
         }
         number, step, learning_rate = self.round, self.step, float(self.training.schedule.get_last_lr()[0])
         layers = {name: pair.student_layers for name, pair in self.objective.pairs.items()}
@@ -249,6 +253,7 @@ class Distiller(Generic[Batch]):
         terms = steps[0].terms
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
+            refuse_other_masks(dict(zip(self._differing, values["masks"].tolist(), strict=False)))
             for i, row in enumerate(values["losses"], step - len(steps) + 1):
                 _refuse_non_finite(number, f"step {i}", terms, row)
             _refuse_non_finite(number, f"the probe after step {step}", probe.terms, values["probe"])

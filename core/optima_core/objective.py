@@ -8,14 +8,17 @@ layers of a module are compared in one call a kind. A module's terms may carry a
 is distilled this round, else 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from optima_core.comparable import alike_layers, differing_masks, refuse_other_maps, refuse_other_tokens
 from optima_core.config import ObjectiveConfig
+from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
 from optima_core.terms import LossGroup, LossTerm, record_order
@@ -53,14 +56,14 @@ class LinearPrediction(NamedTuple):
 class Forward(NamedTuple):
     """What a model shows the objective.
 
-    task_loss: scalar; the teacher's is not used.
+    task_loss: scalar; None where there are no labels, and of a teacher, whose is not used.
     prediction: None where predictions are not to be distilled.
     taps: module name -> taps of the wanted layers.
     task_count: the number of tokens or items that task_loss is a mean over, 0-d if a tensor; None where it is the same
         on all ranks.
     """
 
-    task_loss: Tensor
+    task_loss: Tensor | None
     prediction: LogitPrediction | LinearPrediction | None
     taps: Taps
     task_count: Tensor | int | None = None
@@ -109,6 +112,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.weigh = weigh
+        self._differing: dict[str, Tensor] | None = None
         self.pairs = {pair.name: pair for pair in modules}
         if len(self.pairs) != len(modules):
             raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
@@ -131,22 +135,44 @@ class Objective(nn.Module):
         """The unweighted losses; but for the task's, one of weight 0 is left out.
 
         gates: of the modules that are compared, which must have been tapped.
+
+        Raises OptimaError if there is nothing to learn from, or a map cannot be compared.
         """
         config, task_count = self.config, student.task_count
-        found = {LossGroup("task"): [_Means(student.task_loss, lambda: [1 if task_count is None else task_count])]}
+        found: dict[LossGroup, list[_Means]] = {}
+        if student.task_loss is not None:
+            found[LossGroup("task")] = [_Means(student.task_loss, lambda: [1 if task_count is None else task_count])]
         if config.logits and student.prediction is not None and teacher.prediction is not None:
             found[LossGroup("logits")] = [self._prediction(student.prediction, teacher.prediction)]
         for name, gate in gates.items():
             pairs = self._pairs(name, student, teacher)
             if config.hidden:
+                refuse_other_tokens(name, pairs)
                 found[LossGroup("hidden", name, tuple(range(len(pairs))))] = [self._hidden(name, pairs, gate)]
             if config.attention:
                 # A call compares maps of one kind: those of layers whose attentions are alike, first with first.
-                for layers, alike in _alike(pairs).items():
+                refuse_other_maps(name, pairs)
+                if self._differing is not None:
+                    self._differing |= differing_masks(name, pairs)
+                for layers, alike in alike_layers(pairs).items():
                     found[LossGroup("attention", name, layers)] = [
                         self._attention(alike, place, gate) for place in range(len(alike[0][0].attention))
                     ]
+        if not found:
+            raise OptimaError(
+                "there is no loss to learn from: no task loss, no predictions, and no module with a layer loss of a "
+                "weight above 0"
+            )
         return {group: _mean(means) for group, means in self._weighed(found).items()}
+
+    @contextlib.contextmanager
+    def comparing_masks(self) -> Iterator[dict[str, Tensor]]:
+        """Within, a forward pass fills in what `optima_core.comparable.refuse_other_masks` asks for."""
+        self._differing = {}
+        try:
+            yield self._differing
+        finally:
+            self._differing = None
 
     def weight(self, group: LossGroup | LossTerm) -> float:
         """The factor of a loss in the total; that of a layer is its share of the module's mean."""
@@ -241,22 +267,13 @@ class Objective(nn.Module):
             relation_heads=config.relation_heads,
             causal=ours[0].causal,
             mask=[s.mask for s in ours],
+            scale_s=ours[0].scale,
+            scale_t=theirs[0].scale,
             lse_s=[s.lse if keep_lse else None for s in ours],
             lse_t=[t.lse if keep_lse else None for t in theirs],
             gate=_of_layers(gate, len(pairs)),
         )
         return _Means(losses, partial(_count_attended, ours, config.attention_kind))
-
-
-def _alike(
-    pairs: Sequence[tuple[LayerTap, LayerTap]],
-) -> dict[tuple[int, ...], list[tuple[LayerTap, LayerTap]]]:
-    """The layers that have attention maps, together where their maps are as many and see alike."""
-    found: dict[tuple[bool, ...], list[int]] = {}
-    for layer, (student, _) in enumerate(pairs):
-        if student.attention:
-            found.setdefault(tuple(one.causal for one in student.attention), []).append(layer)
-    return {tuple(layers): [pairs[layer] for layer in layers] for layers in found.values()}
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

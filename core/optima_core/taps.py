@@ -11,13 +11,17 @@ from torch import Tensor
 
 
 class AttentionTap(NamedTuple):
-    """The inputs of one attention map, softmax(q k^T / sqrt(d) + mask).
+    """The inputs of one attention map, softmax(scale * q k^T + mask).
 
-    q: [B, H, N, d]. k: [B, H, M, d].
+    q: [B, H, N, d]. k: [B, H_k, M, d], H_k a divisor of H: each key head serves H / H_k query heads that follow each
+        other.
     causal: query i attends to keys 0..i only.
     mask: bool, broadcasts to [B, H, N, M], True where the pair counts. A row without any True (a padded query) is not
         compared.
     lse: [B, H, N] natural log-sum-exp of the scaled, masked scores, if the forward pass computed it anyway.
+    scale: factor of the scores; None for 1 / sqrt(d).
+    unlike: "", or what else makes the model's map, such as "scores are soft-capped"; the objective refuses to compare
+        it and says so.
     """
 
     q: Tensor
@@ -25,6 +29,8 @@ class AttentionTap(NamedTuple):
     causal: bool = False
     mask: Tensor | None = None
     lse: Tensor | None = None
+    scale: float | None = None
+    unlike: str = ""
 
 
 class LayerTap(NamedTuple):

@@ -123,7 +123,8 @@ def _settle(config: CompareConfig) -> None:
 def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
     """Raises OptimaError naming the first run that failed; runs under way are stopped, and save themselves."""
     started = time.monotonic()
-    with _processes() as start, ThreadPoolExecutor(config.jobs) as pool:
+    # The pool waits for its threads, so the processes that they wait for must have been stopped before.
+    with ThreadPoolExecutor(config.jobs) as pool, _processes() as start:
         pending = {pool.submit(start, cell, config.run): cell for cell in cells}
         try:
             for done, finished in enumerate(as_completed(pending), 1):

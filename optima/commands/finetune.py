@@ -66,7 +66,9 @@ def finetune_on(
     forward = TaskForward(model, config.task)
 
     def losses(step: int) -> dict[str, Tensor]:
-        return {config.task: forward(data.training_batch(step, config.batch_size), {}).task_loss}
+        loss = forward(data.training_batch(step, config.batch_size), {}).task_loss
+        assert loss is not None  # a task of ours has labels
+        return {config.task: loss}
 
     def after_step(step: int) -> None:
         if config.evaluate_every and step % config.evaluate_every == 0:

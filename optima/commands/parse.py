@@ -1,5 +1,6 @@
 """From words on a command line to a typed configuration: recipes, YAML files, overrides, and errors that teach."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     after help or the version, which are printed.
     """
     words = list(arguments)
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # a byte of another encoding
+            raise OptimaError(f"words must be UTF-8, got {word!r:.80}")
     if words[:1] == ["--version"]:
         print(f"optima {__version__}")
         raise SystemExit(0)
@@ -212,12 +216,20 @@ def _with_bare_words(words: list[str], option: str) -> list[str]:
             bare.append(word)
     if not bare:
         return others
-    for place, word in enumerate(others):
+    for place, word in enumerate(others[:-1]):
         if word == f"--{option}":  # `report --run runs/a runs/b`
-            bare = [*json.loads(others[place + 1]), *bare]
+            bare = [*_names(others[place + 1], option), *bare]
             del others[place : place + 2]
             break
     return [*others, f"--{option}={json.dumps(bare)}"]
+
+
+def _names(text: str, option: str) -> list[Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, list):
+            return found
+    raise OptimaError(f"{option} must be names between brackets and commas, got {text!r:.80}")
 
 
 def _leaves(config: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

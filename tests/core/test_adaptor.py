@@ -28,7 +28,8 @@ B, N, WIDTH, HEADS = 3, 6, 16, 4
 
 def map_of(tap: AttentionTap) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask), as the tap's definition says: [B, H, N, M]; 0 in rows that are not compared."""
-    scores = tap.q @ tap.k.transpose(2, 3) * tap.q.shape[-1] ** -0.5
+    k = tap.k.repeat_interleave(tap.q.shape[1] // tap.k.shape[1], dim=1)
+    scores = tap.q @ k.transpose(2, 3) * tap.q.shape[-1] ** -0.5
     allowed = torch.ones(scores.shape, dtype=torch.bool) if tap.mask is None else tap.mask.expand(scores.shape)
     if tap.causal:
         allowed = allowed.tril()
@@ -160,37 +161,59 @@ def test_keys_that_heads_share(seed: int) -> None:
     torch.testing.assert_close(attended, block.attended)
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_transformers(kind: str, seed: int) -> None:
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 32}
-    valid = padding(seed) if kind == "bert" else None
-    if kind == "bert":
-        config = transformers.BertConfig(vocab_size=50, initializer_range=0.5, **sizes)
-        make, where, q, k = transformers.BertModel, "encoder.layer.*", "attention.self.query", "attention.self.key"
-        given = {"input_ids": torch.randint(0, 50, (B, N)), "attention_mask": padding(seed).long()}
-    else:
-        config = transformers.ViTConfig(image_size=32, patch_size=16, initializer_range=0.5, **sizes)
-        make = transformers.ViTModel
-        given = {"pixel_values": torch.randn(B, 3, 32, 32)}
-        # transformers 5 renamed the layers and projections of its ViT.
-        new = hasattr(make(config), "layers")
-        parts = ("layers.*", "q_proj", "k_proj") if new else ("encoder.layer.*", "attention.query", "attention.key")
-        where = parts[0]
-        q, k = (f"attention.{part}" for part in parts[1:])
-    models = {way: make(config).eval() for way in ("sdpa", "eager")}
-    models["eager"].load_state_dict(models["sdpa"].state_dict())
-    models["eager"].set_attn_implementation("eager")
-    adaptor = Adaptor(models["sdpa"], {"encoder": LayerPaths(where, (LinearQK(q, k, HEADS),))})
-    with torch.no_grad():
-        output, taps = adaptor.run({"encoder": (0, 1)}, valid=valid, **given)
-        own = models["eager"](**given, output_attentions=True, output_hidden_states=True)
-    rows = torch.ones(1) if valid is None else valid[:, None, :, None]
-    for i, tap in enumerate(taps["encoder"]):
-        torch.testing.assert_close(map_of(tap.attention[0]), own.attentions[i] * rows, rtol=1e-4, atol=1e-5)
-        kept = slice(None) if valid is None else valid
-        torch.testing.assert_close(tap.hidden[kept], own.hidden_states[i + 1][kept], rtol=1e-4, atol=1e-5)
-    assert output.last_hidden_state.shape == taps["encoder"][1].hidden.shape
+class Rotary(nn.Module):
+    """What it does to q and k before the scores is told to it."""
+
+    def __init__(self, change: str, fused: bool) -> None:
+        super().__init__()
+        self.change, self.fused = change, fused
+        self.q, self.k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (part(x).view(B, N, HEADS, -1).transpose(1, 2) for part in (self.q, self.k))
+        scale, bias = q.shape[-1] ** -0.5, None
+        if self.change == "rotation":
+            angle = torch.arange(N)[:, None] / 3
+            q, k = (torch.cat([h * angle.cos() - g * angle.sin(), h * angle.sin() + g * angle.cos()], -1)
+                    for h, g in (part.chunk(2, -1) for part in (q, k)))  # fmt: skip
+        elif self.change == "norm":
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        elif self.change == "scale":
+            scale = 1.0
+        elif self.change == "bias":
+            bias = torch.randn(HEADS, N, N)
+        elif self.change == "shift":  # the same for all keys of a query: no change to the map
+            bias = torch.randn(HEADS, N, 1).expand(-1, -1, N)
+        if self.fused:
+            attended = F.scaled_dot_product_attention(q, k, k, attn_mask=bias, scale=scale)
+        else:
+            scores = q @ k.transpose(2, 3) * scale
+            attended = (scores if bias is None else scores + bias).softmax(-1) @ k
+        return x + attended.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("change", ["none", "shift", "rotation", "norm", "scale", "bias"])
+def test_projections_that_are_not_what_the_scores_are_made_of_are_refused(change: str, fused: bool, seed: int) -> None:
+    adaptor = Adaptor(Rotary(change, fused), {"m": LayerPaths("", (LinearQK("q", "k", HEADS),))})
+    x = torch.randn(B, N, WIDTH)
+    if change in ("none", "shift"):
+        adaptor.run({"m": (0,)}, x)
+        return
+    with pytest.raises(OptimaError, match=r"q, k: the attention's scores are not .* off .*TransformersAdaptor"):
+        adaptor.run({"m": (0,)}, x)
+
+
+def test_causal_attention_that_is_not_told_is_refused(seed: int) -> None:
+    class Causal(Rotary):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (part(x).view(B, N, HEADS, -1).transpose(1, 2) for part in (self.q, self.k))
+            return F.scaled_dot_product_attention(q, k, k, is_causal=True).transpose(1, 2).flatten(2)
+
+    model, source = Causal("none", True), (LinearQK("q", "k", HEADS),)
+    Adaptor(model, {"m": LayerPaths("", source, causal=True)}).run({"m": (0,)}, torch.randn(B, N, WIDTH))
+    with pytest.raises(OptimaError, match="causal=False"):
+        Adaptor(model, {"m": LayerPaths("", source)}).run({"m": (0,)}, torch.randn(B, N, WIDTH))
 
 
 def test_nothing_is_left_behind_and_untapped_layers_are_not_hooked(seed: int) -> None:

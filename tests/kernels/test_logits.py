@@ -118,6 +118,7 @@ def test_tokens_beyond_one_block(
 ) -> None:
     monkeypatch.setattr("optima_kernels.logits.blocked.CACHED_ELEMENTS", 3 * 203)
     monkeypatch.setattr("optima_kernels.logits.triton.PART_TOKENS", 3)
+    monkeypatch.setattr("optima_kernels.logits.triton.LEAST_PART_BYTES", 0)
     for labelled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         problem = Problem(
             41, 203, divergence=divergence, biased=True, masked=True, labelled=labelled, gated=gated, dtype=dtype

@@ -6,6 +6,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import optima_kernels
 from optima.commands import doctor
 from optima_kernels.shared import selfcheck, selfcheck_process, variants
 from optima_kernels.shared.dispatch import INTERPRETED, choose_backend
@@ -62,7 +64,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[str]]:
 def backend_of(variant: str = VARIANT, loss: str = LOSS) -> str:
     """What a loss runs on when the caller names no backend and its tensors lie on a GPU."""
     tensor: Any = SimpleNamespace(is_cuda=True, device=CPU)
-    return choose_backend(None, tensor, loss, variant)
+    return choose_backend(None, tensor, loss, lambda: variant)
 
 
 @pytest.mark.parametrize(("loss", "variant"), EVERYTHING if not INTERPRETED else EVERYTHING[1::4])
@@ -302,7 +304,7 @@ def test_a_choice_inside_a_compiled_graph_is_checked(answered: Callable[[Answer]
     tensor: Any = SimpleNamespace(is_cuda=True, device=CPU)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if choose_backend(None, tensor, LOSS, VARIANT) == "triton" else x
+        return x + 1 if choose_backend(None, tensor, LOSS, lambda: VARIANT) == "triton" else x
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(())).item() == 1
@@ -328,3 +330,62 @@ def test_doctor_prints_every_outcome(
     said = capsys.readouterr().out
     assert len(asked) == len(EVERYTHING)
     assert said.count("wrong: off by a half") == len(EVERYTHING)
+
+
+def draws(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+
+def asked_by(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The loss and the variant that a call on a GPU would ask for."""
+    asked: list[tuple[str, str]] = []
+
+    def choose(backend: str | None, tensor: torch.Tensor, loss: str, variant: Callable[[], str]) -> str:
+        asked.append((loss, variant()))
+        return "blocked"
+
+    for module in (optima_kernels.attention, optima_kernels.hidden, optima_kernels.logits):
+        monkeypatch.setattr(module, "choose_backend", choose)
+    call()
+    return asked[0]
+
+
+@interpreted
+def test_calls_ask_for_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every variant that a call asks for has a problem."""
+    maps = draws(q_s=(2, 4, 5, 24), k_s=(2, 4, 5, 24), q_t=(2, 4, 5, 64), k_t=(2, 4, 5, 64))
+    few = maps | {name: x[:, :2] for name, x in maps.items() if name[0] == "k"}
+    states = draws(h_s=(3, 5, 8), h_t=(3, 5, 12), weight=(12, 8), bias=(12,))
+    heads = draws(h_s=(5, 8), w_s=(19, 8), h_t=(5, 12), w_t=(19, 12))
+    gate, keep = torch.ones(()), torch.ones(5, dtype=torch.bool)
+    labels = torch.zeros(5, dtype=torch.int64)
+    attention, hidden, linear = optima_kernels.attention_map_loss, optima_kernels.hidden_mse, optima_kernels.linear_kl
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: attention(**maps, gate=gate), "kind=kl mean=0 causal=0 mask=none gate=1 grouped=0 widths=32,64"),
+        (lambda: attention(**maps, kind="mse", causal=True, mask=keep), "kind=mse causal=1 mask=bool gate=0"),
+        (lambda: attention(**maps, heads="relation", relation_heads=2), "mean=0 widths=64,128"),
+        (lambda: attention(**maps, heads="mean", mask=torch.zeros(5)), "mean=1 mask=additive"),
+        (lambda: attention(**few, key_lengths=torch.tensor([3, 4])), "grouped=1 lengths=1 dtypes=bf16,bf16"),
+        (lambda: attention(**maps, lse_t=torch.zeros(2, 4, 5)), "lse=01"),
+        (lambda: hidden(**states, normalize="l2", mask=keep), "normalize=l2 weight=1 bias=1 counted=1 gate=0 row=0"),
+        (lambda: hidden(states["h_t"], states["h_t"], gate=gate), "normalize=none weight=0 bias=0 gate=1 row=16"),
+        (lambda: linear(**heads, divergence="reverse"), "divergence=reverse labels=none whole=0 dtypes=bf16,bf16"),
+        (lambda: linear(**heads, labels=labels, label_weight=0.5), "labels=weighted"),
+        (lambda: linear(**heads, labels=labels, gate=gate), "labels=apart gate=1"),
+    ]
+    for call, expected in calls:
+        loss, variant = asked_by(call, monkeypatch)
+        assert set(expected.split()) <= set(variant.split()), variant
+        options = dict(pair.split("=") for pair in variant.split())
+        assert options.keys() == variants.DEFAULTS[loss].keys()
+        problem = variants.problem_of(loss, variant)
+        again = partial(getattr(optima_kernels, loss), **problem.arguments)
+        assert asked_by(again, monkeypatch) == (loss, variant)
+
+
+@interpreted
+@pytest.mark.parametrize(("loss", "variant"), EVERYTHING)
+def test_a_variants_problem_takes_the_variant(loss: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = variants.problem_of(loss, variant)
+    asked = asked_by(lambda: getattr(optima_kernels, loss)(**problem.arguments), monkeypatch)
+    assert asked == (loss, variant)

@@ -110,3 +110,12 @@ def test_a_hostile_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert len(said) < 500
+
+
+def test_words_of_another_encoding_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are not UTF-8 come as halves of pairs, which no YAML takes."""
+    for words in (["--engine.bandit.policy", "\udc80"], ["--run=\udcff/run"], ["caption", "\udc80.jpg"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "words must be UTF-8" in said
+        assert said.count("\n") == 1

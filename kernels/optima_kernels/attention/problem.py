@@ -47,7 +47,7 @@ class Solution(NamedTuple):
     """A layer's result; the gradients are those of `total.sum()`, and None where they were not asked for."""
 
     total: Tensor  # [B]
-    terms: Tensor  # [B], how many; same dtype as total
+    terms: Tensor | float  # [B], how many, in the dtype of total; a number where the host knows that all have as many
     grad_q: Tensor | None  # [B, H, N, d], as `empty_gradients` says
     grad_k: Tensor | None  # [B, H_k, M, d]
 

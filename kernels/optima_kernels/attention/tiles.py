@@ -39,8 +39,9 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     wait for each other.
 
     Fixed, not tuned at run time. Four warps wherever products are a warp group's, which that group alone then waits
-    for. Measured on an H100 (bfloat16, width 64, 577 tokens): in `query_kernel` 32 keys in three stages take 0.64 of
-    the time of 64 keys in two, because more programs fit a multiprocessor.
+    for. Measured on an H100 in bfloat16: in `query_kernel` (width 64, 577 tokens) 32 keys in three stages take 0.64 of
+    the time of 64 keys in two, because more programs fit a multiprocessor; in `key_kernel` of width 128 (1024 tokens)
+    64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
     """
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
@@ -48,10 +49,10 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         if width > 128:
             return None
         # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
-        square = Tiling(32, 32, 4, 1)
+        square, low = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1)
         if width <= 64:
-            return Tiles(square, Tiling(32, 16, 4, 1), square, square)
-        return Tiles(square, Tiling(32, 16, 8, 1), square, None)
+            return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square)
+        return Tiles(low, Tiling(32, 16, 8, 1), square, None)
     if width > 256:
         return None
     if target.startswith("gfx"):
@@ -62,10 +63,13 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         query = Tiling(64, 16, 4, 1) if roomy else Tiling(32, 32, 4, 1)
         return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
     if width > 64 and reads_maps and not roomy:
-        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(64, 32, 4, 1))
+        key = Tiling(16, 64, 4, 1) if target.startswith("sm_10") else Tiling(32, 32, 4, 1)
+        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1))
     ahead = 1 if reads_maps else 3
-    key_ahead = 1 if grouped and not (roomy and width <= 64) else ahead
-    return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), Tiling(32, 64, 4, key_ahead), Tiling(64, 64, 4, 2))
+    key = Tiling(32, 64, 4, 1 if grouped and not (roomy and width <= 64) else ahead)
+    if roomy and width > 64 and not (reads_maps or grouped):
+        key = Tiling(64, 64, 4, 2)
+    return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), key, Tiling(64, 64, 4, 2))
 
 
 def padded(width: int) -> int:

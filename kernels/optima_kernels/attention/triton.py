@@ -31,11 +31,22 @@ def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> lis
     """Every layer's sums and gradients, layers that look alike in one launch a kernel; `gate` [L] on their device."""
     with torch.cuda.device_of(layers[0].q_s):  # type: ignore[no-untyped-call]
         results: dict[int, Solution] = {}
-        layers = [_readable(layer) for layer in layers]
-        for members in _alike(layers):
-            gates = None if gate is None else torch.stack([gate[i] for i in members]).float()
-            results |= zip(members, _launch([layers[i] for i in members], options, gates), strict=True)
+        readable = [_readable(layer) for layer in layers]
+        for members in _alike(readable):
+            tiles = _tiles(readable[members[0]], options)
+            if tiles is None:
+                solutions = [_by_torch(layers[i], options) for i in members]
+            else:
+                solutions = _launch([readable[i] for i in members], options, tiles, _gates(gate, members))
+            results |= zip(members, solutions, strict=True)
         return [results[i] for i in range(len(layers))]
+
+
+def _gates(gate: Tensor | None, members: Sequence[int]) -> Tensor | None:
+    """Those of some layers, in float32; an index made of a list would have to be sent to the device."""
+    if gate is None:
+        return None
+    return (gate if len(members) == len(gate) else torch.stack([gate[i] for i in members])).float()
 
 
 def _by_torch(layer: Layer, options: Options) -> Solution:
@@ -85,22 +96,21 @@ def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
             yield members[first : first + MOST_LAYERS_PER_LAUNCH]
 
 
-def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+def _tiles(layer: Layer, options: Options) -> Tiles | None:
+    """None where the kernels do not take such a layer."""
+    tiles = tiles_of(
+        target_of(layer.q_s.device),
+        max(padded(layer.q_s.shape[3]), padded(layer.q_t.shape[3])),
+        torch.promote_types(layer.q_s.dtype, layer.q_t.dtype),
+        reads_maps=options.mean_heads or _per_element(layer.mask),
+        grouped=layer.k_s.shape[1] < layer.q_s.shape[1],
+    )
+    return None if tiles is None or (options.mean_heads and tiles.mean is None) else tiles
+
+
+def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tensor | None) -> list[Solution]:
     """Layers of one look; `gate` has an entry for each of them."""
     first = layers[0]
-    widest = max(padded(first.q_s.shape[3]), padded(first.q_t.shape[3]))
-    dtype = torch.promote_types(first.q_s.dtype, first.q_t.dtype)
-    mask = _mask_arguments(first.mask, _pointers(layers, "mask"))
-    tiles = tiles_of(
-        target_of(first.q_s.device),
-        widest,
-        dtype,
-        reads_maps=options.mean_heads or mask["PER_ELEMENT"],
-        grouped=first.k_s.shape[1] < first.q_s.shape[1],
-    )
-    if tiles is None or (options.mean_heads and tiles.mean is None):
-        return [_by_torch(layer, options) for layer in layers]
-
     gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
     shared: dict[str, Any] = {
         "key_lengths": _pointers(layers, "key_lengths"),
@@ -112,7 +122,7 @@ def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> l
         "LENGTHS": first.key_lengths is not None,
         "GATED": gate is not None,
         "WIDEN": INTERPRETED,  # its bf16 products are wrong
-        **mask,
+        **_mask_arguments(first.mask, _pointers(layers, "mask")),
     }
     counts = _terms(layers, options, shared)
     lse_s, lse_t = (_log_sums(layers, side, tiles.lse, shared) for side in ("s", "t"))
@@ -121,7 +131,10 @@ def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> l
     gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
     solve_layers = _means if options.mean_heads else _matches
     totals = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
-    return [Solution(totals[i], counts[i], *gradients[i]) for i in range(len(layers))]
+    each: Sequence[Tensor | float] = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
+    return [
+        Solution(total, terms, *grads) for total, terms, grads in zip(totals.unbind(), each, gradients, strict=True)
+    ]
 
 
 def _pointers(layers: Sequence[Layer], name: str) -> tuple[Tensor, ...] | None:
@@ -176,8 +189,8 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
     return lse.unbind()
 
 
-def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor:
-    """How many terms the loss has: [layers, B], float32."""
+def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor | float:
+    """How many terms the loss has: [layers, B] in float32, or a number for all of them."""
     first = layers[0]
     (batch, heads, queries, _), keys = first.q_s.shape, first.k_s.shape[2]
     maps = 1 if options.mean_heads else heads
@@ -192,16 +205,17 @@ def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) ->
         )
         return count.sum((2, 3)) * (maps // distinct)
     if first.key_lengths is None:
-        lengths = first.q_s.new_full((len(layers), batch), keys, dtype=torch.float32)
-    else:
-        lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None])
-        lengths = lengths.clamp(0, keys).float()
+        diagonal = min(queries, keys)
+        causal = diagonal * (diagonal + 1) / 2 + (queries - diagonal) * keys
+        return maps * (queries if not mse else causal if options.causal else queries * keys)
+    lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None]).clamp(0, keys)
+    lengths = lengths.float()
     if not mse:
         return maps * queries * (lengths > 0).float()
     if not options.causal:
         return maps * queries * lengths
-    diagonal = lengths.clamp(max=queries)
-    return maps * (diagonal * (diagonal + 1) / 2 + (queries - diagonal) * lengths)
+    on_diagonal = lengths.clamp(max=queries)
+    return maps * (on_diagonal * (on_diagonal + 1) / 2 + (queries - on_diagonal) * lengths)
 
 
 Gradients = Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
@@ -294,14 +308,23 @@ def _means(
 
 
 def _mask_arguments(mask: Tensor | None, masks: tuple[Tensor, ...] | None) -> dict[str, Any]:
-    """What kernels are told of masks; PER_ELEMENT says that a mask knows more than which keys a sample has."""
+    """What kernels are told of masks."""
     if mask is None:
         return {"mask": None, "s_mask": None, "MASK": NO_MASK, "PER_ELEMENT": False, "LOWEST": 0.0}
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     return {
         "mask": masks,
-        "s_mask": strides,
+        "s_mask": _strides(mask),
         "MASK": BOOL_MASK if mask.dtype == torch.uint8 else ADDITIVE_MASK,
-        "PER_ELEMENT": strides[1] != 0 or strides[2] != 0,
+        "PER_ELEMENT": _per_element(mask),
         "LOWEST": torch.finfo(mask.dtype).min if mask.is_floating_point() else 0.0,
     }
+
+
+def _per_element(mask: Tensor | None) -> bool:
+    """Whether a mask knows more than which keys a sample has."""
+    return mask is not None and any(stride != 0 for stride in _strides(mask)[1:3])
+
+
+def _strides(mask: Tensor) -> tuple[int, ...]:
+    """0 where a mask broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))

@@ -253,12 +253,12 @@ def key_kernel(
         mask = of_layer(mask, i_l, LAYERS) + i_b * s_mask[0]
     b_bias_j = tl.zeros([BJ], tl.float32)
     if MASK != 0 and not PER_ELEMENT:
-        m_ij, b_bias = allowed(
+        m_kept, b_kept = allowed(
             mask, s_mask, 0, tl.arange(0, 1)[None, :], o_j[:, None], N, length, False, MASK, False, LOWEST
         )  # fmt: skip
-        m_j = tl.reshape(m_ij, [BJ])
+        m_j = tl.reshape(m_kept, [BJ])
         if MASK == 2:
-            b_bias_j = tl.reshape(b_bias, [BJ])
+            b_bias_j = tl.reshape(b_kept, [BJ])
     b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
 
     b_grad_k = tl.zeros([BJ, BD_S], tl.float32)

@@ -10,6 +10,8 @@ their sum, too. Else their incoming gradients are only known in the backward pas
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -29,6 +31,7 @@ from optima_kernels.shared.checks import (
 )
 from optima_kernels.shared.dispatch import Backend, autocast_dtype, choose_backend, compute_dtype
 from optima_kernels.shared.gates import apply_gate
+from optima_kernels.shared.variants import logits_variant
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -161,7 +164,17 @@ def linear_kl(
     _check_extras(labels, label_weight, budget_bytes)
     if labels is not None:
         labels = labels.masked_fill(labels == ignore_index, -1)
-    chosen = _backend(backend, h_s, w_s, h_t, w_t, bias_s, bias_t)
+    variant = partial(
+        logits_variant,
+        h_s,
+        w_s,
+        divergence=divergence,
+        bias=bias_s is not None,
+        labels="none" if labels is None else "apart" if label_weight is None else "weighted",
+        gate=gate,
+        operands=autocast_dtype(h_s),
+    )
+    chosen = _backend(backend, variant, h_s, w_s, h_t, w_t, bias_s, bias_t)
     heads = {"h_s": h_s, "w_s": w_s, "h_t": h_t, "w_t": w_t, "bias_s": bias_s, "bias_t": bias_t}
     if chosen == "reference":
         return _by_reference(heads, temperature, divergence, beta, labels, label_weight, mask, gate)
@@ -230,11 +243,11 @@ def _check_extras(labels: Tensor | None, label_weight: float | None, budget_byte
         raise ValueError(f"budget_bytes must be positive, not {budget_bytes}")
 
 
-def _backend(backend: str | None, *heads: Tensor | None) -> Backend:
+def _backend(backend: str | None, variant: Callable[[], str], *heads: Tensor | None) -> Backend:
     """What `choose_backend` says; float64 is not for Triton's kernels."""
     tensors = [x for x in heads if x is not None]
     wide = compute_dtype(*tensors) == torch.float64
-    chosen = choose_backend("blocked" if backend is None and wide else backend, tensors[0], "linear_kl")
+    chosen = choose_backend("blocked" if backend is None and wide else backend, tensors[0], "linear_kl", variant)
     if chosen == "triton" and wide:
         raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
     return chosen

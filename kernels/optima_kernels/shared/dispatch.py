@@ -6,6 +6,7 @@ is traced and costs nothing in a compiled step.
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
@@ -20,17 +21,19 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: str = "") -> Backend:
+def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: Callable[[], str] | None = None) -> Backend:
     """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
 
-    Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), or those that the
-    loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
+    Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), which is only
+    asked for then, or those that the loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
 
     Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device;
     RuntimeError when its interpreter cannot work with the installed numpy.
     """
     if backend is None:
-        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, variant, tensor.device) else "blocked"
+        if not (HAS_TRITON and tensor.is_cuda):
+            return "blocked"
+        return "triton" if _is_trusted(loss, variant() if variant else "", tensor.device) else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
     if backend == "triton":
@@ -84,6 +87,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask about
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

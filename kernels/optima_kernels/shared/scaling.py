@@ -5,13 +5,14 @@ torch's product of a 16-bit tensor with a float32 factor in float32 moves one el
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.shared.products import of_layer
+from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH, of_layer
 
 BLOCK = 4096
 
@@ -53,3 +54,30 @@ def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, 
             LAYERS=layers,
             BLOCK=BLOCK,
         )
+
+
+def scaled(
+    saved: Sequence[Tensor],
+    layers: Sequence[int],
+    factors: Tensor,
+    scales: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+    keep: bool,
+) -> list[Tensor]:
+    """saved[i] * factors[l] * scales[l] in dtypes[i], l being layers[i]; those that look alike in one launch.
+
+    Made in the memory of what was saved where the dtype is the same, unless that is to `keep`.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (tensor, dtype, layer) in enumerate(zip(saved, dtypes, layers, strict=True)):
+        groups.setdefault((tensor.shape, tensor.dtype, dtype, scales[layer]), []).append(i)
+    results = list(saved)
+    for (_, found, dtype, scale), alike in groups.items():
+        for first in range(0, len(alike), MOST_LAYERS_PER_LAUNCH):
+            members = alike[first : first + MOST_LAYERS_PER_LAUNCH]
+            if keep or found != dtype:
+                for i in members:
+                    results[i] = torch.empty_like(saved[i], dtype=dtype)
+            own = factors if len(members) == len(factors) else torch.stack([factors[layers[i]] for i in members])
+            scale_into([results[i] for i in members], [saved[i] for i in members], own, scale)
+    return results

@@ -30,7 +30,8 @@ def attention_variant(
     q_t: Sequence[Tensor],
     *,
     kind: str,
-    mean_heads: bool,
+    heads: str,
+    relation_heads: int | None,
     causal: bool,
     mask: Sequence[Tensor | None],
     key_lengths: Sequence[Tensor | None],
@@ -38,13 +39,16 @@ def attention_variant(
     lse_t: Sequence[Tensor | None],
     gate: Tensor | None,
 ) -> str:
-    """Of the first layer, after regrouping: layers of a module are alike."""
+    """Of the first layer, for layers of a module are alike, and of the maps that are compared."""
+    grouped = relation_heads is None and q_s[0].shape[1] != k_s[0].shape[1]
+    parts = (1, 1) if relation_heads is None else [relation_heads / q[0].shape[1] for q in (q_s, q_t)]
+    widths = [int(q[0].shape[-1] / part) for q, part in zip((q_s, q_t), parts, strict=True)]
     masked = "none" if mask[0] is None else "bool" if mask[0].dtype == torch.bool else "additive"
     return (
-        f"kind={kind} mean={mean_heads:d} causal={causal:d} mask={masked} lengths={key_lengths[0] is not None:d} "
+        f"kind={kind} mean={heads == 'mean':d} causal={causal:d} mask={masked} lengths={key_lengths[0] is not None:d} "
         f"lse={lse_s[0] is not None:d}{lse_t[0] is not None:d} gate={gate is not None:d} "
-        f"grouped={q_s[0].shape[1] != k_s[0].shape[1]:d} dtypes={_name(q_s[0].dtype)},{_name(q_t[0].dtype)} "
-        f"widths={_width_class(q_s[0])},{_width_class(q_t[0])}"
+        f"grouped={grouped:d} dtypes={_name(q_s[0].dtype)},{_name(q_t[0].dtype)} "
+        f"widths={','.join(str(_power(max(width, 16))) for width in widths)}"
     )
 
 
@@ -73,14 +77,15 @@ def logits_variant(
     *,
     divergence: str,
     bias: bool,
-    labels: bool,
+    labels: str,
     gate: Tensor | None,
     operands: torch.dtype | None,
 ) -> str:
-    """`operands` as in `hidden_variant`."""
+    """`operands` as in `hidden_variant`; `labels` is "none", "weighted" where the weight of their loss is known, or
+    "apart"."""
     whole = w_s.shape[0] % 16 == 0
     return (
-        f"divergence={divergence} bias={bias:d} labels={labels:d} gate={gate is not None:d} "
+        f"divergence={divergence} bias={bias:d} labels={labels} gate={gate is not None:d} "
         f"dtypes={_name(operands or h_s.dtype)},{_name(operands or w_s.dtype)} whole={whole:d}"
     )
 
@@ -89,12 +94,8 @@ def _name(dtype: torch.dtype) -> str:
     return DTYPES.get(dtype, "fp32")
 
 
-def _width_class(x: Tensor) -> int:
-    """Head widths are padded to powers of two."""
-    return _power(max(int(x.shape[-1]), 16))
-
-
 def _power(size: int) -> int:
+    """Head widths and rows are padded to powers of two."""
     return 1 << (size - 1).bit_length()
 
 
@@ -133,7 +134,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "linear_kl": {
         "divergence": "forward",
         "bias": "0",
-        "labels": "0",
+        "labels": "none",
         "gate": "0",
         "dtypes": "bf16,bf16",
         "whole": "1",
@@ -156,7 +157,14 @@ USUAL: dict[str, tuple[str, ...]] = {
         "normalize=l2 dtypes=fp32,fp32",
         "weight=0 bias=0 row=64",
     ),
-    "linear_kl": ("", "divergence=jsd labels=1 bias=1", "gate=1", "divergence=reverse whole=0", "dtypes=fp32,fp32"),
+    "linear_kl": (
+        "",
+        "divergence=jsd labels=apart bias=1",
+        "labels=weighted",
+        "gate=1",
+        "divergence=reverse whole=0",
+        "dtypes=fp32,fp32",
+    ),
 }
 
 
@@ -254,8 +262,8 @@ def _hidden(options: dict[str, str], dtypes: list[torch.dtype], draw: Draw) -> M
 
 
 def _logits(options: dict[str, str], dtypes: list[torch.dtype], draw: Draw) -> Made:
-    """70 tokens, of which some do not count, and a vocabulary of 208 or 203."""
-    vocabulary = 208 if options["whole"] == "1" else 203
+    """70 tokens, of which some do not count, and a vocabulary of two tiles and a part of one, 4208 or 4203 words."""
+    vocabulary = 4208 if options["whole"] == "1" else 4203
     arguments: dict[str, Any] = {
         "h_s": draw(70, 48).to(dtypes[0]),
         "w_s": (draw(vocabulary, 48) * 48**-0.5).to(dtypes[1]),
@@ -267,8 +275,10 @@ def _logits(options: dict[str, str], dtypes: list[torch.dtype], draw: Draw) -> M
     }
     if options["bias"] == "1":
         arguments |= {"bias_s": draw(vocabulary).to(dtypes[1]), "bias_t": draw(vocabulary).to(dtypes[1])}
-    if options["labels"] == "1":
+    if options["labels"] != "none":
         arguments["labels"] = torch.where(torch.arange(70) % 5 == 0, -100, torch.arange(70) * 2)
+    if options["labels"] == "weighted":
+        arguments["label_weight"] = 0.5
     if options["gate"] == "1":
         arguments["gate"] = torch.tensor(0.5)
     return arguments, ("h_s", "w_s", "bias_s") if options["bias"] == "1" else ("h_s", "w_s")

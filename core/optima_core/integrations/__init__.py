@@ -1,0 +1,1 @@
+"""Other people's models, each library imported only by the package named after it."""
