@@ -103,7 +103,7 @@ def onnx_program(served: Served, length: int, words: Words | None = None) -> byt
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise OptimaError(
-            f"ONNX needs the package {error.name}, which is not installed; `pip install 'optima-distill[onnx]'`"
+            f"ONNX needs the package {error.name}, which is not installed; `pip install onnx onnxscript onnxruntime`"
         ) from None
     with _without_chatter():
         program = torch.onnx.export(

@@ -38,7 +38,7 @@ try:
     types: Any = importlib.import_module("nvidia.dali.types")
 except ImportError as error:
     raise OptimaError(
-        "engine dali needs the package nvidia-dali-cuda130 (or -cuda120), which `pip install 'optima-distill[gpu]'` "
+        "engine dali needs the package nvidia-dali-cuda130 (or -cuda120), which `pip install nvidia-dali-cuda130` "
         f"brings; engine torch works without it ({error})"
     ) from error
 

@@ -30,7 +30,7 @@ class SentencePieceModel:
         except ImportError as error:
             raise OptimaError(
                 "SentencePiece models need the package sentencepiece; "
-                "install it with: pip install 'optima-distill[text]'"
+                "install it with: pip install sentencepiece"
             ) from error
         self._processor: Any = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(content)

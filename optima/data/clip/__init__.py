@@ -69,7 +69,7 @@ def clean(text: str) -> str:
     except ImportError as error:
         raise OptimaError(
             "CLIP's tokenizer needs the package ftfy, which mends texts as its training did; "
-            "install it with: pip install 'optima-distill[text]'"
+            "install it with: pip install ftfy"
         ) from error
     return " ".join(html.unescape(html.unescape(fix_text(text))).split()).lower()
 
