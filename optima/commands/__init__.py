@@ -12,7 +12,8 @@ class Command:
 
     options: "module:class" of its options, a dataclass. work: "module:function" that takes them. bare: the option, a
     list, that words without an option's name before them go to. recipes: the command whose recipes `--config` takes.
-    resumes: whether `--resume` goes on with the run of a directory.
+    resumes: whether `--resume` goes on with the run of a directory. matter: the options that `--help` shows, where
+    there are too many to show all.
     """
 
     summary: str
@@ -21,6 +22,7 @@ class Command:
     bare: str = ""
     recipes: str = ""
     resumes: bool = False
+    matter: tuple[str, ...] = ()
 
     def config(self) -> type[Any]:
         """The class of its options."""
@@ -41,21 +43,31 @@ def _named(place: str) -> Any:
 _RUNS, _OPTIONS = "optima.runs.config:", "optima.commands.options:"
 _HERE = "optima.commands."
 
+_DATA = ("task", "data.name", "data.root", "run", "resume")
+_TEACHING = (
+    *_DATA, "teacher", "student", "batch_size", "engine.rounds", "engine.steps_per_round", "engine.bandit.policy",
+    "engine.optimiser.learning_rate", "threads",
+)  # fmt: skip
+
 COMMANDS = {
     "distill": Command(
         "Distil a teacher into a student on one task.",
         _RUNS + "DistillConfig", _HERE + "distill:run_distill", recipes="distill", resumes=True,
+        matter=_TEACHING,
     ),
     "pretrain": Command(
         "Train a CoCa from scratch on pictograms.",
         _RUNS + "PretrainConfig", _HERE + "pretrain:run_pretrain", recipes="pretrain", resumes=True,
+        matter=("run", "resume", "caption_steps", "task_steps", "pictures", "optimiser.learning_rate", "threads"),
     ),
     "finetune": Command(
         "Train a CoCa on one task, to be its teacher.",
         _RUNS + "FinetuneConfig", _HERE + "finetune:run_finetune", resumes=True,
+        matter=("model", *_DATA, "steps", "batch_size", "optimiser.learning_rate", "threads"),
     ),
     "evaluate": Command(
-        "Score a model on a held-out split.", _OPTIONS + "EvaluateConfig", _HERE + "evaluate:run_evaluate"
+        "Score a model on a held-out split.", _OPTIONS + "EvaluateConfig", _HERE + "evaluate:run_evaluate",
+        matter=("model", "tasks", "data.name", "data.root", "split", "items", "batch_size", "predictions"),
     ),
     "import": Command(
         "Read an open_clip CoCa checkpoint.", _OPTIONS + "ImportConfig", _HERE + "exchange:run_import"
@@ -67,6 +79,7 @@ COMMANDS = {
     "compare": Command(
         "Compare ways of choosing the module, over tasks and seeds.",
         _OPTIONS + "CompareConfig", _HERE + "compare:compare",
+        matter=("run", "task", "method", "seeds", "split", "jobs", "distill.engine.rounds", "distill.threads"),
     ),
     "caption": Command(
         "Caption pictures with a run's student.",
@@ -91,6 +104,7 @@ COMMANDS = {
     "plan": Command(
         "Say what a distillation will need, before a GPU is rented.",
         _OPTIONS + "PlanConfig", _HERE + "plan:plan", recipes="distill",
+        matter=("teacher", "student", "batch_size", "memory", "utilisation", "json"),
     ),
     "doctor": Command(
         "Say what this machine offers and what will be used of it.",

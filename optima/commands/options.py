@@ -65,7 +65,7 @@ class ImportConfig:
     Attributes:
         checkpoint: The checkpoint: .safetensors, .bin, .pt or .pth.
         output: The file to write (.safetensors).
-        preset: Name of the model's configuration, such as coca_ViT-L-14.
+        preset: Name of the model's configuration: coca_ViT-L-14, coca_ViT-B-32 or coca_base.
         model_config: open_clip's JSON configuration of the model, in place of a preset; with neither, an
             open_clip_config.json beside the checkpoint is taken.
         class_mask: What the text tower's CLS token sees. All open_clip models, released ones too, were trained with

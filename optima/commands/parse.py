@@ -1,5 +1,6 @@
 """From words on a command line to a typed configuration: recipes, YAML files, overrides, and errors that teach."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from optima.untrusted import read_file, shown
 from optima_core.errors import OptimaError
 
 _HELP = ("-h", "--help", "help")
+_HELP_ALL = "--help-all"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
@@ -51,7 +53,8 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
 
 def _configured(name: str, command: Command, words: list[str]) -> Any:
     config = command.config()
-    parser = _parser(name, command, config)
+    parser = _parser(name, command, config, whole=_HELP_ALL in words)
+    words = ["--help" if word == _HELP_ALL else word for word in words]
     words = _with_bare_words(_with_values(_with_recipes(words, name, command), config), command.bare)
     if command.resumes:
         words = _with_own_config(words, config)
@@ -69,16 +72,30 @@ def _overview() -> str:
     return (
         "usage: optima [COMMAND] [OPTIONS]\n\n"
         f"Distils multimodal models, module by module. Without a command: {DEFAULT}.\n\n{commands}\n\n"
-        "optima COMMAND --help explains its options. --version prints the version, -v shows the traceback of an error."
+        "optima COMMAND --help explains its options, --help-all every one of them.\n"
+        "--version prints the version, -v shows the traceback of an error."
     )
 
 
-def _parser(name: str, command: Command, config: type[Any]) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"optima {name}", description=command.summary, exit_on_error=False, allow_abbrev=False)
+class _Parser(ArgumentParser):
+    """One whose help names types as people do."""
+
+    def format_help(self) -> str:
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help())
+
+
+def _parser(name: str, command: Command, config: type[Any], whole: bool) -> ArgumentParser:
+    """whole: whether help shows every option, not only those that matter."""
+    parser = _Parser(prog=f"optima {name}", description=command.summary, exit_on_error=False, allow_abbrev=False)
     recipes = ", ".join(recipes_of(command.recipes))
     named = f", or the name of a recipe: {recipes}" if recipes else ""
     parser.add_argument("--config", action="config", help=f"a YAML file of options{named}")
     parser.add_class_arguments(config, as_group=False)
+    if command.matter and not whole:
+        parser.epilog = f"optima {name} {_HELP_ALL} shows every option."
+        for action in parser._actions:
+            if action.dest not in ("help", "config", *command.matter):
+                action.help = argparse.SUPPRESS
     return parser
 
 

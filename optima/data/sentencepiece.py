@@ -29,8 +29,7 @@ class SentencePieceModel:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise OptimaError(
-                "SentencePiece models need the package sentencepiece; "
-                "install it with: pip install sentencepiece"
+                "SentencePiece models need the package sentencepiece; install it with: pip install sentencepiece"
             ) from error
         self._processor: Any = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(content)

@@ -23,7 +23,9 @@ class BanditConfig:
     """Who chooses the module.
 
     Attributes:
-        policy: Name of the policy, as `optima_core.bandit.make_policy` knows it.
+        policy: Name of the policy: discounted_thompson, sliding_window_thompson, kalman_thompson, stationary_thompson,
+            discounted_ucb, exp3s, epsilon_greedy, uniform, round_robin, fixed_arm, or all_modules, which distils every
+            module in every round.
         arms: "modules" offers each module alone, "subsets" every non-empty set of modules.
         min_share: Least share of the rounds of every arm, at most 1 / arms; policies that do not learn ignore it.
         gamma: Discount per round of past rewards, for the policies that discount them: a memory of about 1 / (1 -

@@ -12,9 +12,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from optima.coca.presets import TEACHERS
 from optima.commands import COMMANDS
 from optima.run import main
 from optima.runs.config import DistillConfig, PretrainConfig
+from optima_core.bandit import POLICIES
 
 
 def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -181,7 +183,7 @@ def test_help_explains_every_field(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([command, "--help-all"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for name in field_names(COMMANDS[command].config()):
@@ -192,6 +194,28 @@ def test_help_explains_every_field(
             1:
         ]
         assert len("".join(explanation)) > 8, f"--{name} is not explained: {lines[starts[0]]}"
+
+
+def test_help_shows_the_options_that_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, about in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = set(re.findall(r"^ +--([\w.]+)", capsys.readouterr().out, re.MULTILINE)) - {"config", "help"}
+        assert len(shown) <= 20, command
+        if about.matter:
+            assert set(about.matter) <= shown, command
+            assert len(about.matter) <= 14
+
+
+def test_help_names_policies_and_presets_and_no_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    told = ""
+    for command in ("distill", "import"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told += capsys.readouterr().out
+    words = set(re.findall(r"[\w-]+", told))
+    assert {*POLICIES, *TEACHERS} <= words
+    assert "<class" not in told
 
 
 def test_help_without_a_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
