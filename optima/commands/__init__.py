@@ -93,6 +93,10 @@ COMMANDS = {
         "Write a finished run's report.html anew, or several runs side by side.",
         _OPTIONS + "ReportConfig", _HERE + "report:run_report", bare="run",
     ),
+    "watch": Command(
+        "Serve the report of a run while it goes on, for a browser on this machine.",
+        _OPTIONS + "WatchConfig", _HERE + "watch:run_watch", bare="run",
+    ),
     "simulate": Command(
         "Compare bandit policies in simulated environments.",
         "optima.simulate.config:SimulateConfig", "optima.simulate.simulate:simulate",

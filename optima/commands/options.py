@@ -169,6 +169,30 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Serves the report of a run while it goes on, on this machine alone: `watch runs/distill`.
+
+    Attributes:
+        run: The run directory.
+        port: Port of 127.0.0.1; 0 takes a free one.
+        every: Seconds after which the page looks again, until the run has ended.
+    """
+
+    run: list[Path]
+    port: int = 8765
+    every: int = 5
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "every")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be within 0..65535, got {self.port}")
+        if len(self.run) != 1:
+            raise ValueError(f"run must name one run directory: `watch runs/distill`, got {len(self.run)}")
+        if not self.run[0].is_dir():
+            raise ValueError(f"run directory {self.run[0]} does not exist; give one that `distill` writes to")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What to look at.
 

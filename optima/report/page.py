@@ -61,6 +61,46 @@ def render_report(run: Run) -> str:
     )
 
 
+def render_running(run: Run, every: int) -> str:
+    """The page of a run that goes on, as HTML: the report without what only its end tells.
+
+    every: seconds after which it is asked for again.
+    """
+    rounds = run.rounds
+    task = formatting.task_title(run.summary.task, run.data)
+    options = run.config.get("engine")
+    total = int(options.get("rounds", 0)) if isinstance(options, dict) else 0
+    return render(
+        "running.html",
+        run=run,
+        summary=run.summary,
+        task=task,
+        title=f"{len(rounds)}/{total} {task}: {run.path.resolve().name}",
+        headline=_state(rounds, total),
+        done=len(rounds),
+        rounds=max(total, len(rounds), 1),
+        every=every,
+        facts=_pace(rounds, total),
+        arms=arm_table(rounds) if rounds else [],
+        timeline=inline(lambda layout: plots.timeline(rounds, layout), "timeline", _timeline_label(rounds))
+        if rounds
+        else None,
+        heat=_heat(rounds) if rounds else None,
+        curves=_curves(rounds, run.summary) if len(rounds) > 1 else None,
+        samples=[],
+        shown=SHOWN_AT_ONCE,
+        attention=None,
+        swatch=plots.colour_indices(rounds),
+        environment={},
+    )
+
+
+def _state(rounds: Sequence[Round], total: int) -> str:
+    if not rounds:
+        return "The first round is not over"
+    return "All rounds are over; the models are being scored" if len(rounds) >= total else "The student is learning"
+
+
 def render(template: str, **values: Any) -> str:
     """Fills a template of the package; everything but `Markup` is escaped."""
     environment = jinja2.Environment(
@@ -133,6 +173,20 @@ def facts(summary: Summary) -> list[Fact]:
     if math.isfinite(summary.seconds):
         found.append(Fact("wall time", formatting.duration(summary.seconds), "of the whole run"))
     return found
+
+
+def _pace(rounds: Sequence[Round], total: int) -> list[Fact]:
+    """How far a run is, how fast it goes, and what the last round brought."""
+    if not rounds:
+        return []
+    last = rounds[-1]
+    left = last.seconds / last.round * (total - last.round)
+    return [
+        Fact("left", formatting.duration(max(0.0, left)), f"after {formatting.duration(last.seconds)}"),
+        Fact("steps a second", formatting.plain(last.steps_per_second), f"{last.step} steps so far"),
+        Fact("reward of the last round", formatting.plain(last.reward), formatting.spelled(last.chosen)),
+        Fact("task loss", formatting.plain(last.losses.get("task", math.nan)), "mean of the last round"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,28 @@ def read_run(path: Path) -> Run:
     )
 
 
+def read_running(path: Path) -> Run:
+    """Reads the directory of a run that goes on: what is there so far; its scores are not.
+
+    Raises OptimaError if the directory is missing, or a file does not say what it must.
+    """
+    if not path.is_dir():
+        raise OptimaError(f"run directory {path} does not exist; give one that `distill` writes to")
+    config_text = _text(path / CONFIG) if (path / CONFIG).exists() else ""
+    config = load_yaml(config_text, str(path / CONFIG)) if config_text else {}
+    options = config if isinstance(config, dict) else {}
+    lines = _text(path / METRICS).split("\n")[:-1] if (path / METRICS).exists() else []  # the last may be half written
+    return Run(
+        path=path,
+        config=options,
+        config_text=config_text,
+        rounds=tuple(read_round(line, f"{path / METRICS} line {place}") for place, line in enumerate(lines, 1) if line),
+        summary=Summary(str(options.get("task", "captioning")), {}, "", {}, {}),
+        samples=(),
+        cross_attention=None,
+    )
+
+
 def read_rounds(path: Path) -> tuple[Round, ...]:
     """The rows of a metrics.jsonl. Raises OptimaError naming the first line that is none."""
     lines = enumerate(_text(path).splitlines(), 1)

@@ -1,0 +1,101 @@
+"""The page of a run while it goes on: what is there so far, then the report; for this machine alone."""
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from optima.commands.options import WatchConfig
+from optima.commands.watch import make_server
+from optima.report.page import render_report
+from optima.run import main
+from optima.runs.reading import read_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, student_file: Path) -> Path:
+    run = tmp_path_factory.mktemp("watch") / "run"
+    options = (
+        f"--teacher {teacher_file} --student {student_file} --engine.rounds 4 --engine.steps_per_round 2 --batch_size 4"
+        f" --probe_size 6 --evaluate_every 0 --test_items 8 --samples 2 --threads 1 --quiet --run {run}"
+    )
+    assert main(options.split()) == 0
+    return run
+
+
+@pytest.fixture
+def running(finished: Path, tmp_path: Path) -> Path:
+    """The directory of the same run as it was in its third round, a row of which is half written."""
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
+    return tmp_path
+
+
+@contextmanager
+def served(run: Path) -> Iterator[int]:
+    with make_server(WatchConfig([run], port=0, every=3)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def asked(port: int, path: str = "/", host: str = "127.0.0.1") -> tuple[int, str | None, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path, headers={"Host": f"{host}:{port}"})
+    answer = connection.getresponse()
+    return answer.status, answer.getheader("Refresh"), answer.read().decode()
+
+
+def test_a_running_run_is_shown_as_far_as_it_is_and_then_its_report(running: Path, finished: Path) -> None:
+    with served(running) as port:
+        status, again, page = asked(port)
+        assert (status, again) == (200, "3")
+        assert "2 of 4 rounds" in page
+        assert "The student is learning" in page
+        assert "<script" not in page
+        with open(running / "metrics.jsonl", "a") as file:
+            file.write((finished / "metrics.jsonl").read_text().splitlines(keepends=True)[2][40:])
+        assert "3 of 4 rounds" in asked(port)[2]
+        for name in ("metrics.jsonl", "summary.json"):
+            (running / name).write_bytes((finished / name).read_bytes())
+        _, again, page = asked(port)
+        assert again is None
+        assert page == render_report(read_run(running))
+
+
+def test_a_run_without_a_round_says_so(running: Path) -> None:
+    (running / "metrics.jsonl").unlink()
+    with served(running) as port:
+        assert "The first round is not over" in asked(port)[2]
+
+
+def test_a_broken_row_is_told_and_escaped(running: Path) -> None:
+    (running / "metrics.jsonl").write_text("<b>\n")
+    with served(running) as port:
+        page = asked(port)[2]
+    assert "metrics.jsonl line 1" in page
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize(("path", "host", "status"), [("/config.yaml", "localhost", 404), ("/", "evil.example", 403)])
+def test_nothing_else_is_served_and_to_nobody_else(path: str, host: str, status: int, running: Path) -> None:
+    with served(running) as port:
+        assert asked(port, path, host)[0] == status
+
+
+def test_mistakes_are_a_line(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(running / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with served(running) as port:
+        assert main(["watch", str(running), "--port", str(port)]) == 2
+    assert f"port {port} cannot be used" in capsys.readouterr().err
+    assert json.loads((running / "metrics.jsonl").read_text().splitlines()[0])["round"] == 1
