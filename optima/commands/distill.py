@@ -92,6 +92,8 @@ def distill(config: DistillConfig) -> Summary | None:
         if directory is not None and state is not None:
             _refuse_other_run(config, directory, state)
 
+        if ranks.first:
+            _sayer(config)(f"task {config.task}, data {config.data.name}: reading the teacher and the data")
         teacher = load_coca(config.teacher or TEACHER).to(ranks.device).requires_grad_(False)
         data = open_data(
             config.data,
@@ -123,7 +125,7 @@ def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskDat
         )
     data.training_batch(0, config.teach.batch_size)  # what cannot be read is told before the run has begun
     directory.write_config(config)
-    say: Callable[[str], None] = _unsaid if config.quiet else lambda line: print(f"teacher: {line}", flush=True)
+    say = _sayer(config, "teacher: ")
     lesson = FinetuneConfig(
         model=config.teacher or TEACHER,
         task=config.task,
@@ -145,8 +147,14 @@ def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskDat
     return weights
 
 
-def _unsaid(line: str) -> None:
-    pass
+def _sayer(config: DistillConfig, prefix: str = "") -> Callable[[str], None]:
+    """What shows a line to a person who wants to see some."""
+
+    def say(line: str) -> None:
+        if not config.quiet:
+            print(prefix + line, flush=True)
+
+    return say
 
 
 def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
@@ -304,9 +312,9 @@ def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progr
     config, data, student = job.config, job.data, models["after"]
     save_coca(student, directory.path / "student.safetensors")
     write_words(directory, data, config.data.loader.transform)
-    if not config.quiet:
-        print("scoring the teacher, and the student before and after, on the test split", flush=True)
-    evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch)
+    say = _sayer(config)
+    say("scoring the teacher, and the student before and after, on the test split")
+    evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch, say)
     write_samples(directory, data, evaluations, config.samples)
     if config.task == "captioning":
         write_cross_attention(directory, student, data, evaluations["after"])

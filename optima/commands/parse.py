@@ -80,8 +80,8 @@ def _overview() -> str:
 class _Parser(ArgumentParser):
     """One whose help names types as people do."""
 
-    def format_help(self) -> str:
-        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help())
+    def format_help(self, *arguments: Any, **named: Any) -> str:
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help(*arguments, **named))
 
 
 def _parser(name: str, command: Command, config: type[Any], whole: bool) -> ArgumentParser:

@@ -166,7 +166,7 @@ def facts(summary: Summary) -> list[Fact]:
         detail = f"{formatting.count(size['student'])} of {formatting.count(size['teacher'])} parameters"
         found.append(Fact("smaller", formatting.factor(size["teacher"] / size["student"]), detail))
     if speed.get("teacher") and speed.get("student"):
-        detail = f"{speed['student']:.0f} against {speed['teacher']:.0f} pictures a second"
+        detail = f"{speed['student']:.0f} against {speed['teacher']:.0f} pictures a second, in turns"
         found.append(Fact("faster", formatting.factor(speed["student"] / speed["teacher"]), detail))
     if math.isfinite(summary.peak_mib):
         found.append(Fact("peak memory", formatting.memory(summary.peak_mib), "of the whole run"))

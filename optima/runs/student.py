@@ -40,7 +40,9 @@ class Student:
         self.device = model.logit_scale.device
 
     @overload
-    def caption(self, pictures: Picture, generation: GenerationConfig | None = None) -> str: ...
+    def caption(  # type: ignore[overload-overlap]  # a str is a sequence of them
+        self, pictures: Picture, generation: GenerationConfig | None = None
+    ) -> str: ...
     @overload
     def caption(self, pictures: Sequence[Picture], generation: GenerationConfig | None = None) -> list[str]: ...
     def caption(

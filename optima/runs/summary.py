@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,33 @@ from optima.runs.rows import LayerWork, Model, Round
 from optima.tasks.data import Evaluation, TaskData
 from optima.tasks.evaluate import evaluate
 
+PASSES = 3
+"""Passes over the same items that each model's speed is the median of: one is as good as the machine's other work."""
+
 
 def score_models(
-    models: Mapping[Model, CoCa], data: TaskData, items: int, batch_size: int
+    models: Mapping[Model, CoCa], data: TaskData, items: int, batch_size: int, say: Callable[[str], None]
 ) -> tuple[dict[Model, Evaluation], dict[Model, float]]:
-    """Evaluates the models on the test split (`items` of it, 0 is all) -> the outcomes, and items a second."""
+    """Evaluates the models on the test split (`items` of it, 0 is all) -> the outcomes, and items a second.
+
+    say: shows a line as soon as a model is scored.
+    """
     found: dict[Model, Evaluation] = {}
-    speed: dict[Model, float] = {}
     for name, model in models.items():
-        begun = time.monotonic()
         found[name] = evaluate(model, data, "test", limit=items, batch_size=batch_size)
-        speed[name] = len(found[name].predictions) / (time.monotonic() - begun)
-    return found, speed
+        say(f"{name}: {data.headline} {found[name].scores[data.headline]:.1f}")
+    return found, _speed(models, data, min(items or batch_size, batch_size))
+
+
+def _speed(models: Mapping[Model, CoCa], data: TaskData, items: int) -> dict[Model, float]:
+    """Items a second of each model; the models take turns, so that what disturbs one disturbs all."""
+    found: dict[Model, list[float]] = {name: [] for name in models}
+    for _ in range(PASSES):
+        for name, model in models.items():
+            begun = time.monotonic()
+            predictions = evaluate(model, data, "test", limit=items, batch_size=items).predictions
+            found[name].append(len(predictions) / (time.monotonic() - begun))
+    return {name: statistics.median(speeds) for name, speeds in found.items()}
 
 
 def layer_work(rows: Sequence[Round]) -> LayerWork:
