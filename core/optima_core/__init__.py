@@ -10,9 +10,11 @@ from optima_core.lazily import attributes_from
 
 if TYPE_CHECKING:
     from optima_core.adaptor import Adaptor, LayerPaths, LinearQK, LinearQKV, TorchAttention
+    from optima_core.balancer import Balancer
     from optima_core.bandit.config import BanditConfig
     from optima_core.checkpoint import CheckpointStore
     from optima_core.config import DistillerConfig, ObjectiveConfig, OptimiserConfig, RewardConfig
+    from optima_core.distillation import Distillation
     from optima_core.engine import Distiller
     from optima_core.errors import OptimaError
     from optima_core.modules import ModulePair
@@ -27,9 +29,11 @@ else:
     __getattr__ = attributes_from(
         __name__,
         adaptor=("Adaptor", "LayerPaths", "LinearQK", "LinearQKV", "TorchAttention"),
+        balancer=("Balancer",),
         bandit=("BanditConfig",),
         checkpoint=("CheckpointStore",),
         config=("DistillerConfig", "ObjectiveConfig", "OptimiserConfig", "RewardConfig"),
+        distillation=("Distillation",),
         engine=("Distiller",),
         errors=("OptimaError",),
         modules=("ModulePair",),
@@ -45,8 +49,10 @@ else:
 __all__ = [
     "Adaptor",
     "AttentionTap",
+    "Balancer",
     "BanditConfig",
     "CheckpointStore",
+    "Distillation",
     "Distiller",
     "DistillerConfig",
     "Forward",

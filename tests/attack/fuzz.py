@@ -121,13 +121,13 @@ def fuzz(target: str, words: argparse.Namespace) -> None:
     """Runs one target in this process, and never returns."""
     import atheris
 
-    with atheris.instrument_imports(include=INSTRUMENTED):
-        import optima.commands.prepare  # noqa: F401  # all that the parsers import is instrumented with it
     folder = words.inner
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        parse = parser_of(target, folder)
     write_seeds(target, folder)
     options = [f"-runs={words.runs}", f"-max_total_time={words.seconds}", "-timeout=20", "-rss_limit_mb=4096"]
     options += ["-max_len=65536", f"-artifact_prefix={words.crashes}/{target}-", "-print_final_stats=1", "-seed=1"]
-    atheris.Setup([sys.argv[0], *options, str(folder / "seeds")], parser_of(target, folder))
+    atheris.Setup([sys.argv[0], *options, str(folder / "seeds")], parse)
     atheris.Fuzz()
 
 
