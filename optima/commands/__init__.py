@@ -97,6 +97,10 @@ COMMANDS = {
         "Serve the report of a run while it goes on, for a browser on this machine.",
         _OPTIONS + "WatchConfig", _HERE + "watch:run_watch", bare="run",
     ),
+    "demo": Command(
+        "Try a run's student beside its teacher, in a browser on this machine.",
+        _OPTIONS + "DemoConfig", _HERE + "demo:run_demo", bare="run",
+    ),
     "simulate": Command(
         "Compare bandit policies in simulated environments.",
         "optima.simulate.config:SimulateConfig", "optima.simulate.simulate:simulate",

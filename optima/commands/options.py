@@ -193,6 +193,27 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class DemoConfig:
+    """Tries a run's student beside its teacher in a browser on this machine: `demo runs/distill`.
+
+    Attributes:
+        run: Directory of a finished run.
+        port: Port of 127.0.0.1; 0 takes a free one.
+        device: Where both work, such as "cpu" or "cuda"; null takes the GPU if there is one.
+    """
+
+    run: list[Path]
+    port: int = 8766
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be within 0..65535, got {self.port}")
+        if len(self.run) != 1:
+            raise ValueError(f"run must name one run directory: `demo runs/distill`, got {len(self.run)}")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What to look at.
 

@@ -1,40 +1,33 @@
 """The command `watch`: the report of a run while it goes on, for a browser on this machine.
 
 The page is that of report.html, without scripts: the browser is told to ask again, until the run has ended and the page
-is the report itself. It is drawn when the run's files have changed, and served to this machine alone: a page of another
-origin that a browser was led here by is refused by the host's name.
+is the report itself. It is drawn when the run's files have changed.
 """
 
+import html
 import threading
 from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+from optima.commands.local import LocalHandler, listen, serve
 from optima.commands.options import WatchConfig
 from optima.report.page import render_report, render_running
 from optima.runs.reading import CONFIG, METRICS, SUMMARY, read_run, read_running
 from optima_core.errors import OptimaError
 
-ADDRESS = "127.0.0.1"
 Page = tuple[str, bool]
 """HTML, and whether the run goes on."""
 
 
 def run_watch(config: WatchConfig) -> None:
     """Serves until Ctrl-C."""
-    with make_server(config) as server:
-        print(f"http://{ADDRESS}:{server.server_address[1]} shows {config.run[0]}; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+    serve(make_server(config), str(config.run[0]))
 
 
 def make_server(config: WatchConfig) -> ThreadingHTTPServer:
     """The server, which listens already. Raises OptimaError if the port is taken."""
-    page = _Drawn(config.run[0], config.every)
-    try:
-        return ThreadingHTTPServer((ADDRESS, config.port), _handler(page, config.every))
-    except OSError as error:
-        raise OptimaError(f"port {config.port} cannot be used ({error.strerror}); give another with --port") from error
+    return listen(config.port, _handler(_Drawn(config.run[0], config.every), config.every))
 
 
 class _Drawn:
@@ -59,37 +52,15 @@ class _Drawn:
             return self._page
 
 
-def _handler(page: Callable[[], Page], every: int) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        server_version, sys_version = "optima", ""
-
+def _handler(page: Callable[[], Page], every: int) -> type[LocalHandler]:
+    class Handler(LocalHandler):
         def do_GET(self) -> None:
-            host = self.headers.get("Host", "").rpartition(":")[0]
-            if host not in (ADDRESS, "localhost"):
-                self.send_error(HTTPStatus.FORBIDDEN)
-                return
-            if self.path != "/":
-                self.send_error(HTTPStatus.NOT_FOUND)
+            if self.refused(self.path):
                 return
             try:
                 content, goes_on = page()
             except OptimaError as error:
-                content, goes_on = f"<!doctype html><title>OPTIMA</title><pre>{_escaped(str(error))}</pre>", True
-            body = content.encode()
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            if goes_on:
-                self.send_header("Refresh", str(every))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """A line a request would bury what matters."""
+                content, goes_on = f"<!doctype html><title>OPTIMA</title><pre>{html.escape(str(error))}</pre>", True
+            self.reply(content, refresh=every if goes_on else None)
 
     return Handler
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

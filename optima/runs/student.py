@@ -27,8 +27,8 @@ from optima.data.transform import evaluation_window, picture, resample
 from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 
-Picture = str | Path | Image.Image | Tensor
-"""A file, a PIL picture, or uint8 [3, H, W]."""
+Picture = str | Path | bytes | Image.Image | Tensor
+"""A file, or its content; a PIL picture, or uint8 [3, H, W]."""
 
 
 class Student:
@@ -102,13 +102,13 @@ class Student:
     def _square(self, given: Picture, name: str) -> Tensor:
         """uint8 [3, S, S]. Raises OptimaError, calling a picture that is no file `name`."""
         config = self.words.transform
-        if isinstance(given, str | Path):
+        if isinstance(given, str | Path | bytes):
             try:
-                content = ImageSource(str(given)).read()
+                content = given if isinstance(given, bytes) else ImageSource(str(given)).read()
                 header = inspect(content)
                 return picture(content, header, evaluation_window(header.width, header.height, config), config)
             except Unusable as error:
-                raise OptimaError(f"picture {given}: {error}") from None
+                raise OptimaError(f"picture {name if isinstance(given, bytes) else given}: {error}") from None
         pixels = _pixels(given, name)
         window = evaluation_window(pixels.shape[1], pixels.shape[0], config)
         part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
@@ -117,7 +117,7 @@ class Student:
 
 def _listed(pictures: Picture | Sequence[Picture]) -> tuple[Sequence[Picture], bool]:
     """The pictures in a list, and whether it was a single one."""
-    if isinstance(pictures, str | Path | Image.Image):
+    if isinstance(pictures, str | Path | bytes | Image.Image):
         return [pictures], True
     if isinstance(pictures, Tensor):
         return ([pictures], True) if pictures.ndim == 3 else (list(pictures), False)

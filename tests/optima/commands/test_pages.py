@@ -1,15 +1,19 @@
-"""The page of a run while it goes on: what is there so far, then the report; for this machine alone."""
+"""Pages served to this machine alone: a run while it goes on, then its report; student and teacher side by side."""
 
+import base64
 import http.client
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from optima.commands.options import WatchConfig
+from optima import load_student
+from optima.commands.demo import make_server as make_demo
+from optima.commands.options import DemoConfig, WatchConfig
 from optima.commands.watch import make_server
 from optima.report.page import render_report
 from optima.run import main
@@ -99,3 +103,34 @@ def test_mistakes_are_a_line(running: Path, capsys: pytest.CaptureFixture[str]) 
         assert main(["watch", str(running), "--port", str(port)]) == 2
     assert f"port {port} cannot be used" in capsys.readouterr().err
     assert json.loads((running / "metrics.jsonl").read_text().splitlines()[0])["round"] == 1
+
+
+def test_the_demo_says_what_student_and_teacher_say(finished: Path, teacher_file: Path) -> None:
+    samples = json.loads((finished / "samples.json").read_text())
+    picture = (finished / samples[0]["images"][0]).read_bytes()
+    with make_demo(DemoConfig([finished], port=0, device="cpu")) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            port = server.server_address[1]
+            status, _, page = asked(port)
+            assert status == 200
+            assert page.count("data:image/png") == len(samples)
+            said = posted(port, [base64.b64encode(picture).decode()])
+            assert said["student"]["lines"] == [[load_student(finished, "cpu").caption(picture), None]]
+            assert said["teacher"]["lines"] == [[samples[0]["teacher"], None]]
+            assert "error" in posted(port, ["no picture"])
+            assert "error" in posted(port, [base64.b64encode(b"no picture").decode()])
+            assert posted(port, [], origin="http://evil.example") == {}
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def posted(port: int, pictures: list[str], origin: str | None = None) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Origin": origin} if origin else {}
+    connection.request("POST", "/say?text=", json.dumps(pictures), headers)
+    answer = connection.getresponse()
+    found: dict[str, Any] = json.loads(answer.read()) if answer.status == 200 else {}
+    return found
