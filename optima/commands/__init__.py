@@ -46,6 +46,10 @@ COMMANDS = {
         "Distil a teacher into a student on one task.",
         _RUNS + "DistillConfig", _HERE + "distill:run_distill", recipes="distill", resumes=True,
     ),
+    "distill_hf": Command(
+        "Distil a model of transformers, layer by layer, on your texts and pictures.",
+        _HERE + "distill_hf.config:DistillHfConfig", _HERE + "distill_hf:run_distill_hf", resumes=True,
+    ),
     "pretrain": Command(
         "Train a CoCa from scratch on pictograms.",
         _RUNS + "PretrainConfig", _HERE + "pretrain:run_pretrain", recipes="pretrain", resumes=True,
