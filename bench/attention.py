@@ -1,12 +1,14 @@
-"""`attention_map_losses` beside eager torch, compiled eager torch and TextBrewer.
+"""`attention_map_losses` beside eager torch, compiled eager torch and, for plain maps, TextBrewer.
 
-Every contender gets q and k, makes its own products and softmax, forward and backward, and must give our gradients of
-q and k. TextBrewer's cross entropy differs from KL by a constant, so the losses themselves are not compared. What it is
-handed is scores for "kl" and maps for "mse", as its users do.
+Maps are plain, causal, of grouped key heads (four query heads read one), or means over heads of a teacher with four
+more heads. Every contender gets q and k, makes its own products and softmax, forward and backward, and must give our
+gradients of q and k. TextBrewer's cross entropy differs from KL by a constant, so the losses themselves are not
+compared. What it is handed is scores for "kl" and maps for "mse", as its users do.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from bench.peers import compiled, textbrewer
 from optima_kernels import attention_map_losses
 
 KINDS = ("kl", "mse")
+VARIANTS = ("plain", "causal", "grouped", "mean")
+GROUP = 4  # query heads that read one key head, of "grouped"
 Maps = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -27,9 +31,12 @@ def contests(device: torch.device) -> list[Contest]:
             (1, 8, 12, 257, 64, {"time": 0.85}),
         ]
         made = [contest(device, kind, *case) for case in cases for kind in KINDS]
+        made += [contest(device, "kl", 1, 4, 12, 257, 64, variant=variant) for variant in VARIANTS[1:]]
         return [*made, *(contest(device, kind, 1, 4, 12, 2048, 64, {"extra": 1 / 30}, peers=False) for kind in KINDS)]
     shapes = [(6, 8, 12, 577, 64), *((1, 8, 12, n, 64) for n in (197, 1024, 2048, 4096)), (6, 8, 8, 577, 128)]
-    return [contest(device, kind, *shape) for shape in shapes for kind in KINDS]
+    made = [contest(device, kind, *shape) for shape in shapes for kind in KINDS]
+    large = [(6, 16, 12, 577, 64), (1, 8, 16, 1024, 128)]
+    return made + [contest(device, "kl", *shape, variant=variant) for shape in large for variant in VARIANTS[1:]]
 
 
 def sweeps(device: torch.device) -> list[Sweep]:
@@ -60,16 +67,22 @@ def contest(
     width: int,
     bars: dict[str, float] | None = None,
     peers: bool = True,
+    variant: str = "plain",
 ) -> Contest:
-    """Maps of `layers` layers, students and teachers of equal shape; float32 on a CPU, else bfloat16."""
+    """Maps of `layers` layers; float32 on a CPU, else bfloat16."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     @cache
     def tensors() -> list[list[Tensor]]:
         generator = torch.Generator(device).manual_seed(0)
-        shape = (batch, heads, tokens, width)
+        heads_t = heads + 4 * (variant == "mean")
+        keys_of = GROUP if variant == "grouped" else 1
         made = [
-            [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(layers)] for _ in range(4)
+            [
+                torch.randn(batch, count, tokens, width, generator=generator, device=device).to(dtype)
+                for _ in range(layers)
+            ]
+            for count in (heads, heads // keys_of, heads_t, heads_t // keys_of)
         ]
         return [[x.requires_grad_(i < 2) for x in side] for i, side in enumerate(made)]
 
@@ -85,20 +98,27 @@ def contest(
 
     def ours(backend: str | None = None, gate: float | None = None) -> Run:
         gates = None if gate is None else torch.full((layers,), gate, device=device)
-        return lambda: gradients(attention_map_losses(*tensors(), kind=kind, backend=backend, gate=gates).sum())
+        options: dict[str, Any] = {
+            "kind": kind,
+            "heads": "mean" if variant == "mean" else "match",
+            "causal": variant == "causal",
+        }
+        return lambda: gradients(attention_map_losses(*tensors(), backend=backend, gate=gates, **options).sum())
 
-    contenders = {"eager": of_maps(lambda: eager(kind)), "optima": ours}
+    contenders = {"eager": of_maps(lambda: eager(kind, variant)), "optima": ours}
     if peers:
-        contenders["torch.compile(eager)"] = of_maps(lambda: compiled(eager(kind)))
-        contenders["TextBrewer"] = of_maps(lambda: with_textbrewer(kind))
+        contenders["torch.compile(eager)"] = of_maps(lambda: compiled(eager(kind, variant)))
+        if variant == "plain":
+            contenders["TextBrewer"] = of_maps(lambda: with_textbrewer(kind))
     if device.type != "cpu":
         contenders["optima, blocked"] = lambda: ours("blocked")
         contenders["optima, gate closed"] = lambda: ours(gate=0.0)
-    elements = layers * batch * heads * tokens**2
+    elements = layers * batch * heads * tokens**2 // (2 if variant == "causal" else 1)
+    title = kind if variant == "plain" else f"{kind} {variant}"
     moved = 6 * layers * batch * heads * tokens * width * dtype.itemsize
     return Contest(
         suite="attention",
-        name=f"{kind}, L {layers}, B {batch}, H {heads}, N {tokens}, d {width}",
+        name=f"{title}, L {layers}, B {batch}, H {heads}, N {tokens}, d {width}",
         contenders=contenders,
         unequal=("optima, gate closed",),
         tolerance=1e-4 if device.type == "cpu" else 5e-2,
@@ -108,16 +128,31 @@ def contest(
     )
 
 
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+def scores(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
+    if k.shape[1] < q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    products: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if not causal:
+        return products
+    # Low, but finite: the logarithms of two forbidden elements have a difference.
+    return products.masked_fill(~torch.ones_like(products[0, 0], dtype=torch.bool).tril(), -1e4)
 
 
-def eager(kind: str) -> Maps:
+def eager(kind: str, variant: str = "plain") -> Maps:
+    """The usual way: both maps, and the mean over rows (KL) or over attended elements (MSE)."""
+
     def loss(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-        scores_s, scores_t = scores(q_s, k_s), scores(q_t, k_t)
+        batch, heads, tokens, _ = q_s.shape
+        scores_s, scores_t = (scores(q, k, variant == "causal") for q, k in ((q_s, k_s), (q_t, k_t)))
+        if variant == "mean":
+            p_s, p_t = (x.softmax(-1).mean(1) for x in (scores_s, scores_t))
+            if kind == "mse":
+                return F.mse_loss(p_s, p_t)
+            return F.kl_div(p_s.log(), p_t, reduction="sum") / (batch * tokens)
         if kind == "mse":
-            return F.mse_loss(scores_s.softmax(-1), scores_t.softmax(-1))
-        rows = q_s.shape[0] * q_s.shape[1] * q_s.shape[2]
+            attended = batch * heads * (tokens * (tokens + 1) // 2 if variant == "causal" else tokens**2)
+            return F.mse_loss(scores_s.softmax(-1), scores_t.softmax(-1), reduction="sum") / attended
+        rows = batch * heads * tokens
         return F.kl_div(scores_s.log_softmax(-1), scores_t.log_softmax(-1), reduction="sum", log_target=True) / rows
 
     return loss

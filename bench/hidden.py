@@ -4,7 +4,7 @@ TextBrewer and torchdistill project with a module of their own and hand the resu
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,11 @@ def contests(device: torch.device) -> list[Contest]:
             contest(device, None, 1, 64 * 257, 768, 1024, {"time": 1.0, "extra": 0.6}),
             contest(device, "layernorm", 1, 4 * 577, 768, 1024),
         ]
-    return [contest(device, normalize, 6, 8 * 577, 768, 1024) for normalize in ("layernorm", None)]
+    return [
+        contest(device, normalize, 6, 16 * 577, 768, 1024, autocast=autocast)
+        for autocast in (False, True)
+        for normalize in ("layernorm", None)
+    ]
 
 
 def sweeps(device: torch.device) -> list[Sweep]:
@@ -49,8 +53,11 @@ def contest(
     d_t: int,
     bars: dict[str, float] | None = None,
     peers: bool = True,
+    autocast: bool = False,
 ) -> Contest:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    """`autocast`: float32 tensors under autocast to bfloat16, as the engine has them; else on a GPU bfloat16 ones."""
+    dtype = torch.float32 if device.type == "cpu" or autocast else torch.bfloat16
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast)
 
     @cache
     def tensors() -> list[list[Tensor]]:
@@ -78,7 +85,13 @@ def contest(
                 return compare(projected, h_t)
 
             called = compiled(loss) if make is as_compiled else loss
-            return lambda: gradients(torch.stack([called(*each) for each in zip(*tensors(), strict=True)]).sum())
+
+            def run() -> Sequence[Tensor]:
+                with precision():
+                    total = torch.stack([called(*each) for each in zip(*tensors(), strict=True)]).sum()
+                return gradients(total)
+
+            return run
 
         return prepare
 
@@ -87,7 +100,8 @@ def contest(
         gates = None if gate is None else torch.full((layers,), gate, device=device)
 
         def run() -> Sequence[Tensor]:
-            losses = hidden_mses(h_s, h_t, weight, bias, normalize=normalize, backend=backend, gate=gates)
+            with precision():
+                losses = hidden_mses(h_s, h_t, weight, bias, normalize=normalize, backend=backend, gate=gates)
             return gradients(losses.sum())
 
         return run
@@ -99,11 +113,12 @@ def contest(
         contenders["torchdistill"] = of_states(torchdistill_mse)
     if device.type != "cpu":
         contenders["optima, blocked"] = lambda: ours("blocked")
+        contenders["optima, gated"] = lambda: ours(gate=1.0)
         contenders["optima, gate closed"] = lambda: ours(gate=0.0)
     moved = layers * dtype.itemsize * (2 * tokens * d_s + tokens * d_t + 2 * d_t * d_s)
     return Contest(
         suite="hidden",
-        name=f"{normalize or 'plain'}, L {layers}, {tokens} tokens, {d_s} -> {d_t}",
+        name=f"{normalize or 'plain'}{', autocast' if autocast else ''}, L {layers}, {tokens} tokens, {d_s} -> {d_t}",
         contenders=contenders,
         unequal=("optima, gate closed",),
         tolerance=1e-4 if device.type == "cpu" else 5e-2,

@@ -1,252 +1,355 @@
-"""What the kernels could take on GPUs that are not here: a prediction, not a measurement.
+"""What the losses should take on an H100, estimated from what is launched there, beside the same estimate for others.
 
-    python -m bench.predict
+    python -m bench.predict [--measured DIR/gpu.jsonl]
 
-Counts every launch of a loss, forward and gradients, in Triton's interpreter, cut as on the GPU
-(`optima_kernels.inspect.counts`), and divides by what the GPU can do at most: different bytes by memory bandwidth, products by
-the matrix units' rate, exponentials by that of the special function units. The largest of the three is a launch's time,
-the sum of launches that of the loss. So it is a bound from below: caches are perfect, units never wait, launches cost
-nothing, and other arithmetic is free. Writes bench/PREDICTED.md.
+The project's own launch code runs under a driver that is not there (`optima_kernels.inspect.fake_driver`): it tells
+every kernel's grid, how many of its blocks an SM holds, the vendor's products by size, and how many operators of torch
+run. A launch takes as long as the slowest of four resources needs, times what its last, partly filled wave costs:
+
+- tensor cores, at the rate that the vendor's own products of such sizes reach (measured, or a data sheet's share);
+- exponentials, 16 a clock and SM;
+- issue slots, four a clock and SM: instructions of the loop of the compiled SASS, over the exponentials in it;
+- memory, at the measured bandwidth: every tensor once, and once more where a GEMM reads it again per tile of the other
+  factor and it exceeds the L2 cache.
+
+A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
+and the share of issue slots that latency leaves are set after measurements (bench/GPU.md). torch's own operators are
+passes over memory.
+Others are estimated by their passes over maps and logits. Writes bench/PREDICTED.md; with `--measured`, beside each
+estimate what a GPU said.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read at the first import of Triton
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import math
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
-import torch
-
-from optima_kernels import attention_map_loss, hidden_mse, linear_kl
-from optima_kernels.inspect.counts import Launch, counting, tilings_of
-from optima_kernels.triton import attention, logits, products
+from optima_kernels.inspect.chips import CHIPS
+from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
+from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
 
 TABLE = Path(__file__).with_name("PREDICTED.md")
-DTYPE = torch.bfloat16
+TARGET = "sm_90"
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What a GPU can do at most, a second: bf16 operations on matrix units, bytes of memory, exponentials.
+class Machine:
+    """An H100 SXM as measured: products of 8192^3 and copies of 2 GiB by torch, the clock under load."""
 
-    Exponentials are 16 a clock and multiprocessor, at the clock that the matrix units' figure implies.
-    """
+    flops: float = 731e12
+    bytes: float = 2.9e12
+    l2_bytes: float = 50e6
+    clock: float = 1.755e9
+    launch_seconds: float = 2e-6
+    host_seconds: float = 35e-6
+    issued: float = 0.6
 
-    name: str
-    target: str
-    flops: float
-    bytes: float
-    exps: float
-    source: str
+    @property
+    def multiprocessors(self) -> int:
+        return CHIPS[TARGET].multiprocessors
+
+    @property
+    def exps(self) -> float:
+        return 16 * self.multiprocessors * self.clock
+
+    @property
+    def slots(self) -> float:
+        """Instructions of a warp, of which latency leaves the share that `lse_kernel` was measured to reach."""
+        return self.issued * 4 * self.multiprocessors * self.clock
 
 
-GPUS = (
-    Ceilings(
-        "A100 SXM 80 GB", "sm_80", 312e12, 2.039e12, 16 * 108 * 1.41e9, "NVIDIA A100 data sheet; 108 SMs at 1.41 GHz"
-    ),
-    Ceilings(
-        "H100 SXM", "sm_90", 989e12, 3.35e12, 16 * 132 * 1.83e9, "NVIDIA H100 data sheet, dense; 132 SMs at 1.83 GHz"
-    ),
-    Ceilings(
-        "B200", "sm_100", 2250e12, 8.0e12, 16 * 148 * 1.85e9, "NVIDIA DGX B200 data sheet, dense; 148 SMs at 1.85 GHz"
-    ),
-)
+MACHINE = Machine()
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel's part of a loss, all its launches together."""
+    """What one launch has to do."""
 
-    kernel: str
-    moved: float
-    floor: float
-    flops: float
-    exps: float
+    flops: float = 0.0
+    exps: float = 0.0
+    bytes: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
-        figures = (getattr(self, name) + getattr(other, name) for name in ("moved", "floor", "flops", "exps"))
-        return Work(self.kernel, *figures)
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.kernel, self.moved * times, self.floor * times, self.flops * times, self.exps * times)
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds on the GPU by what bounds them, seconds on the host, and kernels that the model knows nothing of."""
 
-    def times(self, gpu: Ceilings) -> dict[str, float]:
-        """Seconds by what would take them."""
-        return {"memory": self.floor / gpu.bytes, "products": self.flops / gpu.flops, "exps": self.exps / gpu.exps}
+    bounds: Counter[str]
+    host: float
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.bounds.values())
+
+    @property
+    def bound(self) -> str:
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+
+WorkOf = Callable[[Launch], Work | None]
 
 
 @dataclass(frozen=True)
 class Case:
+    """A call; `work` of its launches, and the passes of others: (name, bytes, flops, launches)."""
+
     name: str
-    shape: str
-    works: Callable[[], list[Work]]
+    call: Callable[[], None]
+    work: WorkOf
+    flops: float
+    others: tuple[tuple[str, float, float, int], ...] = field(default=())
 
 
-def count(loss: Callable[[], object]) -> list[Work]:
-    """The work of every launch that `loss` makes."""
-    with counting() as launches:
-        loss()
-    return [_work(launch) for launch in launches]
+def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
+    """Ours."""
+    with launches_on(TARGET) as log:
+        case.call()
+    bounds: Counter[str] = Counter()
+    unknown = []
+    for launch in log.launches:
+        work = case.work(launch)
+        if work is None:
+            unknown.append(launch.compiled.kernel)
+            continue
+        name, seconds = of_launch(launch, work, machine)
+        bounds[name] += seconds
+    for product in log.products:
+        bounds["vendor products"] += of_product(product, machine)
+    small = log.operators - len(log.products)
+    bounds["torch's operators"] += log.operator_bytes / machine.bytes
+    bounds["launches"] += machine.launch_seconds * (len(log.launches) + log.operators)
+    host = machine.host_seconds * (len(log.launches) + len(log.products) + small)
+    return Estimate(bounds, host, tuple(dict.fromkeys(unknown)))
 
 
-def _work(launch: Launch) -> Work:
-    return Work(launch.kernel, launch.moved, launch.floor, launch.flops, launch.exps)
+def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]:
+    """What bounds it, and seconds."""
+    needs = {
+        "tensor cores": work.flops / machine.flops,
+        "exponentials": work.exps / machine.exps,
+        "issue": work.exps * slots_of_an_exponential(launch.cubin) / machine.slots,
+        "memory": work.bytes / machine.bytes,
+    }
+    name = max(needs, key=lambda need: needs[need])
+    return name, needs[name] * last_wave(launch, machine)
 
 
-def grown(small: Sequence[Work], large: Sequence[Work], sizes: tuple[int, int], size: int) -> list[Work]:
-    """The work at `size`, which is affine in it, from that at two sizes: both of whole tiles."""
-    times = (size - sizes[0]) / (sizes[1] - sizes[0])
-    return [a + (b + a * -1.0) * times for a, b in zip(small, large, strict=True)]
+def last_wave(launch: Launch, machine: Machine) -> float:
+    """How much longer a launch takes because its last wave does not fill the chip; blocks share an SM evenly."""
+    at_once = launch.compiled.resident * machine.multiprocessors
+    full, rest = divmod(launch.programs, at_once)
+    # A partly filled wave takes as long as its fullest SM: a block alone has the whole SM to itself.
+    partly = math.ceil(rest / machine.multiprocessors) / launch.compiled.resident if rest else 0.0
+    return (full + partly) * at_once / launch.programs
 
 
-def attention_works(kind: str, tokens: int, width: int, heads: int) -> list[Work]:
-    """One head is counted: every head does the same."""
-    tensors = [torch.zeros(1, 1, tokens, width, dtype=DTYPE, requires_grad=i < 2) for i in range(4)]
-    return [work * heads for work in count(lambda: attention_map_loss(*tensors, kind=kind, backend="triton"))]
+def of_product(product: VendorProduct, machine: Machine) -> float:
+    """Tiles of 128 x 256, two an SM in flight at best; the larger factor is read again where L2 cannot hold it."""
+    tiles = product.batch * math.ceil(product.m / 128) * math.ceil(product.n / 256)
+    waves = math.ceil(tiles / machine.multiprocessors) * machine.multiprocessors / tiles
+    split = min(1.0 if tiles >= machine.multiprocessors else tiles / machine.multiprocessors, 1.0)
+    # Libraries split the sum where tiles are few, at some cost.
+    tensor = product.flops / machine.flops * (1.15 if split < 1 else min(waves, 1.5))
+    size = product.dtype.itemsize
+    left, right = (product.batch * size * rows * product.k for rows in (product.m, product.n))
+    again = 1.0 if min(left, right) < machine.l2_bytes / 2 else math.ceil(min(product.m, product.n) / 1024)
+    moved = left + right + max(left, right) * (again - 1) + product.batch * product.m * product.n * size
+    return max(tensor, moved / machine.bytes)
 
 
-def hidden_works(normalize: str | None, tokens: int, d_s: int, d_t: int) -> list[Work]:
-    def at(some: int) -> list[Work]:
-        h_s, h_t = torch.zeros(some, d_s, dtype=DTYPE, requires_grad=True), torch.zeros(some, d_t, dtype=DTYPE)
-        weight = torch.zeros(d_t, d_s, dtype=DTYPE, requires_grad=True)
-        return count(lambda: hidden_mse(h_s, h_t, weight, normalize=normalize, backend="triton"))
+def slots_of_an_exponential(cubin: Path) -> float:
+    """Instructions of a warp in the innermost loops with exponentials, over the exponentials of its 32 lanes.
 
-    return grown(at(128), at(256), (128, 256), tokens)
+    0 where a kernel has no such loop.
+    """
+    from triton import knobs
 
-
-def vocabulary_works(divergence: str, tokens: int, vocabulary: int, d_s: int, d_t: int) -> list[Work]:
-    """The first chunk of tokens and a second, which adds to what the first wrote, stand for all."""
-    chunk = logits.chunk_tokens(vocabulary)
-
-    def at(words: int) -> list[Work]:
-        h_s, w_s = (torch.zeros(n, d_s, dtype=DTYPE, requires_grad=True) for n in (2 * chunk, words))
-        h_t, w_t = (torch.zeros(n, d_t, dtype=DTYPE) for n in (2 * chunk, words))
-        with patch.object(logits, "chunk_tokens", lambda _: chunk):
-            return count(lambda: linear_kl(h_s, w_s, h_t, w_t, divergence=divergence, backend="triton"))
-
-    works = grown(at(512), at(1024), (512, 1024), vocabulary)
-    first, later = works[: len(works) // 2], works[len(works) // 2 :]
-    return [a + b * (tokens / chunk - 1.0) for a, b in zip(first, later, strict=True)]
-
-
-BATCH, HEADS = 8, 16
-CASES = [
-    *(
-        Case(
-            f"attention {kind}",
-            f"B {BATCH}, H {HEADS}, N {tokens}, d 64",
-            lambda kind=kind, tokens=tokens: attention_works(kind, tokens, 64, BATCH * HEADS),
-        )
-        for tokens in (257, 577)
-        for kind in ("kl", "mse")
-    ),
-    *(
-        Case(
-            f"hidden {normalize or 'plain'}",
-            f"{BATCH} x {tokens} tokens, 768 to 1024",
-            lambda normalize=normalize, tokens=tokens: hidden_works(normalize, BATCH * tokens, 768, 1024),
-        )
-        for tokens in (257, 577)
-        for normalize in (None, "layernorm")
-    ),
-    *(
-        Case(
-            f"vocabulary {divergence}",
-            "2048 tokens, V 49408, 768 and 1024",
-            lambda divergence=divergence: vocabulary_works(divergence, 2048, 49408, 768, 1024),
-        )
-        for divergence in ("forward", "reverse", "jsd")
-    ),
-]
+    command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    places = [(int(address, 16), name, rest) for address, name, rest in found]
+    best = (0.0, 0.0)
+    for address, name, rest in places:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target is None or int(target[1], 16) >= address:
+            continue
+        body = [kind for at, kind, _ in places if int(target[1], 16) <= at <= address]
+        exps = sum(kind.startswith("MUFU.EX2") for kind in body)
+        if exps > best[1]:
+            best = (float(len(body)), float(exps))
+    return best[0] / (32 * best[1]) if best[1] else 0.0
 
 
-def cut(target: str) -> tuple[object, ...]:
-    """How kernels are cut on a target: where that is equal, so are the counts."""
-    walks = (attention.tiling(walk, 64, DTYPE, target, False) for walk in ("keys", "queries"))
-    return *(walk[:2] for walk in walks), products.tiling(target, True)[:3]
+def attention(name: str, call: Attention) -> Case:
+    """Products and exponentials of each walk over the maps."""
+    share = 0.5 if call.causal else 1.0
+    (heads_s, heads_t), (d_s, d_t) = call.heads, call.widths
+    of_head = call.layers * call.batch * call.queries * call.keys * share
+    maps_s, maps_t = of_head * heads_s, of_head * heads_t
+    states = 2.0 * call.layers * call.batch * (call.queries + call.keys)
+
+    def work(launch: Launch) -> Work | None:
+        kernel = launch.compiled.kernel
+        both = 2 * (maps_s * d_s + maps_t * d_t)
+        moved = states * (heads_s * d_s + heads_t * d_t)
+        if kernel == "lse_kernel":
+            return Work(both / 2, (maps_s + maps_t) / 2, moved / 2)
+        if kernel in ("query_kernel", "key_kernel"):
+            return Work(both + 2 * maps_s * d_s, maps_s + maps_t, 1.5 * moved)
+        if kernel == "mean_kernel":
+            return Work(both, maps_s + maps_t, moved + 2 * of_head * 2)
+        if kernel in ("mean_query_kernel", "mean_key_kernel"):
+            return Work(4 * maps_s * d_s, maps_s, moved + 2 * of_head)
+        return None
+
+    maps = (maps_s + maps_t) / 2
+    products = 2 * (3 * maps_s * d_s + maps_t * d_t)
+    others = (("eager", 160.0 * maps, products, 24), ("compiled eager", 40.0 * maps, products, 9))
+    return Case(f"attention {name}", call, work, products, others)
 
 
-def joined(works: Sequence[Work]) -> list[Work]:
-    """The launches of a kernel as one row, in order of first appearance."""
-    rows: dict[str, Work] = {}
-    for work in works:
-        rows[work.kernel] = rows[work.kernel] + work if work.kernel in rows else work
-    return list(rows.values())
+def hidden(name: str, call: Hidden) -> Case:
+    tokens, (narrow, wide) = call.tokens[0] * call.tokens[1], call.widths
+    elements = float(call.layers * tokens * wide)
+    product = 2.0 * call.layers * tokens * narrow * wide
+
+    def work(launch: Launch) -> Work | None:
+        kernel = launch.compiled.kernel
+        if kernel == "row_kernel":  # the projection, the teacher, the difference
+            return Work(bytes=6 * elements)
+        if kernel in ("project_kernel", "state_kernel", "weight_kernel", "product_kernel", "difference_kernel"):
+            return Work(product, 0.0, 2 * elements)
+        if kernel in ("scale_kernel", "join_kernel", "join_rows_kernel"):
+            return Work(bytes=4.0 * call.layers * tokens * narrow if launch.programs > 1000 else 1e6)
+        return None
+
+    passes = 30.0 if call.normalize else 20.0
+    others = (
+        ("eager", 2 * passes * elements, 3 * product, 14 * call.layers),
+        ("compiled eager", passes * elements, 3 * product, 7 * call.layers),
+    )
+    return Case(f"hidden {name}", call, work, 3 * product, others)
 
 
-def markdown(counted: dict[str, dict[str, list[Work]]]) -> str:
-    """`counted` is by case and target."""
-    names = [gpu.name for gpu in GPUS]
-    lines = [
-        "# Predicted, not measured",
-        "",
-        "No kernel has run on a GPU yet. `python -m bench.predict` counts what every launch reads, writes and",
-        "computes in Triton's interpreter, with the tilings that ship, and divides by what a GPU can do at most. Times",
-        "are bounds from below: caches are perfect, launches cost nothing, arithmetic other than products and",
-        "exponentials is free. Forward pass and gradients, bf16, one layer.",
-        "",
-        "## Ceilings",
-        "",
-        "| GPU | bf16 products, TFLOP/s | memory, TB/s | exponentials, T/s | source |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {gpu.name} | {gpu.flops / 1e12:.0f} | {gpu.bytes / 1e12:.2f} | {gpu.exps / 1e12:.2f} | {gpu.source} |"
-        for gpu in GPUS
-    ]
-    lines += [
-        "",
-        "Exponentials: 16 results a clock and SM for compute capabilities 8.0, 9.0 and 10.0 (CUDA C++ Programming",
-        "Guide, throughput of native arithmetic instructions; FlashAttention-3, arXiv 2407.08608, counts 3.9 T/s on an",
-        "H100).",
-        "",
-        "## Losses: milliseconds at least, and what bounds most of them",
-        "",
-        "| loss | shape | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for case in CASES:
-        cells = []
-        for gpu in GPUS:
-            total: dict[str, float] = {}
-            for work in counted[case.name + case.shape][gpu.target]:
-                bound, seconds = max(work.times(gpu).items(), key=lambda item: item[1])
-                total[bound] = total.get(bound, 0.0) + seconds
-            cells.append(f"{1e3 * sum(total.values()):.3f} ({max(total, key=lambda bound: total[bound])})")
-        lines.append(f"| {case.name} | {case.shape} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"## Counts behind them, cut as on {GPUS[1].target}",
-        "",
-        "All launches of a kernel together. Different bytes are those a perfect cache would let through; accesses are",
-        "all loads and stores, over those bytes: what L2 and L1 have to answer.",
-        "",
-        "| loss | shape | kernel | different bytes, MB | accesses | products, GFLOP | exponentials, M |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in CASES:
-        for work in joined(counted[case.name + case.shape][GPUS[1].target]):
-            lines.append(
-                f"| {case.name} | {case.shape} | {work.kernel} | {work.floor / 1e6:.1f} | "
-                f"{work.moved / work.floor:.2f} x | {work.flops / 1e9:.2f} | {work.exps / 1e6:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
+def vocabulary(name: str, call: Vocabulary) -> Case:
+    logits = float(call.tokens * call.words)
+    narrow, wide = call.widths
+    flops = 2 * logits * (3 * narrow + wide)
+    heads = 2.0 * call.words * (2 * narrow + wide)
+
+    def work(launch: Launch) -> Work | None:
+        if launch.compiled.kernel != "row_kernel":
+            return None
+        rows = launch.programs
+        visits = 1.0 if call.divergence == "forward" else 1.5
+        return Work(exps=2.0 * rows * call.words, bytes=6.0 * visits * rows * call.words)
+
+    others = (
+        ("eager", 145.0 * logits + heads, flops, 20),
+        ("compiled eager", 22.0 * logits + heads, flops, 9),
+        ("Liger, compiled chunks", 22.0 * logits + heads * call.tokens / 1024, flops, 12 * call.tokens // 1024),
+        ("vendor chunks of 2048", 14.0 * logits + 1.5 * heads * call.tokens / 2048, flops, 12 * call.tokens // 2048),
+    )
+    return Case(f"linear {name}", call, work, flops, others)
+
+
+def cases() -> Iterator[Case]:
+    """Named as the items of the GPU command, so that measurements are found."""
+    image = {"batch": 16, "gated": False}
+    yield attention("kl", Attention(**image))
+    yield attention("kl lse", Attention(**image, lse=True))
+    yield attention("kl causal", Attention(**image, causal=True))
+    yield attention("kl d128", Attention(16, (16, 16), widths=(128, 128), gated=False))
+    yield attention("kl 12 layers", Attention(**image, layers=12))
+    yield attention("mse", Attention(**image, kind="mse"))
+    yield attention("kl mean 12 to 16", Attention(**image, heads=(12, 16), matching="mean"))
+    yield attention("kl 4096 tokens", Attention(2, (16, 16), None, 4096, 4096, gated=False))
+    for normalize, layers in (("layernorm", 6), (None, 6), ("layernorm", 1)):
+        words = f"{normalize or 'plain'}, {layers} layer{'s' if layers > 1 else ''}"
+        yield hidden(words, Hidden(normalize=normalize, layers=layers, gated=False))
+    yield hidden("layernorm, 6 layers, gated", Hidden(normalize="layernorm", layers=6))
+    yield vocabulary("2048 x 49408", Vocabulary())
+    yield vocabulary("2048 x 49408 jsd", Vocabulary(divergence="jsd"))
+    yield vocabulary("4096 x 50257", Vocabulary(4096, 50257, (1024, 1024)))
+    yield vocabulary("8192 x 128256", Vocabulary(8192, 128256, (2048, 4096)))
+    yield vocabulary("2048 x 256000", Vocabulary(2048, 256000, (2048, 3584)))
+
+
+NAMES = {"eager": "eager", "compiled eager": "compiled", "Liger, compiled chunks": "Liger compiled"}
+NAMES["vendor chunks of 2048"] = "vendor chunks"
+
+
+def of_passes(moved: float, flops: float, launches: int, machine: Machine = MACHINE) -> float:
+    """Seconds of passes over memory and of products, one after the other, as torch runs them."""
+    return moved / machine.bytes + flops / (0.85 * machine.flops) + launches * machine.launch_seconds
+
+
+def measurements(path: Path | None) -> dict[str, dict[str, float]]:
+    """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host."""
+    found: dict[str, dict[str, float]] = {}
+    for text in path.read_text().splitlines() if path is not None else ():
+        line = json.loads(text)
+        if line.get("part") == "kernels" and "wall" in line:
+            found[line["item"]] = {"gpu": line.get("graph") or line["wall"], "host": line.get("host", math.nan)}
+    return found
+
+
+def rows(measured: dict[str, dict[str, float]]) -> Iterator[list[str]]:
+    """A case's rows: ours, then others."""
+    for case in cases():
+        ours = estimated(case)
+        said = measured.get(f"{case.name} | optima", {})
+        share = case.flops / ours.seconds / MACHINE.flops
+        note = f"not in the model: {', '.join(ours.unknown)}" if ours.unknown else ours.bound
+        yield _row(case.name, "optima", ours.seconds, said, 1e3 * ours.host, f"{share:.0%}", note)
+        for name, moved, flops, launches in case.others:
+            said = measured.get(f"{case.name} | {NAMES[name]}", {})
+            seconds = of_passes(moved, flops, launches)
+            host = 1e3 * MACHINE.host_seconds * launches
+            yield _row("", name, seconds, said, host, f"{case.flops / seconds / MACHINE.flops:.0%}", "passes")
+
+
+def _row(case: str, who: str, seconds: float, said: dict[str, float], host: float, share: str, note: str) -> list[str]:
+    gpu = f"{said['gpu']:.3f}" if "gpu" in said else "not measured"
+    host_said = f"{said['host']:.2f}" if not math.isnan(said.get("host", math.nan)) else "not measured"
+    return [case, who, f"{1e3 * seconds:.3f}", gpu, f"{host:.2f}", host_said, share, note]
+
+
+HEAD = """# Estimates, and what a GPU said
+
+`python -m bench.predict` estimates the losses, forward pass and gradients in bf16, on an H100 from what is launched
+there: grids and resident blocks, instructions of the compiled loops, the vendor's products by size, passes over memory;
+its head says how. Others are estimated by passes over their maps and logits. An estimate is no measurement: where one
+was made (`python bench/run_on_gpu.py --part kernels`), it stands beside it; "host" is what the calling thread takes.
+Share: the products that the definition asks for, over the estimated time, of the {flops:.0f} TFLOP/s that torch's
+product of 8192^3 reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said otherwise; hidden
+16 x 577 tokens, 768 to 1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096, 2048
+and 3584.
+"""
+COLUMNS = ("loss", "who", "GPU, ms, estimate", "measured", "host, ms, estimate", "measured", "share", "bound by")
+
+
+def markdown(found: Sequence[Sequence[str]]) -> str:
+    head = HEAD.format(flops=MACHINE.flops / 1e12)
+    lines = [head, "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in found)]) + "\n"
 
 
 def main() -> None:
-    counted: dict[str, dict[str, list[Work]]] = {}
-    for case in CASES:
-        by_cut: dict[tuple[object, ...], list[Work]] = {}
-        for gpu in GPUS:
-            if cut(gpu.target) not in by_cut:
-                print(f"counting {case.name}, {case.shape}, cut as on {gpu.target}", flush=True)
-                with tilings_of(gpu.target):
-                    by_cut[cut(gpu.target)] = case.works()
-            counted.setdefault(case.name + case.shape, {})[gpu.target] = by_cut[cut(gpu.target)]
-    TABLE.write_text(markdown(counted))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, help="gpu.jsonl of the GPU command")
+    options = parser.parse_args()
+    found = []
+    for row in rows(measurements(options.measured)):
+        print(" | ".join(row), flush=True)
+        found.append(row)
+    TABLE.write_text(markdown(found))
     print(f"wrote {TABLE}")
 
 

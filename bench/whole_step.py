@@ -41,7 +41,7 @@ from optima_core.config import Precision
 from optima_core.graphs import WARM_UP, CudaRecorder
 from optima_core.optimiser import clip_gradients, make_optimiser
 from optima_core.precision import arithmetic
-from optima_kernels.reference import regroup_heads
+from optima_kernels.attention.problem import regroup_heads
 
 MODULE = "image_encoder"
 Matching = Literal["mean", "relation"]

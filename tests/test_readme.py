@@ -1,4 +1,4 @@
-"""The examples of the README run as they stand."""
+"""The examples of README and of the documentation run as they stand."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,12 @@ from optima.runs.words import write_words
 from optima.task import Task
 from optima.tasks.pictograms import PictogramTask
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def example(heading: str) -> str:
-    """The first Python block under a heading."""
-    section = README.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def example(page: str, heading: str) -> str:
+    """The first Python block under a heading of a page."""
+    section = (ROOT / page).read_text(encoding="utf-8").split(f"# {heading}\n")[1].split("\n## ")[0]
     block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert block is not None
     return block.group(1)
@@ -29,7 +29,7 @@ def example(heading: str) -> str:
 
 def test_two_models_of_ones_own_are_distilled_in_under_30_lines() -> None:
     torch.manual_seed(0)
-    code = example("Your own models")
+    code = example("docs/own-models.md", "Your own models")
     names: dict[str, Any] = {}
     exec(code, names)
     first, last = names["records"][0].probe, names["records"][-1].probe
@@ -38,7 +38,11 @@ def test_two_models_of_ones_own_are_distilled_in_under_30_lines() -> None:
     assert all(last[f"hidden/encoder/{layer}"] < first[f"hidden/encoder/{layer}"] for layer in (0, 1))
 
 
-def test_the_losses_are_called_as_shown() -> None:
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [("README.md", "The losses alone"), ("docs/own-models.md", "The losses in a loop of your own")],
+)
+def test_the_losses_are_called_as_shown(page: str, heading: str) -> None:
     torch.manual_seed(0)
     batch, heads, tokens, vocabulary = 2, 4, 5, 11
     names: dict[str, Any] = {
@@ -54,7 +58,7 @@ def test_the_losses_are_called_as_shown() -> None:
         "w_s": torch.randn(vocabulary, 32),
         "w_t": torch.randn(vocabulary, 64),
     }
-    exec(example("The losses alone"), names)
+    exec(example(page, heading), names)
     assert all(torch.isfinite(names[loss]) and names[loss] > 0 for loss in ("maps", "states", "words"))
 
 
@@ -70,7 +74,7 @@ def test_a_student_is_used_as_shown(
     scene = next(s for s in map(Pictograms("test").scene, range(100)) if s.content.total == 1)
     Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    exec(example("Use the student"), {})
+    exec(example("docs/use.md", "The student"), {})
     caption, answer, *_ = capsys.readouterr().out.splitlines()
     assert describes(caption.strip("[]'"), scene)
     dog = next(number for number, kind in enumerate(KINDS) if kind.name == "dog")

@@ -43,7 +43,8 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
-    done = {item for part, group, item in lines.of_code(options.out, options.code) if group == options.group}
+    mine = (options.part, options.group)
+    done = {key[2] for key in lines.of_code(options.out, options.code) if key[:2] == mine}
     place: dict[str, Any] = {"part": options.part, "group": options.group, "code": options.code}
     context = Context(device, options.rehearse, options.seed, options.warm)
     left = 0

@@ -4,7 +4,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def chunks(context: Context) -> Iterator[Item]:
 def autocast(context: Context) -> Iterator[Item]:
     """float32 arguments under autocast: as right as the narrow dtype allows, with float32 gradients."""
     for loss in ("hidden", "linear", "attention"):
-        for i in range(1 if context.rehearse else 6):
+        for i in range(1 if context.rehearse else 4):
             for dtype in (BFLOAT16, FLOAT16) if i < 2 and not context.rehearse else (BFLOAT16,):
 
                 def run(loss: str = loss, i: int = i, dtype: torch.dtype = dtype) -> dict[str, Any]:
@@ -167,20 +167,24 @@ def selfchecks(context: Context) -> Iterator[Item]:
     """What a first use on this GPU would ask."""
     from optima_kernels.shared import selfcheck
 
-    def run(loss: str) -> dict[str, Any]:
-        outcome = selfcheck.check(loss, context.device)
-        if not outcome.passed:
-            raise Wrong(outcome.detail)
+    def run(loss: str, variant: str) -> dict[str, Any]:
+        outcome = selfcheck.check_anew(loss, variant, context.device)
+        if outcome.verdict != "right":
+            raise Wrong(f"{outcome.verdict}: {outcome.detail}")
         return {"error": outcome.error}
 
-    for loss in list(selfcheck.PROBLEMS)[: 1 if context.rehearse else None]:
-        yield Item(loss, lambda loss=loss: run(loss))  # type: ignore[misc]
+    for loss, variant in selfcheck.everything_usual()[: 1 if context.rehearse else None]:
+        yield Item(f"{loss} {variant}", lambda loss=loss, variant=variant: run(loss, variant))  # type: ignore[misc]
 
 
-def tests(context: Context) -> Iterator[Item]:
-    """The tests marked gpu, but for those that compile, which take longest."""
+def tested(*files: str) -> Callable[[Context], Iterator[Item]]:
+    """Files of the tests marked gpu, but for those that compile, which take longest."""
+    return lambda context: _tests(context, files)
+
+
+def _tests(context: Context, files: Sequence[str]) -> Iterator[Item]:
     command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "-k", "not compiled"]
-    command += ["tests/gpu/test_losses.py", "tests/gpu/test_attention.py"]
+    command += [f"tests/gpu/{file}" for file in files]
     if context.rehearse:
         yield Item("none here", lambda: {})
         return
@@ -199,11 +203,11 @@ def _verdict(verdict: str) -> dict[str, Any]:
 
 GROUPS: dict[str, Callable[[Context], Iterator[Item]]] = {
     "about": about,
-    "attention": drawn("attention", range(0, 60)),
-    "attention-more": drawn("attention", range(60, 120)),
-    "hidden": drawn("hidden", range(100)),
-    "linear": drawn("linear", range(60)),
-    "linear-more": drawn("linear", range(60, 120)),
+    "attention": drawn("attention", range(18)),
+    "attention-more": drawn("attention", range(18, 36)),
+    "hidden": drawn("hidden", range(60)),
+    "linear": drawn("linear", range(30)),
+    "linear-more": drawn("linear", range(30, 60)),
     "bits": bits,
     "chunks": chunks,
     "autocast": autocast,
@@ -214,5 +218,6 @@ GROUPS: dict[str, Callable[[Context], Iterator[Item]]] = {
     "strategies-attention": strategies.attention,
     "strategies-hidden": strategies.hidden,
     "strategies-linear": strategies.linear,
-    "tests": tests,
+    "tests-engine": tested("test_engine.py", "test_whole_step.py", "test_start.py"),
+    "tests-losses": tested("test_losses.py", "test_attention.py"),
 }

@@ -33,7 +33,12 @@ def append(out: Path, line: Line) -> None:
 def read(out: Path) -> Iterator[Line]:
     """Every whole line."""
     path = out / FILE
-    for text in path.read_text().splitlines() if path.exists() else ():
+    yield from parsed(path.read_text() if path.exists() else "")
+
+
+def parsed(whole: str) -> Iterator[Line]:
+    """Every whole line of the text."""
+    for text in filter(None, whole.splitlines()):
         try:
             yield json.loads(text)
         except ValueError:  # cut off by a machine that went away

@@ -29,6 +29,7 @@ def _sanitizer(tool: str) -> tuple[str, ...]:
 
 GROUPS = (
     Group("correctness", "about", 20, together=True),
+    Group("correctness", "tests-engine", 120, together=True),
     Group("correctness", "attention", 60, together=True),
     Group("correctness", "linear", 60, together=True),
     Group("correctness", "hidden", 60, together=True),
@@ -44,17 +45,17 @@ GROUPS = (
     Group("correctness", "sanitized", 60, together=True, tool=_sanitizer("memcheck")),
     Group("correctness", "raced", 60, together=True, tool=_sanitizer("racecheck")),
     Group("correctness", "selfcheck", 60, together=True),
-    Group("correctness", "tests", 120, together=True),
+    Group("correctness", "tests-losses", 90, together=True),
     Group("kernels", "ceilings", 15),
     Group("kernels", "linear", 45),
     Group("kernels", "attention", 45),
     Group("kernels", "hidden", 30),
     Group("kernels", "attention-masks", 30),
     Group("kernels", "linear-large", 45),
-    Group("step", "towers", 240),
+    Group("step", "towers", 120),
     Group("data", "loaders", 120),
 )
 
 
-def groups_of(parts: list[str]) -> list[Group]:
-    return [group for group in GROUPS if group.part in parts]
+def groups_of(part: str) -> list[Group]:
+    return [group for group in GROUPS if group.part == part]

@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.gpu.context import Context, Item
 from bench.gpu.lines import ROOT
 
-EXAMPLES = 100
+EXAMPLES = {"attention": 40, "hidden": 100, "linear": 100}  # about as many as a minute allows
 
 
 def examples(strategy: Any, seed: int, count: int) -> list[Any]:
@@ -46,7 +46,7 @@ def attention(context: Context) -> Iterator[Item]:
     from test_attention import FLOATS, check
 
     strategy = cases(FLOATS, widths=(16, 24, 40, 64), most_tokens=40)
-    for i, case in enumerate(examples(strategy, context.seed, 2 if context.rehearse else EXAMPLES)):
+    for i, case in enumerate(examples(strategy, context.seed, 2 if context.rehearse else EXAMPLES["attention"])):
 
         def run(case: Any = case) -> dict[str, Any]:
             check(case, "triton", context.device)
@@ -70,7 +70,7 @@ def linear(context: Context) -> Iterator[Item]:
 
 
 def _of_module(module: Any, context: Context, name: str) -> Iterator[Item]:
-    for i, arguments in enumerate(examples(module.problems, context.seed, 2 if context.rehearse else EXAMPLES)):
+    for i, arguments in enumerate(examples(module.problems, context.seed, 2 if context.rehearse else EXAMPLES[name])):
 
         def run(arguments: Any = arguments, i: int = i) -> dict[str, Any]:
             torch.manual_seed(i)

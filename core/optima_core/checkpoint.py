@@ -9,8 +9,10 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -110,15 +112,18 @@ class CheckpointStore:
             old.unlink(missing_ok=True)
         return path
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, wanted: Mapping[str, type] | None = None) -> dict[str, Any] | None:
         """The newest readable state, or None if there is no checkpoint at all.
+
+        Args:
+            wanted: what a state must hold: key -> type. One that does not counts as unreadable.
 
         Raises OptimaError if there are checkpoints and none can be read.
         """
         damaged: list[str] = []
         for path in reversed(self.paths()):
             try:
-                state = _read(path)
+                state = _state(_read(path), wanted or {})
             except Exception as error:  # a damaged file may fail in any way
                 lines = str(error).strip().splitlines()
                 damaged.append(f"checkpoint {path} cannot be read ({lines[0] if lines else type(error).__name__})")
@@ -134,16 +139,50 @@ class CheckpointStore:
         return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, if it is tensors, numbers, texts and containers of them; no code is run.
+
+    Raises OptimaError for anything else, and for an archive that unpacks to more than the file holds. A damaged file
+    may raise any exception.
+    """
+    if not path.is_file():
+        raise OptimaError("it is no plain file")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        # torch.save compresses nothing; what is compressed may unpack to a thousand times its size.
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise OptimaError("it is compressed, which torch.save does not do")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise OptimaError("its parts overlap")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        # torch's own message advises to read the file without this check.
+        raise OptimaError("it holds more than tensors and plain values, and reading it could run code") from None
+
+
+def _read(path: Path) -> Any:
     """torch.load checks nothing: without the digest behind the content a flipped bit would become a weight."""
+    if not path.is_file():
+        raise OSError("it is no plain file")
     digest, left = hashlib.sha256(), path.stat().st_size - _DIGEST_SIZE
     with open(path, "rb") as file:
         while left > 0:
             piece = file.read(min(left, _PIECE))
             digest.update(piece)
             left -= len(piece)
-        if digest.digest() != file.read():
+        if digest.digest() != file.read(_DIGEST_SIZE):
             raise OSError("its SHA-256 digest is wrong")
     # The reader finds the archive's end before the digest.
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+    return load_plain(path)
+
+
+def _state(content: Any, wanted: Mapping[str, type]) -> dict[str, Any]:
+    """The content, if it is a state that holds what is wanted; raises ValueError otherwise."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__} and no state of a run")
+    for name, kind in wanted.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"its {name!r} is {type(content.get(name)).__name__}, {kind.__name__} is wanted")
+    return content

@@ -14,10 +14,15 @@ from torch import Tensor
 from optima.coca.config import CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.image_encoder import Pixels
 from optima.coca.model import CoCa
+from optima.limits import MAX_HEADS, MAX_METADATA_BYTES
+from optima.untrusted import shown
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
 FORMAT = "optima-coca-1"
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the types that weights may be stored in."""
 
 
 def config_from_dict(values: dict[str, Any]) -> CoCaConfig:
@@ -58,37 +63,75 @@ def _canonical(content: bytes) -> bytes:
 def load_coca(path: Path) -> CoCa:
     """Reads a model in fp32, on the CPU, in eval mode.
 
-    Raises OptimaError if the file is missing, truncated, not safetensors, or of another kind of model.
+    Raises OptimaError if the file is missing, truncated, not safetensors, of another kind of model, or holds weights
+    that are not finite.
     """
     if not path.is_file():
         raise OptimaError(f"checkpoint {path} does not exist; give the path of a .safetensors file written by OPTIMA")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            config, heads = _description(file.metadata() or {}, path)
+            names = list(file.keys())
+            # Shapes are compared before a tensor is read, so that no file can ask for more memory than its model needs.
+            _refuse_other_shapes(path, config, heads, {name: file.get_slice(name) for name in names})
+            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
     except (SafetensorError, OSError) as error:
         raise OptimaError(
             f"checkpoint {path} is no readable safetensors file ({error}); it may be truncated"
         ) from error
+    refuse_not_finite(tensors, f"checkpoint {path}")
+    return coca_from_tensors(config, heads, tensors).eval()
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises OptimaError that names the first tensor with a NaN or an infinity."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise OptimaError(
+                f"{name}: tensor {key} holds {wrong} values that are not finite (NaN or infinite); "
+                "the training that wrote it had failed"
+            )
+
+
+def _description(metadata: Mapping[str, str], path: Path) -> tuple[CoCaConfig, dict[str, HeadSpec]]:
+    """Configuration and heads of a model file. Raises OptimaError if the metadata are not what `save_coca` writes."""
     if metadata.get("format") != FORMAT:
         raise OptimaError(
             f"checkpoint {path} is not an OPTIMA CoCa model: "
-            f"its format is {metadata.get('format')!r}, expected {FORMAT!r}"
+            f"its format is {metadata.get('format')!r:.80}, expected {FORMAT!r}"
         )
     try:
-        heads = {task: HeadSpec(**spec) for task, spec in json.loads(metadata["heads"]).items()}
-        config = config_from_dict(json.loads(metadata["config"]))
+        for name in ("config", "heads"):
+            if len(metadata[name]) > MAX_METADATA_BYTES:
+                raise ValueError(f"{name} has {len(metadata[name])} bytes; {MAX_METADATA_BYTES} are the most")
+        specs = json.loads(metadata["heads"])
+        if len(specs) > MAX_HEADS:
+            raise ValueError(f"{len(specs)} heads; {MAX_HEADS} are the most")
+        heads = {task: HeadSpec(**spec) for task, spec in specs.items()}
+        return config_from_dict(json.loads(metadata["config"])), heads
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = shown(" ".join(str(error).split()))
+        raise OptimaError(f"checkpoint {path} holds no configuration that this version can read ({reason})") from error
+
+
+def _refuse_other_shapes(
+    path: Path, config: CoCaConfig, heads: Mapping[str, HeadSpec], slices: Mapping[str, Any]
+) -> None:
+    try:
         expected = shapes(config, heads)
-    except (KeyError, TypeError, ValueError) as error:
-        raise OptimaError(f"checkpoint {path} holds no configuration that this version can read ({error})") from error
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OptimaError(f"checkpoint {path} describes no model that can be built ({shown(error)})") from error
+    found = {name: list(part.get_shape()) for name, part in slices.items()}
     for name in sorted(found | expected):
         if found.get(name) != expected.get(name):
             raise OptimaError(
                 f"checkpoint {path} does not fit its own configuration: "
-                f"tensor {name} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+                f"tensor {shown(name)} has shape {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
             )
-    return coca_from_tensors(config, heads, tensors).eval()
+        kind = slices[name].get_dtype()
+        if kind not in FLOATS:
+            raise OptimaError(f"checkpoint {path}: tensor {name} is of type {kind}; {' or '.join(FLOATS)} is wanted")
 
 
 def shapes(config: CoCaConfig, heads: Mapping[str, HeadSpec] | None = None) -> dict[str, list[int]]:

@@ -6,13 +6,39 @@ standard library alone, so that a command line is parsed before torch is loaded.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from optima.limits import (
+    MAX_LAYERS,
+    MAX_MLP_RATIO,
+    MAX_PICTURE_SIDE,
+    MAX_TEXT_LENGTH,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+)
+from optima.sizes import number_within, whole_number
 
 Activation = Literal["gelu", "quick_gelu"]
 ClassMask = Literal["exact", "shifted"]
 
 MODULES = ("image_encoder", "text_decoder", "multimodal_decoder")
 """The modules of a CoCa model: the arms of the bandit."""
+
+
+def _check_tower(tower: Any, name: str) -> None:
+    """Raises ValueError if what all three modules have is no size that a module can have."""
+    whole_number(tower.width, f"{name}.width", 1, MAX_WIDTH)
+    whole_number(tower.layers, f"{name}.layers", 1, MAX_LAYERS)
+    whole_number(tower.heads, f"{name}.heads", 1, MAX_WIDTH)
+    number_within(tower.mlp_ratio, f"{name}.mlp_ratio", 1 / MAX_WIDTH, MAX_MLP_RATIO)
+    if int(tower.width * tower.mlp_ratio) < 1:
+        raise ValueError(f"{name}.mlp_ratio {tower.mlp_ratio} leaves no width to an MLP over width {tower.width}")
+    _one_of(tower.activation, f"{name}.activation", get_args(Activation))
+
+
+def _one_of(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,22 @@ class ImageEncoderConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    def __post_init__(self) -> None:
+        _check_tower(self, "image_encoder")
+        whole_number(self.image_size, "image_encoder.image_size", 1, MAX_PICTURE_SIDE)
+        whole_number(self.patch_size, "image_encoder.patch_size", 1, MAX_PICTURE_SIDE)
+        whole_number(self.pooler_queries, "image_encoder.pooler_queries", 0, MAX_WIDTH)
+        whole_number(self.pooler_heads, "image_encoder.pooler_heads", 1, MAX_WIDTH)
+        for name in ("norm_input", "norm_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"image_encoder.{name} must be true or false, got {getattr(self, name)!r:.80}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != 3:
+                raise ValueError(f"image_encoder.{name} must be three numbers, got {values!r:.80}")
+            for value in values:
+                number_within(value, f"image_encoder.{name}", -1e3, 1e3)
+
 
 @dataclass(frozen=True)
 class TextDecoderConfig:
@@ -81,6 +123,13 @@ class TextDecoderConfig:
     activation: Activation = "gelu"
     class_mask: ClassMask = "exact"
 
+    def __post_init__(self) -> None:
+        _check_tower(self, "text_decoder")
+        whole_number(self.vocab_size, "text_decoder.vocab_size", 1, MAX_VOCABULARY)
+        whole_number(self.context_length, "text_decoder.context_length", 1, MAX_TEXT_LENGTH)
+        whole_number(self.pad_id, "text_decoder.pad_id", 0, self.vocab_size - 1)
+        _one_of(self.class_mask, "text_decoder.class_mask", get_args(ClassMask))
+
 
 @dataclass(frozen=True)
 class MultimodalDecoderConfig:
@@ -99,6 +148,9 @@ class MultimodalDecoderConfig:
     heads: int = 4
     mlp_ratio: float = 4.0
     activation: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        _check_tower(self, "multimodal_decoder")
 
 
 @dataclass(frozen=True)
@@ -119,6 +171,7 @@ class CoCaConfig:
 
     def __post_init__(self) -> None:
         image, text, multimodal = self.image_encoder, self.text_decoder, self.multimodal_decoder
+        whole_number(self.embed_dim, "embed_dim", 1, MAX_WIDTH)
         if image.image_size % image.patch_size:
             raise ValueError(
                 f"image_encoder.image_size {image.image_size} is no multiple of patch_size {image.patch_size}"
@@ -154,6 +207,10 @@ class HeadSpec:
 
     classes: int
     pictures: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number(self.classes, "classes", 1, MAX_VOCABULARY)
+        whole_number(self.pictures, "pictures", 1, 2)
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from optima.coca.checkpoint import coca_from_tensors, shapes
+from optima.coca.checkpoint import coca_from_tensors, refuse_not_finite, shapes
 from optima.coca.config import CoCaConfig
 from optima.coca.model import CoCa
 from optima.coca.open_clip_config import open_clip_config
+from optima.untrusted import shown
+from optima_core.checkpoint import load_plain
 from optima_core.errors import OptimaError
 
 
@@ -183,7 +183,8 @@ def from_open_clip(
         resize: whether image positions of another grid are interpolated to the configuration's, as open_clip does.
 
     Raises:
-        OptimaError: naming every tensor that is missing, unexpected, or of another shape than the configuration's.
+        OptimaError: naming every tensor that is missing, unexpected, or of another shape than the configuration's, or
+            the first whose values are not all finite.
     """
     found = _with_text_prefix(_without_wrappers(tensors))
     constants = tuple(sorted(key for key in found if key in ("text.attn_mask", "text_decoder.attn_mask")))
@@ -209,7 +210,9 @@ def from_open_clip(
         )
         for part in parts
     )
-    model = coca_from_tensors(config, None, {key: tensor.float().contiguous() for key, tensor in ours.items()})
+    weights = {key: tensor.float().contiguous() for key, tensor in ours.items()}
+    refuse_not_finite(weights, name)
+    model = coca_from_tensors(config, None, weights)
     return model.eval(), Account(tuple(found), constants, resized)
 
 
@@ -303,19 +306,29 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} does not exist; give a .safetensors, .bin, .pt or .pth file of open_clip's"
         )
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise OptimaError(
-            f"checkpoint {path} holds more than tensors and plain values, and is refused since reading it could run "
-            "code; save its state dict alone"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise OptimaError(f"checkpoint {path} cannot be read ({error}); it may be truncated") from error
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+    except OptimaError as error:
+        raise OptimaError(f"checkpoint {path} is refused: {error}; save its state dict alone") from error
+    except Exception as error:  # a reader fed with broken bytes raises whatever its first mishap is
+        reason = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise OptimaError(f"checkpoint {path} cannot be read ({reason}); it may be truncated") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
         raise OptimaError(f"checkpoint {path} holds no state dict")
-    odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    odd = [shown(key, 80) for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
     if odd:
-        raise OptimaError(f"checkpoint {path} holds no state dict: {', '.join(odd[:5])} are no tensors")
+        raise OptimaError(f"checkpoint {path} holds no state dict: {', '.join(odd[:5])} are no tensors of numbers")
     return dict(content)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor of real numbers that are all there: a view may claim more than its storage holds."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )

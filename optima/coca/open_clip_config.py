@@ -4,12 +4,13 @@ An option that we cannot compute is refused by name, never ignored. Those that c
 listed in `_UNUSED`: what only training reads, and what open_clip's own decoder takes from nowhere.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from optima.coca.config import Activation, CoCaConfig, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.presets import CLIP_MEAN, CLIP_STD
+from optima.limits import MAX_METADATA_BYTES
+from optima.untrusted import read_json
 from optima_core.errors import OptimaError
 
 _HUGGING_FACE = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"} | {
@@ -44,7 +45,7 @@ class _Section:
 
     def __init__(self, name: str, values: Any, source: str) -> None:
         if not isinstance(values, dict):
-            raise OptimaError(f"{source}: {name} must be an object of options, got {values!r}")
+            raise OptimaError(f"{source}: {name} must be an object of options, got {values!r:.80}")
         self.name, self.source = name, source
         self._left = dict(values)
 
@@ -54,19 +55,20 @@ class _Section:
             raise OptimaError(f"{self.source}: {self.name} lacks {option}")
         return value
 
-    def number(self, option: str, default: int | None = None) -> int:
+    def number(self, option: str, default: int | None = None, least: int = 0) -> int:
         value = self.take(option, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise OptimaError(f"{self.source}: {self.name}.{option} must be a whole number, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted = f"a whole number from {least} on"
+            raise OptimaError(f"{self.source}: {self.name}.{option} must be {wanted}, got {value!r:.80}")
         return value
 
     def finish(self) -> None:
         for option, value in self._left.items():
             neutral = value in (None, False) or value == _REQUIRED.get((self.name, option))
             if not neutral and option not in _UNUSED[self.name]:
-                raise OptimaError(f"{self.source}: {self.name}.{option} = {value!r} is not supported")
+                raise OptimaError(f"{self.source}: {self.name}.{option} = {value!r:.80} is not supported")
 
 
 def from_open_clip_config(values: dict[str, Any], source: str = "the configuration") -> CoCaConfig:
@@ -100,7 +102,7 @@ def from_open_clip_config(values: dict[str, Any], source: str = "the configurati
                 patch_size=vision.number("patch_size", 16),
                 width=width,
                 layers=vision.number("layers", 12),
-                heads=width // vision.number("head_width", 64),
+                heads=width // vision.number("head_width", 64, least=1),
                 mlp_ratio=vision.take("mlp_ratio", 4.0),
                 pooler_queries=queries if pooled else 0,
                 pooler_heads=pooler_heads,
@@ -141,10 +143,7 @@ def read_open_clip_config(path: Path) -> CoCaConfig:
     """The configuration in a JSON file of open_clip's; see `from_open_clip_config`."""
     if not path.is_file():
         raise OptimaError(f"configuration {path} does not exist; give a JSON file of open_clip's")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptimaError(f"configuration {path} is no JSON ({error})") from error
+    values = read_json(path, "configuration", MAX_METADATA_BYTES)
     if not isinstance(values, dict):
         raise OptimaError(f"configuration {path} must hold an object, got {type(values).__name__}")
     return from_open_clip_config(values, f"configuration {path}")

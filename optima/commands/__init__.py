@@ -94,7 +94,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "Say what a distillation will need, before a GPU is rented.",
-        _HERE + "plan.config:PlanConfig", _HERE + "plan:plan", recipes="distill",
+        _OPTIONS + "PlanConfig", _HERE + "plan:plan", recipes="distill",
     ),
     "doctor": Command(
         "Say what this machine offers and what will be used of it.",

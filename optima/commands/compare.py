@@ -22,6 +22,7 @@ import yaml
 from optima.coca import MODULES
 from optima.commands.console import make_console, make_table
 from optima.commands.options import CompareConfig
+from optima.plain_yaml import load_yaml
 from optima.report.comparison import (
     HEADINGS,
     Outcome,
@@ -102,7 +103,7 @@ def _settle(config: CompareConfig) -> None:
         values.pop(name)
     path = config.run / "settings.yaml"
     if path.exists():
-        before, now = (flat(found) for found in (yaml.safe_load(path.read_text(encoding="utf-8")), values))
+        before, now = (flat(found) for found in (load_yaml(path.read_text(encoding="utf-8"), str(path)), values))
         for name in sorted(before | now):
             if before.get(name) != now.get(name):
                 raise OptimaError(
@@ -122,7 +123,8 @@ def _settle(config: CompareConfig) -> None:
 def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
     """Raises OptimaError naming the first run that failed; runs under way are stopped, and save themselves."""
     started = time.monotonic()
-    with _processes() as start, ThreadPoolExecutor(config.jobs) as pool:
+    # The pool waits for its threads, so the processes that they wait for must have been stopped before.
+    with ThreadPoolExecutor(config.jobs) as pool, _processes() as start:
         pending = {pool.submit(start, cell, config.run): cell for cell in cells}
         try:
             for done, finished in enumerate(as_completed(pending), 1):

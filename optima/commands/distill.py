@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,31 +20,39 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.pairs import module_pairs
 from optima.commands.console import make_console, make_table
+from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
-from optima.report import write_report
-from optima.runs.config import DistillConfig, told_in_a_line
+from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
-from optima.runs.reading import SUMMARY
+from optima.runs.reading import CONFIG, SAMPLES, SUMMARY
 from optima.runs.rows import Model, Round, Summary
 from optima.runs.samples import write_cross_attention, write_samples
 from optima.runs.start import find_start
 from optima.runs.summary import count_parameters, environment, layer_work, score_models
 from optima.runs.tracking import make_trackers
-from optima.runs.words import write_words
+from optima.runs.words import refuse_other_words, write_words
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import open_data
 from optima.tasks.data import TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
+from optima_core.config import OptimiserConfig
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
 from optima_core.parallel import Ranks, join_ranks
+from optima_core.processes import several
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord
+
+SHOWN = 4
+"""Captions that the end of a run shows, with what would be right in brackets."""
+
+STATE = {"distiller": dict, "config": str, "learning_curve": list, "seconds": float, "command": str}
+"""What a checkpoint holds: key -> type."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class _Job:
     ranks: Ranks
     directory: RunDirectory | None
     data: TaskData
+    teacher: Path
     started: float
 
 
@@ -78,7 +89,7 @@ def distill(config: DistillConfig) -> Summary | None:
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        state = directory.checkpoints.load() if directory is not None else None
+        state = directory.checkpoints.load(STATE) if directory is not None else None
         if directory is not None and state is not None:
             _refuse_other_run(config, directory, state)
 
@@ -94,12 +105,54 @@ def distill(config: DistillConfig) -> Summary | None:
             report=config.run / REJECTED,
         )
         stack.enter_context(contextlib.closing(data))
-        return _distill(_Job(config, ranks, directory, data, started), teacher, state)
+        path = config.teacher or TEACHER
+        if config.teach.steps:
+            path = _taught(config, directory, data, teacher)
+            teacher = load_coca(path).to(ranks.device).requires_grad_(False)
+        return _distill(_Job(config, ranks, directory, data, path, started), teacher, state)
+
+
+def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskData, teacher: CoCa) -> Path:
+    """The weights of the teacher after it learnt the data, in the run's folder `teacher`; they are made once."""
+    run = config.run / "teacher"
+    weights = run / "model.safetensors"
+    if weights.exists():
+        return weights
+    if directory is None or several():
+        raise OptimaError(
+            "teach.steps needs a process of its own: run `optima finetune` first, and give what it writes as --teacher"
+        )
+    data.training_batch(0, config.teach.batch_size)  # what cannot be read is told before the run has begun
+    directory.write_config(config)
+    say: Callable[[str], None] = _unsaid if config.quiet else lambda line: print(f"teacher: {line}", flush=True)
+    lesson = FinetuneConfig(
+        model=config.teacher or TEACHER,
+        task=config.task,
+        data=config.data,
+        run=run,
+        steps=config.teach.steps,
+        batch_size=config.teach.batch_size,
+        optimiser=OptimiserConfig(learning_rate=config.teach.learning_rate),
+        precision="fp32" if config.engine.precision == "fp32" else "bf16",
+        evaluate_every=0,
+        evaluate_batch=config.evaluate_batch,
+        test_items=config.test_items,
+        seed=config.seed,
+        resume=(run / CONFIG).exists(),
+    )
+    device = teacher.logit_scale.device
+    with RunDirectory(run, resume=lesson.resume, keep=1) as place:
+        finetune_on(data, lesson, place, teacher.requires_grad_(True), device, say, time.monotonic())
+    return weights
+
+
+def _unsaid(line: str) -> None:
+    pass
 
 
 def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
     config, ranks = job.config, job.ranks
-    _refuse_misfits(config, teacher, job.data)
+    _refuse_misfits(job.teacher, teacher, job.data)
     with told_in_a_line():
         student = find_start(config, teacher, job.data, job.directory, resumed=state is not None).train()
     whole = copy.deepcopy(student) if ranks.sharded else None
@@ -113,13 +166,14 @@ def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary 
     if job.directory is None:
         return None
     if ranks.sharded:
-        teacher = load_coca(config.teacher or TEACHER).to(ranks.device)
+        teacher = load_coca(job.teacher).to(ranks.device)
     before = find_start(config, teacher, job.data, job.directory, resumed=True)
     return _finish(job, job.directory, {"teacher": teacher, "before": before, "after": student}, progress)
 
 
-def _refuse_misfits(config: DistillConfig, teacher: CoCa, data: TaskData) -> None:
-    name = f"teacher {config.teacher or TEACHER}"
+def _refuse_misfits(path: Path, teacher: CoCa, data: TaskData) -> None:
+    name = f"teacher {path}"
+    refuse_other_words(path, data)
     refuse_misfit(teacher, name, data)
     refuse_headless(teacher, name, data)
     for split in HELD:
@@ -273,10 +327,16 @@ def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progr
     )
     directory.write_json(SUMMARY, summary)
     if config.report and progress.rounds:
-        write_report(directory.path)
+        _draw_report(directory)
     elif config.report:
         warnings.warn(f"no report is drawn, since no row of {directory.metrics} is left", stacklevel=2)
     return summary
+
+
+def _draw_report(directory: RunDirectory) -> None:
+    from optima.report import write_report  # what draws takes a second to load, which no run should wait for
+
+    write_report(directory.path)
 
 
 def run_distill(config: DistillConfig) -> None:
@@ -295,5 +355,8 @@ def run_distill(config: DistillConfig) -> None:
     table.add_row("parameters, M", *(f"{size:.2f}" for size in sizes))
     console = make_console()
     console.print(table)
+    if config.task == "captioning" and not config.quiet:
+        for row in json.loads((config.run / SAMPLES).read_text(encoding="utf-8"))[:SHOWN]:
+            console.print(f"{row['images'][0]}: {row['after']} ({row['reference']})", soft_wrap=True)
     left = f"Report: {config.run / 'report.html'}" if config.report else f"Run: {config.run}"
     console.print(f"{summary.seconds:.0f} s, peak memory {summary.peak_mib:.0f} MiB. {left}", soft_wrap=True)

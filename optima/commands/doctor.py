@@ -66,12 +66,12 @@ def check_kernels() -> None:
         print(f"\nNo {missing} is found, so there are no Triton kernels to check{hint}.")
         return
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    table = _table("kernels of", "checked on", "outcome", "largest error")
-    for loss in selfcheck.PROBLEMS:
-        outcome = selfcheck.check_anew(loss, device)
-        verdict = "right" if outcome.passed else f"wrong, the blocked backend takes over: {outcome.detail}"
+    table = _table("kernels of", "for", "checked on", "outcome", "largest error")
+    for loss, variant in selfcheck.everything_usual():
+        outcome = selfcheck.check_anew(loss, variant, device)
+        verdict = outcome.verdict if not outcome.detail else f"{outcome.verdict}: {outcome.detail}"
         error = "" if outcome.error is None else f"{outcome.error:.1e}"
-        table.add_row(loss, outcome.device, verdict, error)
+        table.add_row(loss, variant, outcome.device, verdict, error)
     make_console().print("", table)
 
 

@@ -1,6 +1,7 @@
 """The command `evaluate`: a model's scores on held-out data, and its predictions in the benchmark's format."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
@@ -8,8 +9,10 @@ from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
 from optima.commands.console import make_console, make_table
 from optima.commands.options import EvaluateConfig
+from optima.data.config import DataConfig, TransformConfig
 from optima.data.records import FORMATS
 from optima.runs.directory import REJECTED
+from optima.runs.words import refuse_other_words, words_beside
 from optima.task import TASKS, Task
 from optima.tasks.choose import open_data
 from optima.tasks.evaluate import evaluate
@@ -32,11 +35,22 @@ def _own_tasks(config: EvaluateConfig, model: CoCa) -> list[Task]:
     return [task for task in TASKS if task == "captioning" or task in model.head_specs]
 
 
+def _shown_as(data: DataConfig, trained: TransformConfig) -> DataConfig:
+    """The data with pictures fitted to squares as those were that the model was trained on."""
+    transform = replace(data.loader.transform, fit=trained.fit, interpolation=trained.interpolation)
+    return replace(data, loader=replace(data.loader, transform=transform))
+
+
 def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torch.device) -> None:
     console = make_console()
     report = config.predictions / REJECTED if config.predictions is not None else None
-    data = open_data(config.data, task, model.config, device=device, report=report)
+    trained = words_beside(config.model)
+    words, chosen = None, config.data
+    if trained is not None:
+        words, chosen = (trained.tokenizer, trained.text_length), _shown_as(chosen, trained.transform)
+    data = open_data(chosen, task, model.config, device=device, report=report, words=words)
     with contextlib.closing(data):
+        refuse_other_words(config.model, data)
         refuse_misfit(model, f"model {config.model}", data)
         refuse_headless(model, f"model {config.model}", data)
         if config.predictions is None and not data.has_truth(config.split):
@@ -54,6 +68,8 @@ def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torc
             for name, value in found.scores.items():
                 table.add_row(name, f"{value:.1f}")
             console.print(table)
+        if unused := data.unused(config.split):
+            print(f"{len(found.indices):,} items count; {unused:,} that cannot be used are left out")
         if config.predictions is not None:
             name, content = data.submission(config.split, found.indices, found.predictions)
             write_atomically(config.predictions / name, content.encode())

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from optima.assets import USE_ONNX
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
 from optima.coca.config import CoCaConfig
@@ -20,7 +21,7 @@ from optima.commands.options import ExportConfig, ImportConfig
 from optima.commands.serving import Served, onnx_program, torch_program
 from optima.runs.config import told_in_a_line
 from optima.runs.words import NAME as WORDS
-from optima.runs.words import read_words
+from optima.runs.words import Words, words_beside
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -96,8 +97,12 @@ def _export_torch(model: CoCa, config: ExportConfig) -> list[str]:
 
 
 def _export_onnx(model: CoCa, config: ExportConfig) -> list[str]:
-    write_atomically(config.output / "model.onnx", onnx_program(*_served(model, config)))
-    return ["model.onnx"]
+    served, length, words = _served(model, config)
+    write_atomically(config.output / "model.onnx", onnx_program(served, length, words))
+    if words is None:
+        return ["model.onnx"]
+    write_atomically(config.output / "use.py", USE_ONNX.read_bytes())
+    return ["model.onnx", "use.py"]
 
 
 _EXPORTS: dict[str, Callable[[CoCa, ExportConfig], list[str]]] = {
@@ -108,12 +113,11 @@ _EXPORTS: dict[str, Callable[[CoCa, ExportConfig], list[str]]] = {
 }
 
 
-def _served(model: CoCa, config: ExportConfig) -> tuple[Served, int]:
-    """The model doing its task, and the length of its texts."""
+def _served(model: CoCa, config: ExportConfig) -> tuple[Served, int, Words | None]:
+    """The model doing its task, the length of its texts, and the words beside it."""
     length = model.config.text_decoder.context_length
-    task = config.task
-    if config.model.with_name(WORDS).is_file():
-        words = read_words(config.model.parent)
+    task, words = config.task, words_beside(config.model)
+    if words is not None:
         length, task = words.text_length, task or words.task
     if task is None:
         raise OptimaError(f"no {WORDS} beside {config.model} tells the program's task; give --task")
@@ -121,7 +125,7 @@ def _served(model: CoCa, config: ExportConfig) -> tuple[Served, int]:
         raise OptimaError(
             f"model {config.model} has no head for {task}; it has {', '.join(model.head_specs) or 'none'}"
         )
-    return Served(model, task), length
+    return Served(model, task), length, words
 
 
 def _refuse_other_weights(path: Path, written: Mapping[str, Tensor], model: CoCa) -> None:

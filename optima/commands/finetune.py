@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.language import in_language
 from optima.data.config import HELD
+from optima.data.tokenizer import word_tokenizer
 from optima.runs.config import FinetuneConfig
 from optima.runs.directory import REJECTED, RunDirectory
 from optima.runs.memory import peak_mib
 from optima.runs.reading import SUMMARY
 from optima.runs.summary import count_parameters
 from optima.runs.training import train
-from optima.runs.words import write_words
-from optima.tasks.choose import open_data
+from optima.runs.words import refuse_other_words, words_beside, write_words
+from optima.tasks.choose import OWN_TEXTS, open_data
 from optima.tasks.data import TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
@@ -37,18 +40,26 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
             config.data, config.task, start.config, seed=config.seed, device=device, report=config.run / REJECTED
         )
         with contextlib.closing(data):
-            return _finetune(config, directory, start, data, device, say, started)
+            return finetune_on(data, config, directory, start, device, say, started)
 
 
-def _finetune(
+def finetune_on(
+    data: TaskData,
     config: FinetuneConfig,
     directory: RunDirectory,
     start: CoCa,
-    data: TaskData,
     device: torch.device,
     say: Callable[[str], None],
     started: float,
 ) -> dict[str, Any]:
+    """The same on data that is open, from weights that are loaded, in a directory that is held.
+
+    started: when it began, by time.monotonic.
+    """
+    if config.data.tokenizer == OWN_TEXTS:
+        start = in_words_of(data, start, config.model, config.seed)
+    else:
+        refuse_other_words(config.model, data)
     for split in HELD:
         refuse_unscorable(data, split)
     model = with_head(start, f"model {config.model}", data, config.seed).to(device)
@@ -56,7 +67,7 @@ def _finetune(
 
     def losses(step: int) -> dict[str, Tensor]:
         loss = forward(data.training_batch(step, config.batch_size), {}).task_loss
-        assert loss is not None
+        assert loss is not None  # a task of ours has labels
         return {config.task: loss}
 
     def after_step(step: int) -> None:
@@ -81,6 +92,20 @@ def _finetune(
     }
     directory.write_json(SUMMARY, summary)
     return summary
+
+
+def in_words_of(data: TaskData, model: CoCa, path: Path, seed: int) -> CoCa:
+    """The model of a weights file with the data's vocabulary and length of texts; words that it knew, it still knows.
+
+    What it knew, the words.json beside the file says, or, of a model without one, the size of its vocabulary.
+    """
+    beside, ours = words_beside(path), data.tokenizer
+    theirs = beside.tokenizer if beside is not None else None
+    if theirs is None and model.config.text_decoder.vocab_size == word_tokenizer().vocab_size:
+        theirs = word_tokenizer()
+    known = {} if theirs is None else {new: theirs.id_of(word) for word, new in ours.words().items()}
+    kept = {new: old for new, old in known.items() if old is not None}
+    return in_language(model, ours.vocab_size, data.text_length, ours.pad_id, kept, seed)
 
 
 def with_head(model: CoCa, name: str, data: TaskData, seed: int) -> CoCa:

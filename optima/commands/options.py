@@ -3,6 +3,7 @@
 Nothing here imports torch, so that help and mistakes in the command line are there at once.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,7 +32,8 @@ class EvaluateConfig:
     """Scores a model on a held-out split.
 
     Attributes:
-        model: Weights (.safetensors), such as a run directory's student.safetensors.
+        model: Weights (.safetensors), such as a run directory's student.safetensors. The words.json beside says how
+            pictures are fitted to squares, and which tokenizer is meant where data.tokenizer is null.
         tasks: Tasks to score; those that the model has no head for are refused. None named takes the task of the data,
             and of pictograms all that the model has heads for, and captioning.
         data: Which pictures and texts.
@@ -161,6 +163,9 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise ValueError("run must name one run directory or more: `report runs/distill`")
+        for path in self.run:
+            if not path.is_dir():
+                raise ValueError(f"run directory {path} does not exist; give one that `distill` wrote")
 
 
 @dataclass(frozen=True)
@@ -213,3 +218,29 @@ class CompareConfig:
                 "split validation needs a learning curve; distill.evaluate_every and distill.evaluate_items must be at "
                 f"least 1, got {self.distill.evaluate_every} and {self.distill.evaluate_items}"
             )
+
+
+@dataclass(frozen=True)
+class PlanConfig(DistillConfig):
+    """A distillation on one GPU: the options, recipes and resolved config.yaml of `distill`, as they are.
+
+    No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
+    count. Of several GPUs give the share of one as batch_size and probe_size. What bears on neither memory nor the
+    time of a step has no effect.
+
+    Attributes:
+        memory: Memory of the GPU that the step must fit, GB.
+        utilisation: Share of a GPU's peak arithmetic that is assumed to be reached, in (0, 1].
+        json: Print the figures as JSON instead of tables.
+    """
+
+    memory: float = 80.0
+    utilisation: float = 0.4
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.memory < math.inf:
+            raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation must be in (0, 1], got {self.utilisation}")

@@ -1,19 +1,23 @@
 """From words on a command line to a typed configuration: recipes, YAML files, overrides, and errors that teach."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Container, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from optima import __version__
 from optima.commands import COMMANDS, DEFAULT, Command
+from optima.limits import MAX_CONFIG_BYTES, MAX_SHOWN_CHARACTERS
+from optima.plain_yaml import load_yaml, refuse_hostile_yaml
 from optima.recipes import RECIPES, recipes_of
+from optima.untrusted import read_file, shown
 from optima_core.errors import OptimaError
 
 _HELP = ("-h", "--help", "help")
@@ -26,6 +30,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     after help or the version, which are printed.
     """
     words = list(arguments)
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # a byte of another encoding
+            raise OptimaError(f"words must be UTF-8, got {word!r:.80}")
     if words[:1] == ["--version"]:
         print(f"optima {__version__}")
         raise SystemExit(0)
@@ -48,6 +55,7 @@ def _configured(name: str, command: Command, words: list[str]) -> Any:
     words = _with_bare_words(_with_values(_with_recipes(words, name, command), config), command.bare)
     if command.resumes:
         words = _with_own_config(words, config)
+    _refuse_hostile(words, config)
     try:
         options = parser.parse_args(words).clone()
     except ArgumentError as error:
@@ -112,7 +120,7 @@ def _config_word(value: str, name: str, command: Command) -> str:
     known = recipes_of(command.recipes)
     if value in known:
         return json.dumps(known[value].options())
-    if Path(value).is_file():
+    if os.path.isfile(value):
         return value
     if value in RECIPES:
         listed = f"the recipes of {name} are {', '.join(known)}" if known else f"{name} has no recipes"
@@ -153,16 +161,44 @@ def _with_own_config(words: list[str], config: type[Any]) -> list[str]:
         return words
     run = values.get("run")
     if run is None and "config" in values:
-        text = values["config"]
-        given = yaml.safe_load(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text)
+        text = values["config"]  # a file, or what a recipe says
+        given = _file_values(Path(text)) if os.path.isfile(text) else load_yaml(text, "config")
         run = given.get("run") if isinstance(given, dict) else None
     own = Path(str(run)) / "config.yaml" if run is not None else config.run / "config.yaml"
     return ["--config", str(own), *words] if own.is_file() else words
 
 
+def _refuse_hostile(words: Sequence[str], config: type[Any]) -> None:
+    """Raises OptimaError for values, and files of values, that would hold up whoever reads them."""
+    parts = [name.split(".") for name, _ in _leaves(config)]
+    groups = {"config", *(".".join(part[:depth]) for part in parts for depth in range(1, len(part)))}
+    for name, value in _values(words):
+        refuse_hostile_yaml(value, shown(name, 80))
+        if name in groups and len(value) < MAX_SHOWN_CHARACTERS and Path(value).exists():
+            _refuse_files_within(_file_values(Path(value)), groups, "" if name == "config" else f"{name}.", value)
+
+
+def _file_values(path: Path) -> Any:
+    try:
+        text = read_file(path, "config", MAX_CONFIG_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptimaError(f"config {path} is not UTF-8: {error.reason}") from error
+    return load_yaml(text, f"config {path}")
+
+
+def _refuse_files_within(values: Any, groups: set[str], prefix: str, path: str) -> None:
+    """Raises OptimaError where a file names another one in place of a group of options."""
+    for group in groups:
+        found = values
+        for part in group.removeprefix(prefix).split(".") if group.startswith(prefix) else ():
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, str) and found is not values:
+            raise OptimaError(f"config {path}: {group} must be an object of options, got {found!r:.80}")
+
+
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options among the words, without their dashes, and their values."""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("--"):
             option, separator, value = word[2:].partition("=")
             yield option, value if separator else after
@@ -180,12 +216,20 @@ def _with_bare_words(words: list[str], option: str) -> list[str]:
             bare.append(word)
     if not bare:
         return others
-    for place, word in enumerate(others):
+    for place, word in enumerate(others[:-1]):
         if word == f"--{option}":  # `report --run runs/a runs/b`
-            bare = [*json.loads(others[place + 1]), *bare]
+            bare = [*_names(others[place + 1], option), *bare]
             del others[place : place + 2]
             break
     return [*others, f"--{option}={json.dumps(bare)}"]
+
+
+def _names(text: str, option: str) -> list[Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, list):
+            return found
+    raise OptimaError(f"{option} must be names between brackets and commas, got {text!r:.80}")
 
 
 def _leaves(config: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,11 +257,11 @@ def _explain(message: str, known: Sequence[str]) -> str:
         r'Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)', line
     )
     if wrong is None:
-        return line
+        return shown(line, 600)
     name, kind, value = wrong.groups()
     choices = [*re.findall(r"'([^']*)'", re.sub("<class '.*?'>", "", kind)), *(["null"] if "NoneType" in kind else [])]
     types = [found for found in re.findall(r"<class '([^']+)'>", kind) if found != "NoneType"]
-    return f"{name} must be {' or '.join(types + choices)}, got {value}"
+    return f"{name} must be {' or '.join(types + choices)}, got {shown(value)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

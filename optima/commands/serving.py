@@ -1,6 +1,7 @@
 """A model as other programs run it: torch.export and ONNX files, each checked against the model it was made from."""
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from optima.coca import CoCa
+from optima.runs.words import Words
 from optima_core.errors import OptimaError
+
+METADATA = "optima"
+"""Name of what a program tells of itself."""
 
 MOST_ROWS = 4096
 """Rows of the largest batch that an exported program takes."""
@@ -39,22 +44,57 @@ class Served(nn.Module):
         return self.model.class_logits(self.task, output)
 
 
-def torch_program(served: Served, length: int) -> bytes:
+def described(served: Served, words: Words | None, length: int) -> dict[str, Any]:
+    """What a user of the program must know: how pictures become numbers, and which words the tokens are.
+
+    words: None leaves out what only a run knows: how a picture is fitted, the tokenizer, the classes' names.
+    """
+    config, specs = served.model.config, served.model.head_specs
+    facts: dict[str, Any] = {
+        "task": served.task,
+        "pictures": specs[served.task].pictures if served.task in specs else 1,
+        "image_size": config.image_encoder.image_size,
+        "channels": "RGB",
+        "value_range": [-1.0, 1.0],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "text_length": length,
+        "pad_id": config.text_decoder.pad_id,
+    }
+    if words is None or words.task != served.task:
+        return facts
+    tokenizer = words.tokenizer
+    return facts | {
+        "fit": words.transform.fit,
+        "interpolation": words.transform.interpolation,
+        "start_id": tokenizer.start_id,
+        "end_id": tokenizer.end_id,
+        "classes": list(words.classes),
+        "tokenizer": tokenizer.to_json()["backend"],
+    }
+
+
+def torch_program(served: Served, length: int, words: Words | None = None) -> bytes:
     """A torch.export program for any batch size and texts of `length` tokens; `torch.export.load` reads it.
+
+    Its extra file optima.json holds what `described` tells.
 
     Raises OptimaError if the program's logits differ from the model's.
     """
     program = _exported(served, length)
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    facts = json.dumps(described(served, words, length))
+    torch.export.save(program, buffer, extra_files={f"{METADATA}.json": facts})
     buffer.seek(0)
     loaded = torch.export.load(buffer).module()
     _refuse_difference("torch.export program", served, length, lambda images, tokens: loaded(images, tokens))
     return buffer.getvalue()
 
 
-def onnx_program(served: Served, length: int) -> bytes:
+def onnx_program(served: Served, length: int, words: Words | None = None) -> bytes:
     """An ONNX program with inputs `images` and `tokens` and output `logits`, for any batch size.
+
+    Its metadata `optima` holds what `described` tells, as JSON.
 
     Raises OptimaError if the onnx packages are missing, or if its logits, by onnxruntime, differ from the model's.
     """
@@ -63,14 +103,19 @@ def onnx_program(served: Served, length: int) -> bytes:
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise OptimaError(
-            f"ONNX needs the package {error.name}, which is not installed; `pip install 'optima-distill[onnx]'`"
+            f"ONNX needs the package {error.name}, which is not installed; `pip install onnx onnxscript onnxruntime`"
         ) from None
     with _without_chatter():
         program = torch.onnx.export(
             _exported(served, length), dynamo=True, input_names=["images", "tokens"], output_names=["logits"]
         )
     assert program is not None
-    content: bytes = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA, json.dumps(described(served, words, length))
+    content: bytes = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor, tokens: Tensor) -> Tensor:

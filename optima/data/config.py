@@ -98,10 +98,12 @@ class DataConfig:
         train: Split to train on.
         validation: Split of the learning curve and the probe.
         test: Split of the final scores; null takes "test", or "validation" where test answers are not published.
-        tokenizer: "clip" is CLIP's, "words" the word list of pictograms; or a file: a SentencePiece .model, CLIP's byte
-            pairs (.txt.gz), a JSON object from word to id. null takes clip for a model of its 49408 tokens, else words.
-            Pictograms have their own.
-        text_length: Tokens in a row of text, start and end included; longer texts are cut. 0 takes the teacher's most.
+        tokenizer: "texts" is a word list made of the training split's texts, "clip" is CLIP's, "words" the word list of
+            pictograms; or a file: a SentencePiece .model, CLIP's byte pairs (.txt.gz), a JSON object from word to id.
+            null takes clip for a model of its 49408 tokens, else words. Pictograms have their own.
+        text_length: Tokens in a row of text, start and end included; longer texts are cut. 0 takes the teacher's most,
+            with the tokenizer "texts" those of the longest text, at most 64.
+        max_unknown: Share of the words of the training texts, 0 to 1, that may be missing from the vocabulary.
         answers: Size of VQAv2's answer vocabulary, the most frequent ones of its training split.
         loader: How pictures are loaded; transform.image_size is replaced by the teacher's picture size.
     """
@@ -113,6 +115,7 @@ class DataConfig:
     test: str | None = None
     tokenizer: str | None = None
     text_length: int = 0
+    max_unknown: float = 0.1
     answers: int = ANSWERS
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
@@ -125,6 +128,8 @@ class DataConfig:
             raise ValueError(
                 f"text_length must be at least 0 and answers at least 1, got {self.text_length} and {self.answers}"
             )
+        if not 0 <= self.max_unknown <= 1:
+            raise ValueError(f"max_unknown must be within 0..1, got {self.max_unknown}")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ try:
     types: Any = importlib.import_module("nvidia.dali.types")
 except ImportError as error:
     raise OptimaError(
-        "engine dali needs the package nvidia-dali-cuda130 (or -cuda120), which `pip install 'optima-distill[gpu]'` "
+        "engine dali needs the package nvidia-dali-cuda130 (or -cuda120), which `pip install nvidia-dali-cuda130` "
         f"brings; engine torch works without it ({error})"
     ) from error
 
@@ -73,6 +73,7 @@ class DaliEngine(Engine):
         self._ahead = _DEPTH + config.prefetch
         self._pool: ThreadPoolExecutor | None = None
         self._pipeline: Any = None
+        self._copies: torch.cuda.Stream | None = None
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Result]:
         """The batches of the jobs; images are on the engine's device."""
@@ -162,8 +163,7 @@ class DaliEngine(Engine):
         return assemble(batch.job.places, images, batch.faults, batch.lost)
 
     def _from_gpu(self, output: Any, batch: _Batch, shape: tuple[int, ...]) -> Tensor:
-        # On a stream of its own, so that waiting for the copy does not wait for the training step before it.
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._stream()
         with torch.cuda.stream(stream):
             images = torch.empty(shape, dtype=torch.uint8, device=self._device)
             if batch.ready:
@@ -173,6 +173,15 @@ class DaliEngine(Engine):
         stream.synchronize()
         images.record_stream(torch.cuda.current_stream(self._device))
         return images
+
+    def _stream(self) -> torch.cuda.Stream:
+        """A stream of the engine's own, so that waiting for the copy does not wait for the training step before it.
+
+        One for all batches: torch's allocator keeps the memory of every stream for that stream.
+        """
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return self._copies
 
     def _rescue(self, batches: Iterable[_Batch], error: Exception) -> list[Result]:
         """The batches made by the torch engine. Raises OptimaError if it finds nothing that DALI can have failed at."""

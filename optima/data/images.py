@@ -1,9 +1,10 @@
 """Encoded pictures to pixels: what is taken, how it is decoded, and what is refused.
 
 A picture is looked at in two steps. `inspect` reads the header and refuses what no decoder should be given: nothing,
-no picture, a decompression bomb, an animation. `decode` makes upright 8-bit RGB of the rest, and refuses what breaks on
-the way. Nothing is guessed: a JPEG that ends early, or with a hole in it, is refused, not filled with grey (Pillow,
-where simplejpeg is missing, does not notice holes).
+no picture, a decompression bomb, an animation (GIF, PNG or WebP of several frames, a TIFF of several pages: which frame
+a caption is about, nobody has said). `decode` makes upright 8-bit RGB of the rest, and refuses what breaks on
+the way. Nothing is guessed: a JPEG that ends early, or with a hole in it, or a PNG with rows missing, is refused, not
+filled with grey (Pillow, where simplejpeg is missing, does not notice holes).
 
 JPEGs, nearly all there is, go through libjpeg-turbo (simplejpeg) if it is installed, which also scales large ones down
 while it decodes; all else, CMYK and 16-bit pictures among it, through Pillow. Grey becomes RGB, EXIF's orientation is
@@ -22,24 +23,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from optima.data.png import refuse_missing_rows
 from optima.data.record import Unusable
+from optima.limits import MAX_DECODED_BYTES, MAX_PIXELS, MIN_SIDE
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-MAX_PIXELS = 89_478_485
-"""Pixels of the largest picture that is decoded, a quarter of a GiB of RGB; Pillow's own limit for warnings."""
-
-MIN_SIDE = 8
-"""Pixels of the shortest side that is taken; what is smaller is a tracking pixel or a rule, not a picture."""
-
 REDUCING_GAP = 2
 """How much larger than wanted a picture stays when it is scaled down while decoding, so that no difference shows."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What Pillow may decode. It knows more, some of which start other programs."""
+
+_BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+"""What Pillow keeps of a pixel by mode; 4 in all other modes."""
+
+_DECODERS_BYTES = {"WEBP": 16, "JPEG2000": 24}
+"""What these decoders need for a pixel in all: two canvases and two copies, integers of 32 bits for each channel."""
+
+_BAND = 2**20  # pixels that are converted at a time
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations in which width and height change places
@@ -80,10 +85,7 @@ def inspect(data: bytes) -> Header:
         raise Unusable("image-empty", "the picture has no bytes")
     header = _inspect_jpeg(data) if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None else None
     header = header or _inspect_any(data)
-    if header.width * header.height > MAX_PIXELS:
-        raise Unusable(
-            "image-bomb", f"the picture is {header.width} x {header.height}; {MAX_PIXELS} pixels are the most"
-        )
+    _refuse_above(header.width, header.height, 3)
     if min(header.width, header.height) < MIN_SIDE:
         raise Unusable(
             "image-tiny", f"the picture is {header.width} x {header.height}; a side has at least {MIN_SIDE} pixels"
@@ -147,25 +149,42 @@ def _has_exif(data: bytes) -> bool:
 
 def _inspect_any(data: bytes) -> Header:
     with _opened(data) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise Unusable(
-                "image-animated", f"the picture is a {image.format} of {getattr(image, 'n_frames', 1)} frames"
-            )
-        traits = []
-        if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
-            traits.append("grayscale")
-        if image.mode in ("CMYK", "YCCK"):
-            traits.append("cmyk")
-        if image.mode in ("I", "F") or image.mode.startswith("I;16") or _sixteen_bits(data):
-            traits.append("16-bit")
-        if image.mode == "P":
-            traits.append("palette")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            traits.append("transparent")
-        orientation = 1
-        with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
-            orientation = _orientation(image)
-        return _header(str(image.format), image.width, image.height, orientation, False, traits)
+        try:
+            return _header_of(data, image)
+        except Unusable:
+            raise
+        except Exception as error:  # what lies behind the first frame is read only now, and may be broken, too
+            reason = f"the {image.format} is damaged: {error}"
+            raise Unusable("image-corrupt", reason) from error
+
+
+def _header_of(data: bytes, image: Image.Image) -> Header:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise Unusable("image-animated", f"the picture is a {image.format} of {frames} frames")
+    traits = []
+    if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
+        traits.append("grayscale")
+    if image.mode in ("CMYK", "YCCK"):
+        traits.append("cmyk")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or _sixteen_bits(data):
+        traits.append("16-bit")
+    if image.mode == "P":
+        traits.append("palette")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        traits.append("transparent")
+    orientation = 1
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+        orientation = _orientation(image)
+    needed = max(_BYTES_A_PIXEL.get(image.mode, 4), _DECODERS_BYTES.get(str(image.format), 0))
+    _refuse_above(image.width, image.height, needed)
+    return _header(str(image.format), image.width, image.height, orientation, False, traits)
+
+
+def _refuse_above(width: int, height: int, bytes_a_pixel: int) -> None:
+    most = min(MAX_PIXELS, MAX_DECODED_BYTES // bytes_a_pixel)
+    if width * height > most:
+        raise Unusable("image-bomb", f"the picture is {width} x {height}; {most} pixels of its kind are the most")
 
 
 def _header(name: str, width: int, height: int, orientation: int, turbo: bool, traits: list[str]) -> Header:
@@ -219,6 +238,8 @@ def _decode_any(data: bytes, header: Header, height: int, width: int) -> NDArray
         try:
             image.draft(None, (min(width, image.width), min(height, image.height)))
             image.load()
+            if image.format == "PNG":
+                refuse_missing_rows(data, image)
             return _eight_bits(image)
         except Unusable:
             raise
@@ -230,15 +251,24 @@ def _decode_any(data: bytes, header: Header, height: int, width: int) -> NDArray
 
 
 def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
-    mode = image.mode
+    """RGB, converted in bands, so that no second copy of the whole is made on the way."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = _eight_bits_of(band)
+    return pixels
+
+
+def _eight_bits_of(band: Image.Image) -> NDArray[np.uint8]:
+    mode = band.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(band).astype(np.float64)
         top = 1.0 if mode == "F" else 65535.0
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
             raise Unusable("image-depth", f"a {mode} picture holds values of 0 to {top:g}, got others")
-        grey = np.rint(values * (255 / top)).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+        return np.rint(values * (255 / top)).astype(np.uint8)[:, :, None]
+    return np.array(band.convert("RGB"))
 
 
 @contextlib.contextmanager

@@ -22,10 +22,7 @@ A picture that cannot be used leaves its batch one record smaller, is written to
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +32,7 @@ from optima.data.config import LoaderConfig
 from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures
 from optima.data.order import Order
 from optima.data.order import once as order_once
-from optima.data.record import Records, Rejection
+from optima.data.record import Records, Rejection, RejectionLog
 from optima.data.torch_engine import TorchEngine
 from optima_core.errors import OptimaError
 
@@ -64,7 +61,7 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
-        report: Path | None,
+        report: RejectionLog | None,
         training: bool,
     ) -> None:
         self.records = records
@@ -72,7 +69,7 @@ class Loader:
         self._config = config
         self._engine = engine
         self._order = Order(len(records), batch_size, seed, rank, world_size)
-        self._report = report
+        self._report = report or RejectionLog(None)
         self._training = training
         self._next = -1
         self._running: Iterator[tuple[PictureBatch, tuple[Fault, ...]]] = iter(())
@@ -123,9 +120,7 @@ class Loader:
             if fault.record not in self.rejected:
                 rejection = Rejection(self.records[fault.record].id, fault.where, fault.kind, fault.reason)
                 self.rejected[fault.record] = rejection
-                if self._report is not None:
-                    with open(self._report, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(rejection)) + "\n")
+                self._report.add([rejection])
         lost, total = len(self.rejected), len(self.records)
         if lost > self._config.max_rejected * total or (not may_be_empty and not len(batch.indices)):
             last = list(self.rejected.values())[-1]
@@ -150,7 +145,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
-    report: Path | None = None,
+    report: RejectionLog | None = None,
     training: bool = True,
 ) -> Loader:
     """A loader with the engine that the configuration and the device ask for.

@@ -18,14 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from optima.limits import MAX_PICTURE_BYTES, MAX_TEXT_CHARACTERS
 from optima.task import Task
+from optima.untrusted import shown
 from optima_core.errors import OptimaError
-
-MAX_CHARACTERS = 2000
-"""Characters of the longest text that is taken for a caption, a question or a statement."""
-
-MAX_BYTES = 256 * 2**20
-"""Bytes of the largest file that is taken for a picture."""
 
 
 class ImageSource(NamedTuple):
@@ -37,21 +33,23 @@ class ImageSource(NamedTuple):
 
     def read(self) -> bytes:
         """The encoded picture. Raises Unusable if there is none, it ends early, or it is too large to be one."""
+        name = shown(self.path)
         try:
-            status = os.stat(self.path)
-            if not stat.S_ISREG(status.st_mode):
-                raise Unusable("image-unreadable", f"{self.path} is no file")
-            size = self.size if self.size >= 0 else status.st_size
-            if size > MAX_BYTES:
-                raise Unusable("image-bomb", f"{self.path} has {size} bytes; {MAX_BYTES} are the most")
-            with open(self.path, "rb", buffering=0) as file:
+            # A pipe that is opened without O_NONBLOCK waits for a writer.
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise Unusable("image-unreadable", f"{name} is no file")
+                size = self.size if self.size >= 0 else status.st_size
+                if size > MAX_PICTURE_BYTES:
+                    raise Unusable("image-bomb", f"{name} has {size} bytes; {MAX_PICTURE_BYTES} are the most")
                 data = os.pread(file.fileno(), size, self.offset)
         except FileNotFoundError as error:
-            raise Unusable("image-missing", f"there is no {self.path}") from error
+            raise Unusable("image-missing", f"there is no {name}") from error
         except OSError as error:
-            raise Unusable("image-unreadable", f"{self.path} cannot be read: {error.strerror or error}") from error
+            raise Unusable("image-unreadable", f"{name} cannot be read: {error.strerror or error}") from error
         if len(data) != size:
-            raise Unusable("image-truncated", f"{self.path} ends within the picture at byte {self.offset}")
+            raise Unusable("image-truncated", f"{name} ends within the picture at byte {self.offset}")
         return data
 
     def __str__(self) -> str:
@@ -104,6 +102,10 @@ class Rejection:
     kind: str
     reason: str
 
+    def line(self) -> str:
+        """The line of rejected.jsonl."""
+        return json.dumps(asdict(self)) + "\n"
+
 
 class Unusable(Exception):
     """Raised while a record is read or a picture decoded; becomes a `Rejection`."""
@@ -148,8 +150,7 @@ class Records:
         total = len(self.items) + len(self.rejected)
         lost = len(self.rejected)
         if not self.items or lost > share * total:
-            reasons = Counter(rejection.kind for rejection in self.rejected).most_common(3)
-            named = ", ".join(f"{kind} {count}" for kind, count in reasons) or "the split is empty"
+            named = counted_kinds(self.rejected) or "the split is empty"
             first = f"; the first: {self.rejected[0].where}: {self.rejected[0].reason}" if self.rejected else ""
             raise OptimaError(
                 f"{self.name} {self.split}: {lost} of {total} items cannot be used ({named}), more than the share of "
@@ -157,11 +158,43 @@ class Records:
             )
 
 
+def counted_kinds(rejected: Iterable[Rejection]) -> str:
+    """The three most frequent kinds with their numbers: "image-missing 3, row-broken 1"."""
+    kinds = Counter(rejection.kind for rejection in rejected).most_common(3)
+    return ", ".join(f"{kind} {count}" for kind, count in kinds)
+
+
 def write_rejections(rejected: Iterable[Rejection], path: Path) -> None:
     """Writes rejected.jsonl: an object a line, with the fields of `Rejection`."""
     with open(path, "w", encoding="utf-8") as file:
         for rejection in rejected:
-            file.write(json.dumps(asdict(rejection), ensure_ascii=True) + "\n")
+            file.write(rejection.line())
+
+
+class RejectionLog:
+    """rejected.jsonl of a run: what it finds unusable, each item once, however often the run is resumed.
+
+    Args:
+        path: the file; None keeps no list. It is made, and its folder, at the first rejection.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._written: set[str] | None = None
+
+    def add(self, rejected: Iterable[Rejection]) -> None:
+        """Appends those that are not in the file yet."""
+        lines = dict.fromkeys(rejection.line() for rejection in rejected)
+        if self._path is None or not lines:
+            return
+        if self._written is None:
+            before = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
+            self._written = set(before.splitlines(keepends=True))
+        new = [line for line in lines if line not in self._written]
+        self._written.update(new)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(new)
 
 
 class Collector:
@@ -189,7 +222,7 @@ class Collector:
 
     def reject(self, where: str, fault: Unusable, name: str = "") -> None:
         """Counts an item as lost."""
-        self.rejected.append(Rejection(name, where, fault.kind, fault.reason))
+        self.rejected.append(Rejection(shown(name), shown(where), fault.kind, fault.reason))
 
     def records(self, name: str, split: str, task: Task, classes: tuple[str, ...] = ()) -> Records:
         """All that was gathered."""
@@ -207,12 +240,16 @@ class ImageFolder:
         """The picture of a name relative to the folder. Raises Unusable if it leaves the folder or is missing."""
         relative = safe_name(name)
         parent, _, leaf = relative.rpartition("/")
-        if parent not in self._listed:
-            folder = self.path / parent
-            self._listed[parent] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
         path = os.path.join(self.path, relative)
+        try:
+            if parent not in self._listed:
+                folder = self.path / parent
+                self._listed[parent] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+        except OSError as error:  # a name longer than the file system takes, a folder that may not be read
+            reason = f"{shown(path)} cannot be looked for: {error.strerror or error}"
+            raise Unusable("image-unreadable", reason) from error
         if leaf not in self._listed[parent]:
-            raise Unusable("image-missing", f"there is no {path}")
+            raise Unusable("image-missing", f"there is no {shown(path)}")
         return ImageSource(path)
 
 
@@ -241,8 +278,8 @@ def clean_text(value: Any, what: str) -> str:
     text = " ".join(value.split())
     if all(unicodedata.category(letter)[0] in "CZ" for letter in text):
         raise Unusable("text-empty", f"{what} is empty")
-    if len(text) > MAX_CHARACTERS:
-        raise Unusable("text-overlong", f"{what} has {len(text)} characters, {MAX_CHARACTERS} are the most")
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise Unusable("text-overlong", f"{what} has {len(text)} characters, {MAX_TEXT_CHARACTERS} are the most")
     return text
 
 
@@ -264,4 +301,4 @@ def entry(row: Any, name: str) -> Any:
 
 def name_of(row: Any, field: str) -> str:
     """What a rejection calls a row: its id as it stands, "" if it has none."""
-    return str(row.get(field, "")) if isinstance(row, dict) else ""
+    return f"{row.get(field, '')!s:.2000}" if isinstance(row, dict) else ""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima.data.tokenizer import Encoded, Tokenizer
+from optima.limits import MAX_VOCABULARY_BYTES
+from optima.untrusted import read_file
 from optima_core.errors import OptimaError
 
 
@@ -28,7 +30,7 @@ class SentencePieceModel:
         except ImportError as error:
             raise OptimaError(
                 "SentencePiece models need the package sentencepiece; "
-                "install it with: pip install 'optima-distill[text]'"
+                "install it with: pip install sentencepiece"
             ) from error
         self._processor: Any = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(content)
@@ -66,8 +68,9 @@ def sentencepiece_tokenizer(model: Path, pad: str = "<pad>", start: str = "<s>",
     """
     if not model.is_file():
         raise OptimaError(f"vocabulary {model} does not exist; give a SentencePiece .model file")
+    content = read_file(model, "vocabulary", MAX_VOCABULARY_BYTES)
     try:
-        return Tokenizer(SentencePieceModel(model.read_bytes()), pad, start, end)
+        return Tokenizer(SentencePieceModel(content), pad, start, end)
     except RuntimeError as error:
         raise OptimaError(f"vocabulary {model} is no SentencePiece model") from error
     except ValueError as error:

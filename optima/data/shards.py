@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optima.data.formats.files import read_json, rows_of
 from optima.data.images import FORMATS, inspect
 from optima.data.record import (
-    MAX_BYTES,
     Collector,
     ImageSource,
     Record,
@@ -35,7 +33,11 @@ from optima.data.record import (
     identifier,
     safe_name,
 )
+from optima.data.tar_index import BLOCK, tar_members
 from optima.data.tokenizer import Tokenizer
+from optima.limits import MAX_LINE_BYTES, MAX_PICTURE_BYTES
+from optima.task import TASKS, Task
+from optima.untrusted import read_json, shown
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -45,7 +47,6 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "j
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"} | {
     name: name.lower() for name in FORMATS if name not in ("JPEG", "TIFF", "JPEG2000")
 }
-_BLOCK = tarfile.BLOCKSIZE
 
 
 class Tokens(NamedTuple):
@@ -114,7 +115,7 @@ def is_packed(root: Path, split: str) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return b'"optima_shards"' in file.read(_BLOCK)
+        return b'"optima_shards"' in file.read(BLOCK)
 
 
 def read_packed(root: Path, name: str, split: str) -> Records:
@@ -123,11 +124,7 @@ def read_packed(root: Path, name: str, split: str) -> Records:
     Raises OptimaError if the shards are of another data set or version, or a shard is missing.
     """
     path = root / f"{split}.json"
-    content = read_json(path)
-    if content.get("optima_shards") != VERSION:
-        raise OptimaError(f"{path} is of version {content.get('optima_shards')}, {VERSION} is wanted; pack it again")
-    if content.get("name") != name:
-        raise OptimaError(f"{path} holds {content.get('name')}, not {name}")
+    content = _manifest(read_json(path, "shard list"), name, path)
     collector = Collector()
     placed: dict[str, int] = {}
 
@@ -135,14 +132,17 @@ def read_packed(root: Path, name: str, split: str) -> Records:
         name = identifier(entry(row, "id"), "an id")
         texts = tuple(clean_text(text, "a text") for text in _list(row, "texts"))
         answers = tuple(clean_text(answer, "an answer") for answer in _list(row, "answers"))
-        record = Record(name, images, texts, _whole(row, "target"), answers)
-        placed[name] = _whole(row, "place")
+        target = _whole(row, "target")
+        if not -1 <= target < max(1, len(content.classes)):
+            raise Unusable("row-type", f"target must be one of {len(content.classes)} classes, got {target!r:.80}")
+        record = Record(name, images, texts, target, answers)
+        placed.setdefault(name, _whole(row, "place"))
         return record
 
-    for shard in rows_of(content, "shards", path):
-        tar = root / safe_name(shard["file"])
-        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
-            raise OptimaError(f"shard {tar} is missing or not whole; {shard['bytes']} bytes are wanted: copy it again")
+    for file, size in content.shards:
+        tar = root / file
+        if not _has_size(tar, size):
+            raise OptimaError(f"shard {shown(tar)} is missing or not whole; {size} bytes are wanted: copy it again")
         for sample in _samples(tar, collector):
             try:
                 rows = _json(sample)
@@ -153,8 +153,46 @@ def read_packed(root: Path, name: str, split: str) -> Records:
             for row in rows if isinstance(rows, list) else [rows]:
                 collector.take(sample.where, sample.key, make, row, images)
     collector.items.sort(key=lambda record: placed[record.id])
-    collector.left_out.update(content["left_out"])
-    return collector.records(name, split, content["task"], tuple(content["classes"]))
+    collector.left_out.update(content.left_out)
+    return collector.records(name, split, content.task, content.classes)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == size
+    except OSError:  # a name longer than the file system takes
+        return False
+
+
+class _Manifest(NamedTuple):
+    """What a split's `.json` says of its shards: file name and bytes of each."""
+
+    task: Task
+    classes: tuple[str, ...]
+    left_out: dict[str, int]
+    shards: list[tuple[str, int]]
+
+
+def _manifest(content: Any, name: str, path: Path) -> _Manifest:
+    """Raises OptimaError for shards of another version or data set, and if anything has not the shape that `pack`
+    gives it."""
+    version = content.get("optima_shards") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise OptimaError(f"{path} is of version {version!r:.40}, {VERSION} is wanted; pack it again")
+    if content.get("name") != name:
+        raise OptimaError(f"{path} holds {content.get('name')!s:.80}, not {name}")
+    try:
+        task, classes, left_out = (entry(content, field) for field in ("task", "classes", "left_out"))
+        if not isinstance(task, str) or task not in TASKS:
+            raise Unusable("row-type", f"task must be one of {', '.join(TASKS)}, got {task!r:.80}")
+        if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+            raise Unusable("row-type", f"classes must be a list of texts, got {classes!r:.80}")
+        if not isinstance(left_out, dict) or not all(isinstance(count, int) for count in left_out.values()):
+            raise Unusable("row-type", f"left_out must be an object of numbers, got {left_out!r:.80}")
+        shards = [(safe_name(entry(row, "file")), _whole(row, "bytes")) for row in _list(content, "shards")]
+    except Unusable as fault:
+        raise OptimaError(f"{path} is no list of shards ({fault.reason}); pack it again") from fault
+    return _Manifest(task, tuple(classes), left_out, shards)
 
 
 def read_webdataset(root: Path, split: str) -> Records:
@@ -163,7 +201,7 @@ def read_webdataset(root: Path, split: str) -> Records:
     if not tars and split == "train":
         tars = sorted(root.glob("*.tar"))
     if not tars:
-        raise OptimaError(f"{root} lacks the {split} shards: {split}-*.tar")
+        raise OptimaError(f"{shown(root)} lacks the {split} shards: {split}-*.tar")
     collector = Collector()
     for tar in tars:
         for sample in _samples(tar, collector):
@@ -176,7 +214,7 @@ def _captioned(shard: str, sample: _Sample) -> Record:
     if len(images) != 1:
         raise Unusable("image-several", f"a sample has one picture, got {', '.join(sorted(sample.parts))}")
     if "txt" in sample.parts:
-        caption: Any = sample.parts["txt"].read().decode("utf-8", "surrogateescape")
+        caption: Any = _words(sample, "txt").decode("utf-8-sig", "surrogateescape")
     else:
         row = _json(sample)
         caption = next((row[field] for field in ("caption", "text") if isinstance(row, dict) and field in row), None)
@@ -221,7 +259,7 @@ class _ShardWriter:
         for ending, data in parts.items():
             info = tarfile.TarInfo(f"{key}.{ending}")
             info.size = len(data)
-            places.append(f"{ending} {self._file.tell() + _BLOCK} {len(data)} {info.name}")
+            places.append(f"{ending} {self._file.tell() + BLOCK} {len(data)} {info.name}")
             self._tar.addfile(info, io.BytesIO(data))
         self._index.append(" ".join(places))
         self.bytes = self._file.tell()
@@ -256,34 +294,29 @@ def _samples(path: Path, collector: Collector) -> Iterator[_Sample]:
 
 
 def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSource]]:
-    end, size = 0, path.stat().st_size
+    """The plain files of a tar that can be trusted; a tar that breaks off loses what comes after, and no more."""
+    if not path.is_file():
+        collector.reject(path.name, Unusable("shard-broken", f"{path.name} is no plain file"))
+        return
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                where = f"{path.name}/{member.name}"
-                end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
-                try:
-                    name = safe_name(member.name)
-                    if member.isdir():
-                        continue
-                    if not member.isreg():
-                        raise Unusable("member-type", f"{member.name} is no plain file")
-                    if member.size > MAX_BYTES:
-                        raise Unusable("image-bomb", f"{member.name} has {member.size} bytes; {MAX_BYTES} are the most")
-                    if member.offset_data + member.size > size:
-                        raise Unusable("shard-truncated", f"the tar ends within {member.name}")
-                except Unusable as fault:
-                    collector.reject(where, fault)
-                else:
-                    yield name, ImageSource(str(path), member.offset_data, member.size)
-        with open(path, "rb") as file:
-            file.seek(end)
-            if file.read(_BLOCK) != bytes(_BLOCK):
-                raise Unusable("shard-truncated", f"the tar has no end after byte {end}")
+        for member in tar_members(path):
+            try:
+                name = safe_name(member.name)
+                if member.kind == "folder":
+                    continue
+                if member.kind != "file":
+                    raise Unusable("member-type", f"{shown(name)} is no plain file")
+                if member.size > MAX_PICTURE_BYTES:
+                    size = f"{member.size} bytes; {MAX_PICTURE_BYTES} are the most"
+                    raise Unusable("image-bomb", f"{shown(name)} has {size}")
+            except Unusable as fault:
+                collector.reject(f"{path.name}/{shown(member.name)}", fault)
+            else:
+                yield name, ImageSource(str(path), member.offset, member.size)
     except Unusable as fault:
         collector.reject(path.name, fault)
-    except Exception as error:  # tarfile fed with broken bytes raises whatever its first mishap is
-        collector.reject(path.name, Unusable("shard-broken", f"no tar that can be read: {error}"))
+    except OSError as error:
+        collector.reject(path.name, Unusable("shard-broken", f"the tar cannot be read: {error.strerror or error}"))
 
 
 def _pictures(sample: _Sample) -> tuple[ImageSource, ...]:
@@ -311,15 +344,23 @@ def _list(row: Any, name: str) -> list[Any]:
 
 def _whole(row: Any, name: str) -> int:
     found = entry(row, name)
-    if not isinstance(found, int):
+    if isinstance(found, bool) or not isinstance(found, int):
         raise Unusable("row-type", f"{name} must be a whole number, got {found!r:.80}")
     return found
+
+
+def _words(sample: _Sample, ending: str) -> bytes:
+    """A member that holds text. Raises Unusable if it is longer than any line of captions may be."""
+    part = sample.parts[ending]
+    if part.size > MAX_LINE_BYTES:
+        raise Unusable("row-overlong", f"the .{ending} has {part.size} bytes; {MAX_LINE_BYTES} are the most")
+    return part.read()
 
 
 def _json(sample: _Sample) -> Any:
     if "json" not in sample.parts:
         raise Unusable("text-missing", f"no .json or .txt among {', '.join(sorted(sample.parts)) or 'nothing'}")
     try:
-        return json.loads(sample.parts["json"].read())
+        return json.loads(_words(sample, "json").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Unusable("row-broken", f"the .json is none: {error}") from error

@@ -21,6 +21,10 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from optima.limits import MAX_VOCABULARY, MAX_VOCABULARY_BYTES
+from optima.sizes import whole_number
+from optima.untrusted import read_json
+
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
 
@@ -97,8 +101,24 @@ class Tokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of the text, between spaces, that hold the unknown token, each once."""
+        return self.unknown(list(dict.fromkeys(text.split())))
+
+    def unknown(self, words: Sequence[str]) -> list[str]:
+        """Those of the words that hold the unknown token; none if there is no such token."""
         unknown = self._backend.token_to_id(UNKNOWN)
-        return [word for word in dict.fromkeys(text.split()) if unknown in self._backend.encode_batch([word])[0].ids]
+        if unknown is None:
+            return []
+        encoded = self._backend.encode_batch(list(words))
+        return [word for word, found in zip(words, encoded, strict=True) if unknown in found.ids]
+
+    def words(self) -> dict[str, int]:
+        """The ids of a word-level tokenizer's words; of another, which has none, nothing."""
+        model = json.loads(self._backend.to_str()).get("model", {})
+        return dict(model["vocab"]) if model.get("type") == "WordLevel" else {}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token; None if there is no such token."""
+        return self._backend.token_to_id(token)
 
     def encode(
         self, texts: Sequence[str], length: int, start: bool = True, end: bool = True, truncate: bool = False
@@ -145,8 +165,27 @@ def word_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
 
     Case and the marks that end a sentence are dropped, so that a person's "Is there a dog?" is understood.
     """
-    words: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    words: dict[str, int] = read_json(vocabulary, "vocabulary", MAX_VOCABULARY_BYTES)
+    if not isinstance(words, dict):
+        raise ValueError(f"an object is wanted, got {words!r:.80}")
+    for word, number in words.items():
+        whole_number(number, f"the id of {word!r:.80}", 0, MAX_VOCABULARY)
+    return tokenizer_of_words(words)
+
+
+def tokenizer_of_words(words: dict[str, int]) -> Tokenizer:
+    """The word-level tokenizer of these words and ids."""
     backend = HuggingFaceTokenizer(WordLevel(words, unk_token=UNKNOWN))
-    backend.normalizer = Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])
+    backend.normalizer = _normalizer()
     backend.pre_tokenizer = WhitespaceSplit()
     return Tokenizer(backend)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as word-level tokenizers cut and even them out."""
+    return str(_normalizer().normalize_str(text)).split()
+
+
+@cache
+def _normalizer() -> Normalizers:
+    return Normalizers([Lowercase(), Replace(Regex("[.,;:?!]"), "")])

@@ -33,12 +33,14 @@ def named_tokenizer(name: str) -> Tokenizer:
         return clip_tokenizer(path)
     try:
         return word_tokenizer(path)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise OptimaError(f"tokenizer {name} is no vocabulary: a JSON object from word to id ({error})") from error
 
 
 def tokenizer_from_json(values: dict[str, Any]) -> Tokenizer:
     """The inverse of `Tokenizer.to_json`. Raises KeyError or ValueError if the values are not one's."""
+    if not isinstance(values, dict) or not isinstance(values["backend"], dict):
+        raise ValueError("no tokenizer: it and its backend must be objects")
     stored = values["backend"]
     backend: Backend
     try:

@@ -1,6 +1,7 @@
 """The options of what makes a run directory: a distillation, a fine-tuning, a training from scratch."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,28 @@ def told_in_a_line() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class TeachConfig:
+    """How a teacher learns the data before it is distilled.
+
+    Attributes:
+        steps: Optimiser steps that the teacher is finetuned for; 0 takes it as it is. It is kept in the run's folder
+            `teacher`. Of a vocabulary of the texts (data.tokenizer texts) it first learns the words.
+        batch_size: Items a step.
+        learning_rate: Highest learning rate of AdamW.
+    """
+
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        refuse_below(0, self, "steps")
+        refuse_below(1, self, "batch_size")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """One distillation run.
 
@@ -41,11 +64,12 @@ class DistillConfig:
         data: Which pictures and texts.
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
-        student: Weights (.safetensors), or the name of a preset, such as tiny12, which has sizes alone; null takes the
-            shipped student.
-        init: Where the student's weights come from: its checkpoint, fresh random numbers, the teacher's leading
-            features, or the teacher's principal components on a training batch; but for the first, `student` gives the
-            sizes alone. null takes the checkpoint of a `student` that is a file, else teacher_pca.
+        teach: How the teacher learns the data first, if it does.
+        student: Whose sizes, or weights (.safetensors): a file, or a preset, which has sizes alone: tiny12, tiny6 or
+            base with the teacher's patches (tiny12-14 names them). null takes the sizes of the shipped student.
+        init: Where the student's weights come from: the checkpoint that `student` names, fresh random numbers, the
+            teacher's leading features, or the teacher's principal components on a training batch. null takes the
+            checkpoint if `student` is a file, else teacher_pca.
         batch_size: Items a batch, over all ranks; a step takes engine.accumulate of them.
         probe_size: Items of the held batch that rewards are measured on.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
@@ -77,6 +101,7 @@ class DistillConfig:
     data: DataConfig = field(default_factory=DataConfig)
     run: Path = Path("runs/distill")
     teacher: Path | None = None
+    teach: TeachConfig = field(default_factory=TeachConfig)
     student: Path | None = None
     init: Initialisation | None = None
     batch_size: int = 32

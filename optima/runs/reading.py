@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from optima.plain_yaml import load_yaml
 from optima.runs.rows import MODELS, CrossAttention, Round, Sample, Summary, parsed, read, shown
 from optima_core.errors import OptimaError
 
@@ -49,10 +48,7 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise OptimaError(f"run directory {path} does not exist; give one that `distill` wrote")
     config_text = _text(path / CONFIG)
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise OptimaError(f"{path / CONFIG}: not YAML: {' '.join(str(error).split())}") from None
+    config = load_yaml(config_text, str(path / CONFIG))
     rounds = read_rounds(path / METRICS)
     if not rounds:
         raise OptimaError(f"{path / METRICS} holds no round; the run ended before its first round did")
@@ -92,6 +88,8 @@ def read_summary(path: Path) -> Summary:
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise OptimaError(f"{path} is no plain file")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

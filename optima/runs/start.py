@@ -5,6 +5,7 @@ import torch
 from optima.assets import STUDENT
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.language import config_in
 from optima.coca.presets import PRESETS, is_preset, preset
 from optima.coca.start import project_teacher, truncate_teacher
 from optima.runs.config import DistillConfig
@@ -45,6 +46,8 @@ def make_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
             "give --init teacher_pca, teacher_truncate or scratch, or the path of weights"
         )
     start = load_coca(path) if has_weights else _sizes(str(path), teacher)
+    if config.student is None and init != "checkpoint":
+        start = _reading(start, teacher)
     refuse_misfit(start, f"student {path}", data)
     ours, theirs = start.config.text_decoder.vocab_size, teacher.config.text_decoder.vocab_size
     if ours != theirs:
@@ -79,3 +82,11 @@ def _sizes(name: str, teacher: CoCa) -> CoCa:
         )
     with torch.device("meta"):
         return CoCa(preset(name, teacher.config))
+
+
+def _reading(start: CoCa, teacher: CoCa) -> CoCa:
+    """A model of the same sizes but for the teacher's vocabulary and length of texts, without weights."""
+    text = teacher.config.text_decoder
+    config = config_in(start.config, text.vocab_size, text.context_length, text.pad_id)
+    with torch.device("meta"):
+        return CoCa(config, start.head_specs)

@@ -8,8 +8,12 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from optima.coca import CoCa
@@ -18,10 +22,13 @@ from optima.coca.config import GenerationConfig
 from optima.coca.generate import generate
 from optima.data.images import inspect
 from optima.data.normalise import normalise
-from optima.data.record import Unusable
-from optima.data.transform import evaluation_window, picture
+from optima.data.record import ImageSource, Unusable
+from optima.data.transform import evaluation_window, picture, resample
 from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
+
+Picture = str | Path | Image.Image | Tensor
+"""A file, a PIL picture, or uint8 [3, H, W]."""
 
 
 class Student:
@@ -32,41 +39,50 @@ class Student:
         self.words = words
         self.device = model.logit_scale.device
 
-    def caption(self, pictures: Sequence[str | Path], generation: GenerationConfig | None = None) -> list[str]:
-        """A caption a picture file.
+    @overload
+    def caption(self, pictures: Picture, generation: GenerationConfig | None = None) -> str: ...
+    @overload
+    def caption(self, pictures: Sequence[Picture], generation: GenerationConfig | None = None) -> list[str]: ...
+    def caption(
+        self, pictures: Picture | Sequence[Picture], generation: GenerationConfig | None = None
+    ) -> str | list[str]:
+        """The caption of a picture, or a list of them for a list.
 
-        Raises OptimaError if the student was not taught captioning, or a file is no picture.
+        Raises OptimaError if the student was not taught captioning, or something is no picture.
         """
         self._refuse_other_task(captioning=True)
         tokenizer = self.words.tokenizer
+        listed, single = _listed(pictures)
         tokens = generate(
             self.model,
-            self._images(pictures),
+            self._images(listed),
             start_id=tokenizer.start_id,
             end_id=tokenizer.end_id,
             length=self.words.text_length,
             config=generation,
         )
-        return tokenizer.decode(tokens)
+        captions = tokenizer.decode(tokens)
+        return captions[0] if single else captions
 
-    def answer(self, text: str, pictures: Sequence[str | Path]) -> dict[str, float]:
-        """Probabilities of all answers to a question, statement or hypothesis about one picture (nlvr2: two).
+    def answer(self, text: str, pictures: Picture | Sequence[Picture]) -> dict[str, float]:
+        """Probabilities of all answers to a question, statement or hypothesis about one picture (nlvr2: a list of two).
 
         They are in descending order. Raises OptimaError if the student was taught captioning, the text is too long,
         the number of pictures is wrong, or a file is no picture. Words that the student does not know are warned about.
         """
         self._refuse_other_task(captioning=False)
         task, tokenizer = self.words.task, self.words.tokenizer
+        shown, _ = _listed(pictures)
         wanted = self.model.head_specs[task].pictures
-        if len(pictures) != wanted:
-            raise OptimaError(f"{task} takes {wanted} picture{'s' if wanted > 1 else ''} a text, got {len(pictures)}")
+        if len(shown) != wanted:
+            raise OptimaError(f"{task} takes {wanted} picture{'s' if wanted > 1 else ''} a text, got {len(shown)}")
         if unknown := tokenizer.unknown_words(text):
             warnings.warn(f"the student does not know {', '.join(unknown)}", stacklevel=2)
         try:
             tokens = tokenizer.encode([text], self.words.text_length).to(self.device)
         except ValueError as error:
             raise OptimaError(f"the text is too long for this student: {error}") from None
-        output = self.model(self._images(pictures)[None], tokens)
+        output = self.model(self._images(shown)[None], tokens)
         probabilities = self.model.class_logits(task, output)[0].softmax(dim=-1)
         order = probabilities.argsort(descending=True).tolist()
         return {self.words.classes[index]: float(probabilities[index]) for index in order}
@@ -76,26 +92,50 @@ class Student:
             command = "answer" if captioning else "caption"
             raise OptimaError(f"this student was taught {self.words.task}; use `{command}`")
 
-    def _images(self, pictures: Sequence[str | Path]) -> Tensor:
-        """Picture files -> normalised [pictures, 3, S, S]."""
-        config = self.words.transform
-        squares = []
-        for path in map(Path, pictures):
-            try:
-                content = path.read_bytes()
-                header = inspect(content)
-                squares.append(picture(content, header, evaluation_window(header.width, header.height, config), config))
-            except OSError as error:
-                raise OptimaError(f"picture {path} cannot be read: {error.strerror}") from None
-            except Unusable as error:
-                raise OptimaError(f"picture {path}: {error}") from None
+    def _images(self, pictures: Sequence[Picture]) -> Tensor:
+        """Pictures -> normalised [pictures, 3, S, S]."""
+        squares = [self._square(found, f"number {place + 1}") for place, found in enumerate(pictures)]
         return normalise(torch.stack(squares)).to(self.device)
+
+    def _square(self, given: Picture, name: str) -> Tensor:
+        """uint8 [3, S, S]. Raises OptimaError, calling a picture that is no file `name`."""
+        config = self.words.transform
+        if isinstance(given, str | Path):
+            try:
+                content = ImageSource(str(given)).read()
+                header = inspect(content)
+                return picture(content, header, evaluation_window(header.width, header.height, config), config)
+            except Unusable as error:
+                raise OptimaError(f"picture {given}: {error}") from None
+        pixels = _pixels(given, name)
+        window = evaluation_window(pixels.shape[1], pixels.shape[0], config)
+        part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
+        return resample(part, config.image_size, config.interpolation, mirrored=False)
+
+
+def _listed(pictures: Picture | Sequence[Picture]) -> tuple[Sequence[Picture], bool]:
+    """The pictures in a list, and whether it was a single one."""
+    if isinstance(pictures, str | Path | Image.Image):
+        return [pictures], True
+    if isinstance(pictures, Tensor):
+        return ([pictures], True) if pictures.ndim == 3 else (list(pictures), False)
+    return pictures, False
+
+
+def _pixels(given: Any, name: str) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3] of a picture in memory."""
+    if isinstance(given, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(given).convert("RGB"))
+    if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.ndim == 3 and given.shape[0] == 3:
+        return given.permute(1, 2, 0).cpu().numpy()
+    found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    raise OptimaError(f"picture {name} must be a path, a PIL picture or a uint8 tensor [3, H, W], got {found}")
 
 
 def load_student(run: str | Path, device: str | torch.device | None = None) -> Student:
     """The student of a finished run, on `device`; None takes the GPU if there is one.
 
-    Raises OptimaError if the directory holds none, or the device cannot be used.
+    Raises OptimaError if the directory holds none, or words of another model, or the device cannot be used.
     """
     model, words = load_coca(Path(run) / "student.safetensors"), read_words(Path(run))
     size, most = model.config.image_encoder.image_size, model.config.text_decoder.context_length
@@ -105,6 +145,12 @@ def load_student(run: str | Path, device: str | torch.device | None = None) -> S
         raise OptimaError(
             f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}"
         )
+    spec, vocabulary = model.head_specs.get(words.task), model.config.text_decoder.vocab_size
+    classes = 0 if spec is None else spec.classes
+    if words.task != "captioning" and len(words.classes) != classes:
+        raise OptimaError(f"{run}: the student has {classes} answers to {words.task}, {NAME} has {len(words.classes)}")
+    if words.tokenizer.vocab_size > vocabulary:
+        raise OptimaError(f"{run}: the student knows {vocabulary} tokens, {NAME} has {words.tokenizer.vocab_size}")
     try:
         return Student(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), words)
     except (RuntimeError, AssertionError) as error:

@@ -31,6 +31,10 @@ class TrainingConfig(Protocol):
     def log_every(self) -> int: ...
 
 
+STATE = {"config": str, "model": dict, "optimiser": dict, "schedule": dict, "step": int}
+"""What a checkpoint holds: key -> type."""
+
+
 def train(
     model: CoCa,
     steps: int,
@@ -58,7 +62,7 @@ def train(
     device = model.logit_scale.device
     optimiser, schedule = make_optimiser(model.parameters(), config.optimiser, steps)
     step = 0
-    state = directory.checkpoints.load()
+    state = directory.checkpoints.load(STATE)
     if state is not None:
         directory.refuse_other_run(config, state["config"])
         model.load_state_dict(state["model"])

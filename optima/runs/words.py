@@ -4,16 +4,18 @@ words.json holds the task, the tokenizer, the length of a text, the answers by c
 square that the student was trained on.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optima.data.config import TransformConfig
 from optima.data.tokenizer import Tokenizer
 from optima.data.tokenizers import tokenizer_from_json
+from optima.limits import MAX_TEXT_LENGTH, MAX_VOCABULARY_BYTES
 from optima.runs.directory import RunDirectory
+from optima.sizes import whole_number
 from optima.task import TASKS, Task
 from optima.tasks.data import TaskData
+from optima.untrusted import read_json, shown
 from optima_core.errors import OptimaError
 
 NAME = "words.json"
@@ -44,21 +46,39 @@ def write_words(directory: RunDirectory, data: TaskData, transform: TransformCon
     )
 
 
+def words_beside(weights: Path) -> Words | None:
+    """The words.json beside weights; None if there is none."""
+    return read_words(weights.parent) if (weights.parent / NAME).exists() else None
+
+
+def refuse_other_words(weights: Path, data: TaskData) -> None:
+    """Raises OptimaError if weights were trained with another vocabulary than the data's, by the words.json beside."""
+    known = words_beside(weights)
+    if known is not None and known.tokenizer.to_json() != data.tokenizer.to_json():
+        raise OptimaError(
+            f"{weights} was trained with the vocabulary of {weights.parent / NAME}, which is not that of {data.name} "
+            "now; finetune it on these texts first, or give the tokenizer it was trained with as --data.tokenizer"
+        )
+
+
 def read_words(run: Path) -> Words:
     """Raises OptimaError if the run directory has no readable words.json."""
     path = run / NAME
+    if not path.exists():
+        raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished")
+    values = read_json(path, "words", MAX_VOCABULARY_BYTES)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["task"] not in TASKS:
-            raise ValueError(f"unknown task {values['task']}")
+        if not isinstance(values["task"], str) or values["task"] not in TASKS:
+            raise ValueError(f"unknown task {values['task']!r:.80}")
+        classes = values["classes"]
+        if not isinstance(classes, list) or not all(isinstance(word, str) for word in classes):
+            raise ValueError(f"classes must be a list of texts, got {classes!r:.80}")
         return Words(
             values["task"],
             tokenizer_from_json(values["tokenizer"]),
-            int(values["text_length"]),
-            tuple(values["classes"]),
+            whole_number(values["text_length"], "text_length", 2, MAX_TEXT_LENGTH),
+            tuple(classes),
             TransformConfig(**values["transform"]),
         )
-    except FileNotFoundError:
-        raise OptimaError(f"{path} does not exist; give the directory of a run that `distill` finished") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OptimaError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OptimaError(f"{path} cannot be read ({shown(' '.join(str(error).split()))})") from None

@@ -6,14 +6,19 @@ import torch
 
 from optima.coca import CoCaConfig
 from optima.data.config import DataConfig
-from optima.data.records import FORMATS
+from optima.data.records import FORMATS, open_records
+from optima.data.tokenizer import Tokenizer
 from optima.data.tokenizers import named_tokenizer
+from optima.data.vocabulary import text_tokenizer
 from optima.task import Task
 from optima.tasks.data import TaskData
 from optima.tasks.official import OfficialSplits, OfficialTask
 from optima_core.errors import OptimaError
 
 CLIP_TOKENS = 49408
+
+OWN_TEXTS = "texts"
+"""The tokenizer that is a word list of the training split's texts."""
 
 UNSCORABLE_TESTS = ("coco", "vqav2")
 """Data sets whose test split has no published truth; their validation split stands in for it."""
@@ -29,6 +34,7 @@ def open_data(
     rank: int = 0,
     world_size: int = 1,
     report: Path | None = None,
+    words: tuple[Tokenizer, int] | None = None,
 ) -> TaskData:
     """The data set in the role of the task.
 
@@ -41,6 +47,8 @@ def open_data(
         rank: this process.
         world_size: number of processes, which share the training items.
         report: file to which unusable pictures are appended.
+        words: the tokenizer and the length of a text that the model was trained with, if they are known; they stand in
+            for what the configuration leaves open, or would make of the texts.
 
     Raises OptimaError if the data set does not serve the task, or cannot be read.
     """
@@ -52,15 +60,17 @@ def open_data(
     if served != task:
         raise OptimaError(f"data {config.name} serves task {served}, not {task}; give --task {served}")
     assert config.root is not None
+    tokenizer, text_length = _words(config, model, words)
     test = config.test or ("validation" if config.name in UNSCORABLE_TESTS else "test")
     return OfficialTask(
         config.name,
         config.root,
         OfficialSplits(config.train, config.validation, test),
         config.loader,
-        named_tokenizer(config.tokenizer or ("clip" if model.text_decoder.vocab_size == CLIP_TOKENS else "words")),
+        tokenizer,
         picture_size=model.image_encoder.image_size,
-        text_length=config.text_length or model.text_decoder.context_length,
+        text_length=config.text_length or text_length,
+        max_unknown=config.max_unknown,
         answers=config.answers,
         seed=seed,
         device=device,
@@ -68,3 +78,18 @@ def open_data(
         world_size=world_size,
         report=report,
     )
+
+
+def _words(config: DataConfig, model: CoCaConfig, known: tuple[Tokenizer, int] | None) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the tokens of a row unless the configuration says."""
+    if known is not None and config.tokenizer in (None, OWN_TEXTS):
+        return known
+    if config.tokenizer == OWN_TEXTS:
+        assert config.name != "pictograms"
+        assert config.root is not None
+        records = open_records(
+            config.name, config.root, config.train, max_rejected=config.loader.max_rejected, answers=config.answers
+        )
+        return text_tokenizer(text for record in records.items for text in record.texts)
+    named = config.tokenizer or ("clip" if model.text_decoder.vocab_size == CLIP_TOKENS else "words")
+    return named_tokenizer(named), model.text_decoder.context_length

@@ -85,6 +85,9 @@ class TaskData(Protocol):
     def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
         """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning."""
 
+    def unused(self, split: Held) -> int:
+        """How many items of a held-out split cannot be used, as far as it was read: no score speaks of them."""
+
     def has_truth(self, split: Held) -> bool:
         """Whether predictions for a held-out split can be scored: its captions, answers or labels are known."""
 

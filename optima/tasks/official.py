@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from optima.data.engine import Pictures
 from optima.data.loader import Loader, make_loader
 from optima.data.normalise import normalise
 from optima.data.order import Place
-from optima.data.record import Records, Unusable
+from optima.data.record import Records, RejectionLog, Unusable, counted_kinds
 from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import Tokenizer
+from optima.data.vocabulary import unknown_words
 from optima.task import TASKS, Task
 from optima.tasks import scoring
 from optima.tasks.batches import TaskBatch
@@ -48,11 +50,12 @@ class OfficialTask:
         picture_size: side of the squares, pixels.
         text_length: tokens in a row of text; longer texts are cut there.
         answers: size of VQAv2's answer vocabulary.
+        max_unknown: share of the words of the training texts, 0 to 1, that the tokenizer may lack.
         seed: of order and windows of the training pictures.
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training records.
-        report: rejected.jsonl, to which unusable pictures are appended.
+        report: rejected.jsonl, to which unusable rows and pictures are appended; None keeps no list.
 
     Raises OptimaError if the split or a file does not exist, or too many items are unusable.
     """
@@ -68,6 +71,7 @@ class OfficialTask:
         picture_size: int,
         text_length: int,
         answers: int,
+        max_unknown: float,
         seed: int = 0,
         device: torch.device | None = None,
         rank: int = 0,
@@ -87,11 +91,14 @@ class OfficialTask:
             loader, transform=dataclasses.replace(loader.transform, image_size=picture_size)
         )
         self._answers = answers
+        self._max_unknown = max_unknown
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._rank, self._world_size = rank, world_size
-        self._report = report
+        self._report = RejectionLog(report)
+        self._report_path = report
         self._read: dict[str, Records] = {}
+        self._unused: dict[str, set[str]] = {}
         self._training: tuple[int, Loader] | None = None
 
     @property
@@ -103,7 +110,7 @@ class OfficialTask:
         """The records of a split of the data set."""
         if split not in self._read:
             known = next(iter(self._read.values()), None)
-            self._read[split] = open_records(
+            records = open_records(
                 self._format,
                 self._root,
                 split,
@@ -111,7 +118,37 @@ class OfficialTask:
                 answers=self._answers,
                 classes=known.classes if known is not None else None,
             )
+            self._refuse_unknown(records)
+            self._read[split] = records
+            if self._rank == 0:
+                self._tell(records)
         return self._read[split]
+
+    def _refuse_unknown(self, records: Records) -> None:
+        """Warns of words that the vocabulary lacks. Raises OptimaError if training would lose too many of them."""
+        found = unknown_words(self.tokenizer, (text for record in records.items for text in record.texts))
+        if not found.different:
+            return
+        if records.split == self._splits.train and found.share > self._max_unknown:
+            raise OptimaError(
+                f"{self.name} {records.split}: {found}; that is more than the share of {self._max_unknown:g} that is "
+                "allowed: give --data.tokenizer texts, a vocabulary of these texts, or raise data.max_unknown"
+            )
+        if self._rank == 0:
+            warnings.warn(f"{self.name} {records.split}: {found}", stacklevel=3)
+
+    def _tell(self, records: Records) -> None:
+        """Names the rows that cannot be used, and says how many there are."""
+        if not records.rejected:
+            return
+        self._report.add(records.rejected)
+        total = len(records) + len(records.rejected)
+        listed = f"; each is named in {self._report_path}" if self._report_path is not None else ""
+        warnings.warn(
+            f"{self.name} {records.split}: {len(records.rejected)} of {total} items cannot be used "
+            f"({counted_kinds(records.rejected)}){listed}",
+            stacklevel=2,
+        )
 
     def training_batch(self, number: int, size: int) -> TaskBatch:
         records = self.records(self._splits.train)
@@ -163,6 +200,11 @@ class OfficialTask:
         ) as loader:
             for images, indices, _ in loader.once():
                 yield HeldBatch(indices.tolist(), self._of_records(records, images, indices.tolist()))
+            self._unused.setdefault(records.split, set()).update(found.id for found in loader.rejected.values())
+
+    def unused(self, split: Held) -> int:
+        records = self._held(split)
+        return len(records.rejected) + len(self._unused.get(records.split, ()))
 
     def has_truth(self, split: Held) -> bool:
         return scoring.has_truth(self._held(split))

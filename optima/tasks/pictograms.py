@@ -73,6 +73,9 @@ class PictogramTask:
             indices = range(start, min(start + size, total))
             yield HeldBatch(list(indices), self.held_batch(split, indices))
 
+    def unused(self, split: Held) -> int:
+        return 0
+
     def has_truth(self, split: Held) -> bool:
         return True
 

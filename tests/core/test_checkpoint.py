@@ -1,9 +1,12 @@
 """What is saved is never lost: rotation, damage, crashes in the middle of a write, a full disk."""
 
 import errno
+import hashlib
+import io
 import os
 import random
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,57 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptimaError, match="Not a directory"):
         CheckpointStore(tmp_path / "file" / "checkpoints").save(1, {})
+
+
+def sealed(store: CheckpointStore, content: object, step: int = 9) -> Path:
+    """A checkpoint of any content whose digest is right."""
+    target = io.BytesIO()
+    torch.save(content, target)
+    store.directory.mkdir(parents=True, exist_ok=True)
+    path = store.directory / f"step-{step:09d}.pt"
+    path.write_bytes(target.getvalue() + hashlib.sha256(target.getvalue()).digest())
+    return path
+
+
+@pytest.mark.parametrize("content", [[1, 2], 3, None, {}, {"step": "3", "weights": torch.zeros(2)}, {"step": 3}])
+def test_a_state_without_what_is_wanted_is_passed_over(content: object, tmp_path: Path) -> None:
+    store = store_with(tmp_path, [1])
+    sealed(store, content)
+    with pytest.warns(UserWarning, match="step-000000009"):
+        state = store.load({"step": int, "weights": torch.Tensor})
+    assert state is not None
+    assert state["step"] == 1
+
+
+def test_a_refused_pickle_is_said_without_advice_to_read_it_nonetheless(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "harm",))
+
+    store = CheckpointStore(tmp_path / "checkpoints")
+    sealed(store, Malicious())
+    with pytest.raises(OptimaError, match="holds more than tensors and plain values") as caught:
+        store.load()
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    path = sealed(store, {"step": 1, "weights": torch.zeros(10_000_000)})
+    target = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for part in plain.infolist():
+            bomb.writestr(part.filename, plain.read(part.filename))
+    path.write_bytes(target.getvalue() + hashlib.sha256(target.getvalue()).digest())
+    with pytest.raises(OptimaError, match="it is compressed"):
+        store.load()
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    store = store_with(tmp_path, [1], keep=9)
+    os.mkfifo(tmp_path / "step-000000002.pt")
+    (tmp_path / "step-000000003.pt").mkdir()
+    with pytest.warns(UserWarning, match="no plain file"):
+        state = store.load()
+    assert state is not None
+    assert state["step"] == 1

@@ -88,9 +88,11 @@ class Case:
         causal[-1] = ~forbidden[0, 0, 0]
         return causal
 
-
     def _log_sums(self, side: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Of every row of masked, scaled scores, as a forward pass would hand them out; NaN where there is no key, which nobody may look at."""
+        """Of every row of masked, scaled scores, as a forward pass hands them out.
+
+        NaN where a row has no key, which nobody may look at.
+        """
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         q, k = tensors[f"q_{side}"].double(), tensors[f"k_{side}"].double()
         k = torch.stack([k[:, h * k.shape[1] // q.shape[1]] for h in range(q.shape[1])], 1)
@@ -132,14 +134,21 @@ def expected(case: Case) -> tuple[Tensor, ...]:
     return loss_and_gradients(reference.attention_map_loss, case.tensors(torch.float64), **case.options)
 
 
-def rounding_of_given_rows(case: Case, tensors: dict[str, Tensor]) -> float:
-    """What an error of a few roundings in the log-sum-exps handed in does to a loss or a gradient at most."""
-    rows = [tensors[f"lse_{side}"] for side in case.lse]
-    if not rows:
-        return 0.0
-    largest = max(x.nan_to_num().abs().max().item() for x in rows)
-    reach = max(tensors[name].nan_to_num().abs().max().item() for name in STUDENT)
-    return 4.0 * torch.finfo(rows[0].dtype).eps * (1.0 + largest) * max(1.0, reach)
+def rounding_of_scores(case: Case) -> float:
+    """What roundings of scores and log-sum-exps may leave of a loss or a gradient that is 0, or nearly.
+
+    Maps that should be equal then differ by the float32 spacing of their scores, and so do their logarithms.
+    """
+    tensors = case.tensors(torch.float64)
+    largest, reach = 1.0, 1.0
+    for side in ("s", "t"):
+        q, k = (tensors[f"{name}_{side}"].nan_to_num().norm(dim=-1).max().item() for name in "qk")
+        scale = case.options.get(f"scale_{side}") or tensors[f"q_{side}"].shape[-1] ** -0.5
+        largest, reach = max(largest, q * k * scale), max(reach, q, k)
+    bias = tensors.get("mask")
+    if bias is not None and bias.is_floating_point():
+        largest += bias.masked_fill(bias <= torch.finfo(bias.dtype).min, 0.0).abs().max().item()
+    return torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps * largest * reach
 
 
 def widest_error(case: Case, tolerances: dict[torch.dtype, float]) -> tuple[float, torch.dtype]:
@@ -163,7 +172,9 @@ def cases(dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...], most_tokens:
             "scale_t": scale,
         }
     )
-    masks = st.sampled_from([None, None, "bool", "bool per sample", "additive", "additive per sample", "additive lowest", "cls"])
+    masks = st.sampled_from(
+        [None, None, "bool", "bool per sample", "additive", "additive per sample", "additive lowest", "cls"]
+    )
     drawn = st.builds(
         Case,
         generator_seed=st.integers(0, 2**31),

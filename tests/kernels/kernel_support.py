@@ -63,17 +63,18 @@ def assert_agree(
     solve: Callable[[], Mapping[str, Tensor]],
     dtype: torch.dtype,
     what: str,
-    floor: float = 0.0,
+    least: Mapping[str, float] | None = None,
 ) -> None:
     """Relative RMS of every value at most `tolerance`, or where the problem is ill-conditioned an error at most
-    `rounding_errors`, and `floor` in any case; `solve` computes `exact` anew."""
+    `rounding_errors`, or one that `least` has for it; `solve` computes `exact` anew."""
     assert actual.keys() == exact.keys()
     if any(relative_rms(actual[name], exact[name]) > tolerance for name in exact):
         floors = rounding_errors(solve, exact, dtype)
     else:
         floors = dict.fromkeys(exact, torch.finfo(torch.float64).eps)  # where `exact` is 0
     for name in exact:
-        assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=max(floor, floors[name]))
+        floor = max(floors[name], (least or {}).get(name, 0.0))
+        assert_close(actual[name], exact[name], tolerance, f"{name}, {what}", floor=floor)
 
 
 def rounding_errors(

@@ -17,7 +17,7 @@ from optima_kernels.hidden import operator
 from optima_kernels.hidden.problem import Layer
 
 pytest.importorskip("triton")
-from optima_kernels.shared.products import splits_of
+from optima_kernels.hidden.triton_products import splits_of
 
 BACKENDS = ["blocked", "triton"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -414,7 +414,7 @@ def test_gates_open_closed_and_mixed(
 def test_split_sums_are_right_and_the_same_every_time(
     dtype: torch.dtype, splits: int, poisoned: None, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optima_kernels.shared.products.splits_of", lambda tiles, steps: splits)
+    monkeypatch.setattr("optima_kernels.hidden.triton_products.splits_of", lambda tiles, steps: splits)
     layers = Layers((1.0, 0.0, 0.5), 170, 20, 45)
     first = layers.assert_right("triton", f"{splits} splits, seed {seed}", dtype)
     again = layers.solve("triton", dtype)

@@ -118,6 +118,7 @@ def test_tokens_beyond_one_block(
 ) -> None:
     monkeypatch.setattr("optima_kernels.logits.blocked.CACHED_ELEMENTS", 3 * 203)
     monkeypatch.setattr("optima_kernels.logits.triton.PART_TOKENS", 3)
+    monkeypatch.setattr("optima_kernels.logits.triton.LEAST_PART_BYTES", 0)
     for labelled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         problem = Problem(
             41, 203, divergence=divergence, biased=True, masked=True, labelled=labelled, gated=gated, dtype=dtype
@@ -460,6 +461,48 @@ def test_prediction_kl_weighs_samples_and_obeys_its_gate(seed: int) -> None:
     actual = prediction_kl(z_s, z_t, sample_weight=weight, gate=torch.tensor(0.5))
     assert math.isclose(actual, expected, rel_tol=1e-5), f"seed {seed}"
     assert prediction_kl(z_s, z_t, sample_weight=torch.zeros(4)) == 0
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_prediction_kl_of_many_logits_matches_the_reference(
+    weighted: bool, dtype: torch.dtype, divergence: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optima_kernels.logits.predictions.CACHED_ELEMENTS", 4 * 3129)
+    z_s, z_t = (torch.randn(6, 3, 3129).mul(3.0).to(dtype) for _ in range(2))
+    options: dict[str, Any] = {"temperature": 2.0, "divergence": divergence, "beta": 0.3, "gate": torch.tensor(0.5)}
+    if weighted:
+        options["sample_weight"] = torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 3.0])
+    leaf, exact_leaf = z_s.clone().requires_grad_(), z_s.double().requires_grad_()
+    loss = prediction_kl(leaf, z_t, **options)
+    exact = reference.prediction_kl(exact_leaf, z_t.double(), **options)
+    assert_close(loss.detach(), exact.detach(), 1e-5, f"loss, seed {seed}")
+    (gradient,) = torch.autograd.grad(3.0 * loss, leaf, retain_graph=True)
+    (expected,) = torch.autograd.grad(3.0 * exact, exact_leaf)
+    assert gradient.dtype == dtype
+    assert_close(gradient, expected, 1e-2 if dtype == torch.bfloat16 else 1e-5, f"gradient, seed {seed}")
+    (again,) = torch.autograd.grad(3.0 * loss, leaf)
+    assert torch.equal(gradient, again), f"seed {seed}"
+
+
+@pytest.mark.parametrize("transform", ["compile", "functorch", "autocast"])
+def test_gradients_of_prediction_kl_under(transform: str, seed: int) -> None:
+    z_s, z_t = torch.randn(2, 12, 3129)
+    leaf = z_s.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.prediction_kl(leaf, z_t), leaf)
+
+    def loss(z: Tensor) -> Tensor:
+        return prediction_kl(z, z_t)
+
+    if transform == "compile":
+        (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    elif transform == "functorch":
+        gradient = torch.func.grad(loss)(z_s)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(gradient, expected, 1e-5, f"{transform}, seed {seed}")
 
 
 @pytest.mark.parametrize(

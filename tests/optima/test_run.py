@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import optima
+from optima.commands import COMMANDS
 from optima.run import main
 from optima_core import OptimaError
 
@@ -53,6 +54,36 @@ def test_a_mistake_is_a_line_and_a_fault_of_ours_is_not(
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("Traceback")
         assert lines[-1] == "optima: the teacher is tired"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--version",
+        *(f"{name} --help" for name in COMMANDS),
+        "distil",
+        "--bach_size 3",
+        "--engine.bandit.policy discounted_tompson",
+        "--config coca_large_to_tiny12_vqaa",
+        "plan --utilisation 2",
+        "report nowhere",
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(words: str) -> None:
+    code = (
+        "import resource, sys\n"
+        "from optima.run import main\n"
+        f"try: main({words.split()})\n"
+        "except SystemExit: pass\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print()\n"
+        "print(used.ru_utime + used.ru_stime, *({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    found = run_python(code)
+    seconds, *heavy = found.stdout.splitlines()[-1].split()
+    assert heavy == []
+    assert float(seconds) < 0.7, "of CPU; 0.2 on a machine where `import torch` takes 1.1"
 
 
 INTERRUPTED = """

@@ -11,6 +11,7 @@ Between the passes two tensors of the size of q_s and k_s are alive, and no teac
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import get_args
 
 import torch
@@ -29,6 +30,7 @@ from optima_kernels.shared.checks import (
 )
 from optima_kernels.shared.dispatch import choose_backend, compute_dtype
 from optima_kernels.shared.layers import PerLayer, per_layer
+from optima_kernels.shared.variants import attention_variant
 
 
 def attention_map_loss(
@@ -113,7 +115,7 @@ def attention_map_loss(
         sample_weight=sample_weight,
         gate=None if gate is None else gate[None],
         backend=backend,
-    )[0]
+    ).squeeze(0)
 
 
 def attention_map_losses(
@@ -151,7 +153,22 @@ def attention_map_losses(
     masks, lengths, lses_s, lses_t, weights = (per_layer(x, layers) for x in (*optional.values(), sample_weight))
     for arguments in zip(q_s, k_s, q_t, k_t, masks, lengths, lses_s, lses_t, weights, strict=True):
         _check_layer(*arguments, heads=heads, relation_heads=relation_heads, like=q_s[0], gate=gate)
-    chosen = choose_backend(backend, q_s[0], "attention_map_losses")
+    variant = partial(
+        attention_variant,
+        q_s,
+        k_s,
+        q_t,
+        kind=kind,
+        heads=heads,
+        relation_heads=relation_heads,
+        causal=causal,
+        mask=masks,
+        key_lengths=lengths,
+        lse_s=lses_s,
+        lse_t=lses_t,
+        gate=gate,
+    )
+    chosen = choose_backend(backend, q_s[0], "attention_map_losses", variant)
     if chosen == "triton" and compute_dtype(*q_s, *k_s, *q_t, *k_t) == torch.float64:
         raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
     if chosen == "reference":
@@ -227,7 +244,8 @@ def _check_layer(
     for side, q, k in (("s", q_s, k_s), ("t", q_t, k_t)):
         if q.shape[1] % k.shape[1]:
             raise ValueError(
-                f"k_{side} must have a number of heads that divides the {q.shape[1]} heads of q_{side}, not {k.shape[1]}"
+                f"k_{side} must have a number of heads that divides the {q.shape[1]} heads of q_{side}, "
+                f"not {k.shape[1]}"
             )
     if (relation_heads is not None) != (heads == "relation"):
         raise ValueError(f'relation_heads must be given with heads="relation" and only then, not {relation_heads!r}')

@@ -79,6 +79,7 @@ def _solve(layer: Layer, options: Options) -> Solution:
     scratch = Scratch(q_s.device, dtype)
     compare = _compare_kl if options.kind == "kl" else _compare_mse
     compare_means = _compare_mean_kl if options.kind == "kl" else _compare_mean_mse
+    scale = layer.scale_s * (2.0 if options.kind == "mse" else 1.0)  # MSE's score gradients come halved
 
     for tile in _tiles(layer, options):
         b, h_s = tile.samples, tile.heads
@@ -101,7 +102,7 @@ def _solve(layer: Layer, options: Options) -> Solution:
         maps = 1 if options.mean_heads else rows_s.scores.shape[1]
         count[b] += _count(attends, options.kind, (rows_s.scores.shape[0], maps, *rows_s.scores.shape[2:]))
         if grad_q is not None and grad_k is not None:
-            _add_gradients(grad_scores, layer, tile, grad_q, grad_k)
+            _add_gradients(grad_scores, layer, tile, scale, grad_q, grad_k)
     return Solution(total, count, grad_q, grad_k)
 
 
@@ -234,14 +235,6 @@ def _mask_tile(mask: Tensor, tile: Tile) -> Tensor:
     return mask
 
 
-def count_terms(layer: Layer, options: Options) -> Tensor:
-    """Of means over heads, per sample: [B], in the dtype of sums."""
-    (batch, _, queries, _), keys = layer.q_s.shape, layer.k_s.shape[2]
-    attends = _attends(layer, options, Tile(slice(0, batch), slice(0, 1), slice(0, queries), keys))
-    counts = layer.q_s.new_zeros(batch, dtype=compute_dtype(*layer[:4]))
-    return counts + _count(attends, options.kind, (batch, 1, queries, keys))
-
-
 def _count(attends: Tensor | None, kind: str, shape: Sequence[int]) -> Tensor | int:
     """How many terms the tile has per sample: rows that attend to anything (kl) or attended elements (mse)."""
     if attends is None:
@@ -271,13 +264,16 @@ def _compare_kl(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tenso
 
 
 def _compare_mse(student: _Rows, teacher: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """sum (P_s - P_t)^2; its gradient to S_s is P_s (G - sum_j G P_s) with G = 2 (P_s - P_t)."""
-    p_s, p_t = _maps_(student), _maps_(teacher)
-    half_g = torch.sub(p_s, p_t, out=p_t)
-    product = torch.mul(half_g, half_g, out=scratch.tile("product", p_s.shape))
-    sums = product.sum((1, 2, 3))
-    row_term = torch.mul(half_g, p_s, out=product).sum(-1, keepdim=True)
-    return sums, half_g.sub_(row_term).mul_(p_s).mul_(2)
+    """sum (P_s - P_t)^2, and half of its gradient to S_s, P_s (G - sum_j G P_s) with G = P_s - P_t."""
+    p_s, p_t = _maps_(student), teacher.scores.exp2_()
+    if teacher.normalised:
+        half_g = torch.sub(p_s, p_t, out=p_t)
+    else:
+        half_g = torch.addcmul(p_s, p_t, p_t.sum(-1, keepdim=True).reciprocal_(), value=-1, out=p_t)
+    sums = torch.linalg.vector_norm(half_g, dim=-1).square_().sum((1, 2))
+    # torch's softmax backward visits each row once.
+    out = scratch.tile("product", p_s.shape)
+    return sums, torch._softmax_backward_data(half_g, p_s, -1, p_s.dtype, grad_input=out)
 
 
 def _compare_mean_kl(student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
@@ -313,7 +309,7 @@ def _mean_of_logs_(rows: _Rows, scratch: Scratch) -> tuple[Tensor, Tensor, Tenso
 def _compare_mean_mse(
     student: _Rows, teacher: _Rows, counted: Tensor | None, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """sum (mean_h P_s - mean_h P_t)^2, whose gradient reaches every head as 1 / H of that to the mean."""
+    """sum (mean_h P_s - mean_h P_t)^2, and half of its gradient, of which every head gets 1 / H of that to the mean."""
     p_s = _maps_(student)
     difference = p_s.mean(1, keepdim=True).sub_(_maps_(teacher).mean(1, keepdim=True))
     if counted is not None:
@@ -322,10 +318,10 @@ def _compare_mean_mse(
     product = torch.mul(p_s, difference, out=scratch.tile("product", p_s.shape))
     row_term = product.sum(-1, keepdim=True)
     centred = torch.sub(difference, row_term, out=product)
-    return sums, p_s.mul_(centred).mul_(2 / p_s.shape[1])
+    return sums, p_s.mul_(centred).mul_(1 / p_s.shape[1])
 
 
-def _add_gradients(grad_scores: Tensor, layer: Layer, tile: Tile, grad_q: Tensor, grad_k: Tensor) -> None:
+def _add_gradients(grad_scores: Tensor, layer: Layer, tile: Tile, scale: float, grad_q: Tensor, grad_k: Tensor) -> None:
     """grad_q = scale dS k, and grad_k += scale dS^T q, of one tile."""
     dtype = grad_scores.dtype
     heads, group = grad_q.shape[1], grad_q.shape[1] // grad_k.shape[1]
@@ -338,15 +334,15 @@ def _add_gradients(grad_scores: Tensor, layer: Layer, tile: Tile, grad_q: Tensor
     out_q = grad_q.flatten(0, 1)[maps.start : maps.stop, tile.queries]
     out_k = grad_k.transpose(2, 3).flatten(0, 1)[:, :, : tile.keys]
     if is_faster(q[0].numel() * k.shape[1], q, k, grad_scores):
-        q, k = q * layer.scale_s, k * layer.scale_s
+        q, k = q * scale, k * scale
         for i, map_q, q_map, k_map, scores in zip(maps, out_q, q, k, grad_scores, strict=True):
             map_q.copy_(product(scores, k_map))
             add_product(out_k[i // group], q_map.t(), scores)
         return
-    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=layer.scale_s, out=out_q)
+    torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=scale, out=out_q)
     if group == 1:
         out_k = out_k[maps.start : maps.stop]
-        torch.baddbmm(out_k, q.transpose(1, 2), grad_scores, alpha=layer.scale_s, out=out_k)
+        torch.baddbmm(out_k, q.transpose(1, 2), grad_scores, alpha=scale, out=out_k)
         return
     for i, q_map, scores in zip(maps, q, grad_scores, strict=True):
-        out_k[i // group].addmm_(q_map.t(), scores, alpha=layer.scale_s)
+        out_k[i // group].addmm_(q_map.t(), scores, alpha=scale)

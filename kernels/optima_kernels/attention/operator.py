@@ -43,18 +43,35 @@ def _forward(
     layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
     options = Options(cast(Kind, kind), mean_heads, causal, with_grad)
     solutions = _solve(layers, options, gate, backend)
-    total, count = torch.stack([x.total for x in solutions]), torch.stack([x.terms for x in solutions])
-    if any(w is not None for w in sample_weight):
-        weights = zip(sample_weight, total, strict=True)
-        weight = torch.stack([torch.ones_like(x) if w is None else w.to(x.dtype) for w, x in weights])
-        denominator = (weight * count).sum(1)
-    else:
-        weight, denominator = torch.ones_like(total), count.sum(1)
-    counted = denominator > 0
-    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
-    losses = apply_gate(torch.where(counted, (factor * total).sum(1), 0), gate)
+    total = _stacked([x.total for x in solutions])
+    losses, factor = _weighted_means(total, [x.terms for x in solutions], sample_weight)
+    losses = apply_gate(losses, gate)
     factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
     return [losses, factor, *(x for layer in solutions for x in (layer.grad_q, layer.grad_k) if x is not None)]
+
+
+def _weighted_means(
+    total: Tensor, terms: Sequence[Tensor | float], sample_weight: MaybeTensors
+) -> tuple[Tensor, Tensor]:
+    """Losses [L] of sums [L, B], terms [B] and weights [B], and what a layer's sums are multiplied by [L, B]."""
+    unweighted = all(w is None for w in sample_weight)
+    numbers = {x for x in terms if not isinstance(x, Tensor)}
+    if unweighted and len(numbers) == 1 and not any(isinstance(x, Tensor) for x in terms):
+        per_term = 1.0 / (total.shape[1] * numbers.pop())
+        return total.sum(1) * per_term, total.new_full(total.shape, per_term)
+    count = _stacked([x if isinstance(x, Tensor) else total.new_full(total.shape[1:], x) for x in terms])
+    weight = torch.ones_like(total)
+    if not unweighted:
+        weights = zip(sample_weight, total, strict=True)
+        weight = torch.stack([torch.ones_like(x) if w is None else w.to(x.dtype) for w, x in weights])
+    denominator = (weight * count).sum(1)
+    counted = denominator > 0
+    factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
+    return torch.where(counted, (factor * total).sum(1), 0), factor
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(list(rows))
 
 
 def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None, backend: str) -> list[Solution]:
@@ -96,6 +113,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for pair in zip(*inputs[:2], strict=True) for x in pair]
+    ctx.backend = inputs[15]
     # A list of nothing but tensors is owed a list of gradients.
     ctx.without_gradient = [
         [None] * len(x) if isinstance(x, list) and all(isinstance(y, Tensor) for y in x) else None for x in inputs
@@ -106,12 +124,26 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
     if d_losses is None:
         return tuple(ctx.without_gradient)
     factor, *gradients = ctx.saved_tensors
+    if ctx.backend == "triton" and not in_graph and torch._C._functorch.maybe_get_level(d_losses) < 0:
+        return *_scale_together(gradients, d_losses[:, None] * factor, ctx.dtypes), *ctx.without_gradient[2:]
     per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
     scaled = [
         _times(gradient, per_sample[i // 2], dtype, in_graph)
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
     ]
     return scaled[::2], scaled[1::2], *ctx.without_gradient[2:]
+
+
+def _scale_together(
+    gradients: Sequence[Tensor], factors: Tensor, dtypes: Sequence[torch.dtype]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of q and of k, q and k in turn, times a factor a layer and sample [L, B]."""
+    from optima_kernels.shared.scaling import scaled
+
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another backward pass may come to read them
+    layers, scales = range(len(factors)), [1.0] * len(factors)
+    q, k = (scaled(gradients[i::2], layers, factors, scales, dtypes[i::2], keep) for i in range(2))
+    return q, k
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool) -> Tensor:

@@ -47,7 +47,7 @@ class Solution(NamedTuple):
     """A layer's result; the gradients are those of `total.sum()`, and None where they were not asked for."""
 
     total: Tensor  # [B]
-    terms: Tensor  # [B], how many; same dtype as total
+    terms: Tensor | float  # [B], how many, in the dtype of total; a number where the host knows that all have as many
     grad_q: Tensor | None  # [B, H, N, d], as `empty_gradients` says
     grad_k: Tensor | None  # [B, H_k, M, d]
 
@@ -56,8 +56,8 @@ def empty_gradients(layer: Layer, backend: str) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of q_s and k_s.
 
     "triton" keeps them in bfloat16 beside bfloat16 students, else in float32: of float16 the range is too small for
-    plain sums, which the mean divides and a loss scale multiplies. "blocked" keeps them in the dtype of its sums, and that
-    of k_s, still [B, H_k, M, d], is stored [B, H_k, d, M].
+    plain sums, which the mean divides and a loss scale multiplies. "blocked" keeps them in the dtype of its sums, and
+    that of k_s, still [B, H_k, M, d], is stored [B, H_k, d, M].
     """
     q_s, k_s = layer.q_s, layer.k_s
     if backend == "triton":

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from optima_kernels.attention import blocked
 from optima_kernels.attention.problem import Layer, Options, Solution, empty_gradients
-from optima_kernels.attention.tiles import Tiles, Tiling, padded, tiles_of
-from optima_kernels.attention.triton_kernels import key_kernel, lse_kernel, query_kernel
+from optima_kernels.attention.tiles import COUNTING, Tiles, Tiling, padded, tiles_of
+from optima_kernels.attention.triton_kernels import count_kernel, key_kernel, lse_kernel, query_kernel
 from optima_kernels.attention.triton_mean_kernels import mean_kernel, mean_key_kernel, mean_query_kernel
 from optima_kernels.shared.dispatch import INTERPRETED
 from optima_kernels.shared.target import target_of
@@ -29,13 +29,24 @@ FLOAT16_GAIN = 2**14
 
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Every layer's sums and gradients, layers that look alike in one launch a kernel; `gate` [L] on their device."""
-    with torch.cuda.device_of(layers[0].q_s):
+    with torch.cuda.device_of(layers[0].q_s):  # type: ignore[no-untyped-call]
         results: dict[int, Solution] = {}
-        layers = [_readable(layer) for layer in layers]
-        for members in _alike(layers):
-            gates = None if gate is None else torch.stack([gate[i] for i in members]).float()
-            results |= zip(members, _launch([layers[i] for i in members], options, gates), strict=True)
+        readable = [_readable(layer) for layer in layers]
+        for members in _alike(readable):
+            tiles = _tiles(readable[members[0]], options)
+            if tiles is None:
+                solutions = [_by_torch(layers[i], options) for i in members]
+            else:
+                solutions = _launch([readable[i] for i in members], options, tiles, _gates(gate, members))
+            results |= zip(members, solutions, strict=True)
         return [results[i] for i in range(len(layers))]
+
+
+def _gates(gate: Tensor | None, members: Sequence[int]) -> Tensor | None:
+    """Those of some layers, in float32; an index made of a list would have to be sent to the device."""
+    if gate is None:
+        return None
+    return (gate if len(members) == len(gate) else torch.stack([gate[i] for i in members])).float()
 
 
 def _by_torch(layer: Layer, options: Options) -> Solution:
@@ -44,13 +55,14 @@ def _by_torch(layer: Layer, options: Options) -> Solution:
     if not options.with_grad:
         return solution
     grad_q, grad_k = empty_gradients(layer, "triton")
-    assert solution.grad_q is not None and solution.grad_k is not None
+    assert solution.grad_q is not None
+    assert solution.grad_k is not None
     return solution._replace(grad_q=grad_q.copy_(solution.grad_q), grad_k=grad_k.copy_(solution.grad_k))
 
 
 def _readable(layer: Layer) -> Layer:
-    """q and k of one dtype a side, with features next to each other; a mask with a stride (0 where it broadcasts) in
-    each dimension; log-sum-exps in float32."""
+    """q and k of one dtype a side, with features next to each other; a mask of bytes or floats; log-sum-exps in
+    float32."""
     tensors: dict[str, Any] = {}
     for side in ("s", "t"):
         q, k = getattr(layer, f"q_{side}"), getattr(layer, f"k_{side}")
@@ -62,9 +74,7 @@ def _readable(layer: Layer) -> Layer:
     if layer.mask is not None:
         mask = layer.mask.float() if layer.mask.dtype == torch.float64 else layer.mask
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        tensors["mask"] = mask.expand(layer.q_s.shape[0], -1, layer.q_s.shape[2], layer.k_s.shape[2])
-        if mask.shape[1] == 1:
-            tensors["mask"] = tensors["mask"].expand(-1, layer.q_s.shape[1], -1, -1)
+        tensors["mask"] = mask
     if layer.key_lengths is not None:
         tensors["key_lengths"] = layer.key_lengths.contiguous()
     return layer._replace(**tensors)
@@ -86,21 +96,26 @@ def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
             yield members[first : first + MOST_LAYERS_PER_LAUNCH]
 
 
-def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
+def _tiles(layer: Layer, options: Options) -> Tiles | None:
+    """None where the kernels do not take such a layer."""
+    tiles = tiles_of(
+        target_of(layer.q_s.device),
+        max(padded(layer.q_s.shape[3]), padded(layer.q_t.shape[3])),
+        torch.promote_types(layer.q_s.dtype, layer.q_t.dtype),
+        reads_maps=options.mean_heads or _per_element(layer.mask),
+        grouped=layer.k_s.shape[1] < layer.q_s.shape[1],
+    )
+    return None if tiles is None or (options.mean_heads and tiles.mean is None) else tiles
+
+
+def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tensor | None) -> list[Solution]:
     """Layers of one look; `gate` has an entry for each of them."""
     first = layers[0]
-    widest = max(padded(first.q_s.shape[3]), padded(first.q_t.shape[3]))
-    dtype = torch.promote_types(first.q_s.dtype, first.q_t.dtype)
-    tiles = tiles_of(target_of(first.q_s.device), widest, dtype)
-    if tiles is None:
-        return [_by_torch(layer, options) for layer in layers]
-
-    batch, heads, queries, d_s = first.q_s.shape
     gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
     shared: dict[str, Any] = {
         "key_lengths": _pointers(layers, "key_lengths"),
         "gate": gate,
-        "N": queries,
+        "N": first.q_s.shape[2],
         "M": first.k_s.shape[2],
         "LAYERS": len(layers),
         "CAUSAL": options.causal,
@@ -109,13 +124,17 @@ def _launch(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> l
         "WIDEN": INTERPRETED,  # its bf16 products are wrong
         **_mask_arguments(first.mask, _pointers(layers, "mask")),
     }
+    counts = _terms(layers, options, shared)
     lse_s, lse_t = (_log_sums(layers, side, tiles.lse, shared) for side in ("s", "t"))
     shared |= {"lse_s": lse_s, **_side(layers, "s")}
     teacher = {"lse_t": lse_t, **_side(layers, "t")}
     gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
     solve_layers = _means if options.mean_heads else _matches
-    totals, counts = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
-    return [Solution(totals[i], counts[i], *gradients[i]) for i in range(len(layers))]
+    totals = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
+    each: Sequence[Tensor | float] = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
+    return [
+        Solution(total, terms, *grads) for total, terms, grads in zip(totals.unbind(), each, gradients, strict=True)
+    ]
 
 
 def _pointers(layers: Sequence[Layer], name: str) -> tuple[Tensor, ...] | None:
@@ -170,6 +189,35 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
     return lse.unbind()
 
 
+def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor | float:
+    """How many terms the loss has: [layers, B] in float32, or a number for all of them."""
+    first = layers[0]
+    (batch, heads, queries, _), keys = first.q_s.shape, first.k_s.shape[2]
+    maps = 1 if options.mean_heads else heads
+    mse = options.kind == "mse"
+    if first.mask is not None:
+        distinct = first.mask.shape[1]
+        row_tiles = triton.cdiv(queries, COUNTING.queries)
+        count = _rows(layers, distinct, row_tiles)
+        rules = {name: x for name, x in shared.items() if name != "WIDEN"}
+        count_kernel[(row_tiles * batch * distinct, len(layers))](
+            count=count, H=distinct, TILES=row_tiles, MSE=mse, **COUNTING.arguments(), **rules
+        )
+        return count.sum((2, 3)) * (maps // distinct)
+    if first.key_lengths is None:
+        diagonal = min(queries, keys)
+        causal = diagonal * (diagonal + 1) / 2 + (queries - diagonal) * keys
+        return maps * (queries if not mse else causal if options.causal else queries * keys)
+    lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None]).clamp(0, keys)
+    lengths = lengths.float()
+    if not mse:
+        return maps * queries * (lengths > 0).float()
+    if not options.causal:
+        return maps * queries * lengths
+    on_diagonal = lengths.clamp(max=queries)
+    return maps * (on_diagonal * (on_diagonal + 1) / 2 + (queries - on_diagonal) * lengths)
+
+
 Gradients = Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
 
 
@@ -181,21 +229,20 @@ def _matches(
     teacher: dict[str, Any],
     gain: int,
     gradients: Gradients,
-) -> tuple[Tensor, Tensor]:
-    """Sums and counts of terms [layers, B], head by head; `gradients` are filled."""
+) -> Tensor:
+    """Sums of terms [layers, B], head by head; `gradients` are filled."""
     batch, heads, queries, _ = layers[0].q_s.shape
     heads_k, keys = layers[0].k_s.shape[1:3]
     row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
     mse, with_grad = options.kind == "mse", options.with_grad
     grad_q, grad_k = zip(*gradients, strict=True)
-    total, count = _rows(layers, heads, row_tiles), _rows(layers, heads, row_tiles)
+    total = _rows(layers, heads, row_tiles)
     shared = shared | teacher | {"H": heads, "MSE": mse, "GAIN": gain, "grad_scale": layers[0].scale_s / gain}
     shared["row_term"] = _rows(layers, heads, queries).unbind() if mse else None
 
     for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
         query_kernel[(row_tiles * batch * heads, len(layers))](
             total=total if loss else None,
-            count=count if loss else None,
             grad_q=grad_q if grad else None,
             TILES=row_tiles,
             LOSS=loss,
@@ -207,7 +254,7 @@ def _matches(
         key_kernel[(key_tiles * batch * heads_k, len(layers))](
             grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared
         )
-    return total.sum((2, 3)), count.sum((2, 3))
+    return total.sum((2, 3))
 
 
 def _means(
@@ -218,16 +265,17 @@ def _means(
     teacher: dict[str, Any],
     gain: int,
     gradients: Gradients,
-) -> tuple[Tensor, Tensor]:
-    """Sums and counts of terms [layers, B] of means over heads; `gradients` are filled."""
+) -> Tensor:
+    """Sums of terms [layers, B] of means over heads; `gradients` are filled."""
     first = layers[0]
     batch, heads, queries, _ = first.q_s.shape
     heads_k, keys = first.k_s.shape[1:3]
+    assert tiles.mean is not None
     row_tiles, key_tiles = triton.cdiv(queries, tiles.mean.queries), triton.cdiv(keys, tiles.mean.keys)
     total = _rows(layers, 1, row_tiles * key_tiles)
     quotients = None
     if options.with_grad:
-        dtype = torch.float32 if first.q_s.dtype == torch.float32 else torch.bfloat16
+        dtype = torch.bfloat16 if first.q_s.dtype == torch.bfloat16 else torch.float32
         # Rows begin where 16 bytes can be read at once.
         shape = (batch, queries, triton.cdiv(keys, 16) * 16)
         quotients = tuple(first.q_s.new_empty(shape, dtype=dtype) for _ in layers)
@@ -256,17 +304,27 @@ def _means(
         mean_key_kernel[(key_tiles * batch * heads_k, len(layers))](
             grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared
         )
-    return total.sum((2, 3)), torch.stack([blocked.count_terms(layer, options) for layer in layers])
+    return total.sum((2, 3))
 
 
 def _mask_arguments(mask: Tensor | None, masks: tuple[Tensor, ...] | None) -> dict[str, Any]:
-    """What kernels are told of masks; PER_ELEMENT says that a mask knows more than which keys a sample has."""
+    """What kernels are told of masks."""
     if mask is None:
         return {"mask": None, "s_mask": None, "MASK": NO_MASK, "PER_ELEMENT": False, "LOWEST": 0.0}
     return {
         "mask": masks,
-        "s_mask": mask.stride(),
+        "s_mask": _strides(mask),
         "MASK": BOOL_MASK if mask.dtype == torch.uint8 else ADDITIVE_MASK,
-        "PER_ELEMENT": any(mask.shape[i] > 1 and mask.stride(i) != 0 for i in (1, 2)),
+        "PER_ELEMENT": _per_element(mask),
         "LOWEST": torch.finfo(mask.dtype).min if mask.is_floating_point() else 0.0,
     }
+
+
+def _per_element(mask: Tensor | None) -> bool:
+    """Whether a mask knows more than which keys a sample has."""
+    return mask is not None and any(stride != 0 for stride in _strides(mask)[1:3])
+
+
+def _strides(mask: Tensor) -> tuple[int, ...]:
+    """0 where a mask broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))

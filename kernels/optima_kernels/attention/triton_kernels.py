@@ -1,8 +1,9 @@
 """Attention-map loss kernels: a tile of both maps is made, compared and spent inside one program.
 
-Three kernels, none with an atomic, so that the same input gives the same bits:
+Four kernels, none with an atomic, so that the same input gives the same bits:
 
 - `lse_kernel` (rows): log-sum-exp of one side's scores; skipped where the caller hands the rows in.
+- `count_kernel` (rows): how many terms a mask leaves, once for all heads that share it.
 - `query_kernel` (query-major): the loss, and the gradient of q. A program owns some queries and walks over keys.
 - `key_kernel` (key-major): the gradient of k. A program owns some keys and walks over the queries of every head that
   reads them, in order.
@@ -11,10 +12,9 @@ KL needs one walk in each direction: its gradient at an element is P_s - P_t. MS
 G = 2 (P_s - P_t) and the row term r = sum_j G P_s, so `query_kernel` walks twice: for the loss and r, then for the
 gradient. A walk costs two exps per map element, in base 2, with log2(e) folded into the scale.
 
-A walk over keys has two loops: one over tiles that everybody attends to whole, which looks at no index, and one over
-the edge: the end of the keys and the diagonal of a causal map. Queries past the end need no look at all: their rows of
-q and of the log-sum-exps are read as zeros, so that both maps are the same there and cancel. Nor does a rule about
-keys alone in `key_kernel`: it sets whole rows of the gradient to zero at the end.
+A walk looks at indices only on the edge: at the end of the keys and on the diagonal of a causal map. Queries past the
+end need no look at all: their rows of q and of the log-sum-exps are read as zeros, so that both maps are the same there
+and cancel. Nor does a rule about keys alone in `key_kernel`: it sets whole rows of the gradient to zero at the end.
 
 `key_kernel` makes its tile transposed, keys by queries, which is how its second product reads it. Transposing the
 accumulator of a product for the next one is what compilers for Hopper have been seen to do wrong.
@@ -24,118 +24,24 @@ its layer's. That needs no copy into a stacked tensor, and no table of pointers 
 sent there at every step and could not be captured in a CUDA graph. A closed gate is one load and an exit, after the
 zeros that are owed.
 
-Names: i_ indices, o_ offsets, b_ tiles, m_ masks, s_ strides; B* are tile sizes. H counts query heads; GROUP_S and
-GROUP_T of them share a key head of the student and of the teacher.
+Names are those of `triton_parts`.
 """
 
 import triton
 import triton.language as tl
 
-# No variant for a size of 1 or a multiple of 16: more variants compile, and one key breaks the compiler on sm_100.
-SIZES = ["H", "N", "M", "TILES"]
-
-
-@triton.jit
-def of_layer(pointers, i_l, LAYERS: tl.constexpr):
-    """The pointer of layer i_l."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, LAYERS):
-        pointer = tl.where(i_l == i, pointers[i], pointer)
-    return pointer
-
-
-@triton.jit
-def head(pointers, i_l, i_b, i_h, strides, LAYERS: tl.constexpr):
-    """Where head i_h of sample i_b of layer i_l begins."""
-    return of_layer(pointers, i_l, LAYERS) + i_b * strides[0] + i_h * strides[1]
-
-
-@triton.jit
-def rows(base, i_0, s_row, m_row, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
-    """BR rows of D elements each from row i_0 on, zeros where masked: [BR, BD]."""
-    o_d = tl.arange(0, BD)
-    # 32-bit offsets from a 64-bit row, which do not change in a loop.
-    pointers = base + tl.cast(i_0, tl.int64) * s_row + (tl.arange(0, BR)[:, None] * s_row + o_d[None, :])
-    if D == BD:
-        b_x = tl.load(pointers, mask=m_row[:, None], other=0.0)
-    else:
-        b_x = tl.load(pointers, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def log_sums(lse, i_0, N, BI: tl.constexpr):
-    """Base-2 log-sum-exps of rows, from natural ones: [BI]."""
-    o_i = i_0 + tl.arange(0, BI)
-    return tl.load(lse + o_i, mask=o_i < N, other=0.0) * 1.4426950408889634
-
-
-@triton.jit
-def dot(b_x, b_y):
-    """The product in float32; float32 operands are not rounded to tf32, which would cost three digits."""
-    return tl.dot(b_x, b_y, input_precision="ieee")
-
-
-@triton.jit
-def allowed(
-    mask, s_mask, i_0, r_i, o_j, N, length,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr,
-):  # fmt: skip
-    """Which element of a tile is attended to, and what an additive mask adds to its base-2 score.
-
-    r_i counts queries from i_0; r_i and o_j are [BI, 1] and [1, BJ], or [1, BI] and [BJ, 1]. Both results broadcast to
-    the tile.
-    """
-    m_ij = o_j < length
-    if CAUSAL:
-        m_ij = m_ij & (o_j <= i_0 + r_i)
-    b_bias = 0.0
-    if MASK != 0:
-        if PER_ELEMENT:
-            # 32-bit offsets from a 64-bit row: 64-bit ones for every element were measured to spill.
-            pointers = mask + tl.cast(i_0, tl.int64) * s_mask[2] + (r_i * s_mask[2] + o_j * s_mask[3])
-            b_mask = tl.load(pointers, mask=m_ij & (i_0 + r_i < N), other=0)
-        else:
-            b_mask = tl.load(mask + o_j * s_mask[3], mask=o_j < length, other=0)
-        if MASK == 1:
-            m_ij = m_ij & (b_mask != 0)
-        else:
-            b_mask = b_mask.to(tl.float32)
-            m_ij = m_ij & (b_mask > LOWEST)
-            b_bias = tl.where(b_mask > LOWEST, b_mask, 0.0) * 1.4426950408889634
-    return m_ij, b_bias
-
-
-@triton.jit
-def length_of(key_lengths, i_l, i_b, M, LAYERS: tl.constexpr, LENGTHS: tl.constexpr):
-    """How many keys sample i_b has."""
-    length = M
-    if LENGTHS:
-        length = tl.minimum(tl.load(of_layer(key_lengths, i_l, LAYERS) + i_b).to(tl.int32), M)
-    return length
-
-
-@triton.jit
-def where_am_i(H, TILES, BR: tl.constexpr):
-    """Layer, sample, one of H heads, all three in one index, and the first row of this program.
-
-    Neighbouring programs share a head, and so the tensors they walk over in L2.
-    """
-    i_l = tl.program_id(1)
-    i_bh = tl.program_id(0) // TILES
-    i_lbh = (i_l * (tl.num_programs(0) // TILES) + i_bh).to(tl.int64)
-    return i_l, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), i_lbh, (tl.program_id(0) % TILES) * BR
-
-
-@triton.jit
-def ends(i_0, length, BI: tl.constexpr, CAUSAL: tl.constexpr):
-    """How many of the first keys every query of a tile attends to, and how many any of them."""
-    whole, end = length, length
-    if CAUSAL:
-        whole, end = tl.minimum(length, i_0 + 1), tl.minimum(length, i_0 + BI)
-    return whole, end
+from optima_kernels.attention.triton_parts import (
+    SIZES,
+    allowed,
+    dot,
+    ends,
+    head,
+    length_of,
+    log_sums,
+    of_layer,
+    rows,
+    where_am_i,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -145,7 +51,7 @@ def lse_kernel(
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """log sum_j exp(S) of every row, 0 where it has no key, into lse [LAYERS, B, H, N]. GROUP heads share a key head."""
+    """log sum_j exp(S) of every row, 0 without a key, into lse [LAYERS, B, H, N]. GROUP heads share a key head."""
     i_l, i_b, i_h, i_lbh, i_0 = where_am_i(H, TILES, BI)
     if GATED:  # noqa: SIM102
         if tl.load(gate + i_l) == 0:
@@ -162,12 +68,12 @@ def lse_kernel(
     # Finite, so that a row that has met no key yet gives 2^(-inf - max) = 0 and not NaN.
     b_max = tl.full([BI], -1e30, tl.float32)
     b_sum = tl.zeros([BI], tl.float32)
-    whole, end = ends(i_0, length, BI, CAUSAL)
+    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         b_k = rows(k, j_0, s_k[2], o_j < length, BJ, D, BD, WIDEN)  # [BJ, BD]
         b_scores = dot(b_q, tl.trans(b_k)) * scale  # [BI, BJ]
-        if MASK != 0 or j_0 + BJ > whole:
+        if j_0 + BJ > whole:
             r_i = tl.arange(0, BI)[:, None]
             m_ij, b_bias = allowed(
                 mask, s_mask, i_0, r_i, o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
@@ -182,13 +88,39 @@ def lse_kernel(
     tl.store(lse + i_lbh * N + o_i, b_lse, mask=o_i < N)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def count_kernel(
+    mask, s_mask, key_lengths, gate, count, H, N, M, TILES,
+    LAYERS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, MSE: tl.constexpr, CAUSAL: tl.constexpr,
+    LENGTHS: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Elements (MSE), or rows with any, that are attended to in maps of H heads: into count [LAYERS, B, H, TILES]."""
+    i_l, i_b, i_h, i_lbh, i_0 = where_am_i(H, TILES, BI)
+    p_count = count + i_lbh * TILES + i_0 // BI
+    if GATED:  # noqa: SIM102
+        if tl.load(gate + i_l) == 0:
+            tl.store(p_count, 0.0)
+            return
+
+    length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
+    mask = head(mask, i_l, i_b, i_h, s_mask, LAYERS)
+    b_keys = tl.zeros([BI], tl.float32)
+    _whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    for j_0 in range(0, end, BJ):
+        o_j = j_0 + tl.arange(0, BJ)
+        m_ij, _b_bias = allowed(
+            mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length,
+            CAUSAL, MASK, PER_ELEMENT, LOWEST,
+        )  # fmt: skip
+        b_keys += tl.sum(tl.broadcast_to(m_ij, BI, BJ).to(tl.float32), 1)
+    b_terms = b_keys if MSE else tl.minimum(b_keys, 1.0)
+    tl.store(p_count, tl.sum(tl.where(i_0 + tl.arange(0, BI) < N, b_terms, 0.0), 0))
+
+
 @triton.jit
 def score_gradient(b_p_s, b_p_t, b_row_term, MSE: tl.constexpr, GAIN: tl.constexpr):
-    """GAIN times the gradient of the sum of terms to the student's natural scores; GAIN keeps float16 from underflow."""
-    if MSE:
-        b_gradient = b_p_s * (2.0 * (b_p_s - b_p_t) - b_row_term)
-    else:
-        b_gradient = b_p_s - b_p_t
+    """GAIN times the gradient of the sum of terms to the student's natural scores, above float16's underflow."""
+    b_gradient = b_p_s * (2.0 * (b_p_s - b_p_t) - b_row_term) if MSE else b_p_s - b_p_t
     if GAIN != 1:
         b_gradient = b_gradient * GAIN
     return b_gradient
@@ -197,14 +129,14 @@ def score_gradient(b_p_s, b_p_t, b_row_term, MSE: tl.constexpr, GAIN: tl.constex
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q_s, k_s, q_t, k_t, s_q_s, s_k_s, s_q_t, s_k_t, mask, s_mask, key_lengths, gate, lse_s, lse_t,
-    row_term, total, count, grad_q, H, N, M, TILES, scale_s, scale_t, grad_scale,
+    row_term, total, grad_q, H, N, M, TILES, scale_s, scale_t, grad_scale,
     LAYERS: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, MSE: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
     GAIN: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr,
     LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The loss's sum and count of terms into total, count [LAYERS, B, H, TILES], and grad_q [B, H, N, D_S] a layer.
+    """The loss's sum of terms into total [LAYERS, B, H, TILES], and grad_q [B, H, N, D_S] a layer.
 
     With LOSS it stores sums and, for MSE, the row terms [B, H, N] a layer; with GRAD the gradient, for MSE from row
     terms that were stored before.
@@ -221,7 +153,6 @@ def query_kernel(
         if tl.load(gate + i_l) == 0:
             if LOSS:
                 tl.store(total + i_lbh * TILES + i_0 // BI, 0.0)
-                tl.store(count + i_lbh * TILES + i_0 // BI, 0.0)
             if GRAD:
                 tl.store(p_grad_q, tl.zeros([BI, BD_S], p_grad_q.dtype.element_ty), mask=m_grad_q)
             return
@@ -245,16 +176,15 @@ def query_kernel(
         if GRAD:
             b_row_term = tl.load(p_row_term, mask=m_i, other=0.0)
     b_total = tl.zeros([BI], tl.float32)
-    b_keys = tl.zeros([BI], tl.float32)
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
-    whole, end = ends(i_0, length, BI, CAUSAL)
+    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
         b_k_t = rows(k_t, j_0, s_k_t[2], o_j < length, BJ, D_T, BD_T, WIDEN)  # [BJ, BD_T]
         b_log_s = dot(b_q_s, tl.trans(b_k_s)) * scale_s - b_lse_s[:, None]  # [BI, BJ]
         b_log_t = dot(b_q_t, tl.trans(b_k_t)) * scale_t - b_lse_t[:, None]
-        if MASK != 0 or j_0 + BJ > whole:
+        if j_0 + BJ > whole:
             r_i = tl.arange(0, BI)[:, None]
             m_ij, b_bias = allowed(
                 mask, s_mask, i_0, r_i, o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
@@ -262,8 +192,6 @@ def query_kernel(
             # Finite, so that both maps are 0 and their logarithms do not differ.
             b_log_s = tl.where(m_ij, b_log_s + b_bias, -1e30)
             b_log_t = tl.where(m_ij, b_log_t + b_bias, -1e30)
-            if LOSS and MASK != 0:
-                b_keys += tl.sum(tl.broadcast_to(m_ij, BI, BJ).to(tl.float32), 1)
         b_p_s, b_p_t = tl.exp2(b_log_s), tl.exp2(b_log_t)
         if LOSS:
             if MSE:
@@ -277,15 +205,8 @@ def query_kernel(
             b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
 
     if LOSS:
-        if MASK == 0:
-            b_length = tl.zeros([BI], tl.int32) + length
-            if CAUSAL:
-                b_length = tl.minimum(b_length, o_i + 1)
-            b_keys = b_length.to(tl.float32)
-        b_terms = tl.where(m_i, b_keys if MSE else tl.minimum(b_keys, 1.0), 0.0)
         unit = 1.0 if MSE else 0.6931471805599453
         tl.store(total + i_lbh * TILES + i_0 // BI, tl.sum(tl.where(m_i, b_total, 0.0), 0) * unit)
-        tl.store(count + i_lbh * TILES + i_0 // BI, tl.sum(b_terms, 0))
         if MSE:
             tl.store(p_row_term, b_row_term, mask=m_i)
     if GRAD:
@@ -332,12 +253,12 @@ def key_kernel(
         mask = of_layer(mask, i_l, LAYERS) + i_b * s_mask[0]
     b_bias_j = tl.zeros([BJ], tl.float32)
     if MASK != 0 and not PER_ELEMENT:
-        m_ij, b_bias = allowed(
+        m_kept, b_kept = allowed(
             mask, s_mask, 0, tl.arange(0, 1)[None, :], o_j[:, None], N, length, False, MASK, False, LOWEST
         )  # fmt: skip
-        m_j = tl.reshape(m_ij, [BJ])
+        m_j = tl.reshape(m_kept, [BJ])
         if MASK == 2:
-            b_bias_j = tl.reshape(b_bias, [BJ])
+            b_bias_j = tl.reshape(b_kept, [BJ])
     b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
 
     b_grad_k = tl.zeros([BJ, BD_S], tl.float32)

@@ -9,14 +9,14 @@ The loss looks at the means, so its gradient to every head's map is the same up 
 A constant added to a row of G changes nothing, r takes it away. So KL's -mean_t / mean_s is stored as
 (mean_s - mean_t) / mean_s, which 16 bits hold to their relative precision however near the means are.
 
-A student's mean below `LEAST` counts as `LEAST`: its logarithm, and with it the loss, ends at -83. Log-sum-exps and
-names are those of `triton_kernels`.
+A student's mean below `LEAST` counts as `LEAST`: its logarithm, and with it the loss, ends at -83. Log-sum-exps
+are those of `triton_kernels`, names those of `triton_parts`.
 """
 
 import triton
 import triton.language as tl
 
-from optima_kernels.attention.triton_kernels import (
+from optima_kernels.attention.triton_parts import (
     SIZES,
     allowed,
     dot,
@@ -71,7 +71,7 @@ def mean_kernel(
 
     o_i, o_j = i_0 + tl.arange(0, BI), j_0 + tl.arange(0, BJ)
     length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
-    _, end = ends(i_0, length, BI, CAUSAL)
+    _, end = ends(i_0, N, length, BI, CAUSAL, MASK)
     b_g = tl.zeros([BI, BJ], tl.float32)
     b_terms = tl.zeros([BI, BJ], tl.float32)
     if j_0 < end:
@@ -125,7 +125,7 @@ def map_tile(
 ):  # fmt: skip
     """The student's map: [BI, BJ]."""
     b_log = dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None]
-    if MASK != 0 or j_0 + BJ > whole:
+    if j_0 + BJ > whole:
         m_ij, b_bias = allowed(
             mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length,
             CAUSAL, MASK, PER_ELEMENT, LOWEST,
@@ -142,7 +142,7 @@ def mean_query_kernel(
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is rounded to q's dtype."""
+    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is what is rounded."""
     i_l, i_b, i_h, _, i_0 = where_am_i(H, TILES, BI)
     o_i, o_d = i_0 + tl.arange(0, BI), tl.arange(0, BD_S)
     m_i = o_i < N
@@ -163,28 +163,29 @@ def mean_query_kernel(
     b_q_s = rows(head(q_s, i_l, i_b, i_h, s_q_s, LAYERS), i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
     b_lse_s = log_sums(of_layer(lse_s, i_l, LAYERS) + o_rows, i_0, N, BI)
     r_i = tl.arange(0, BI)[:, None]
-    whole, end = ends(i_0, length, BI, CAUSAL)
+    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
 
     b_row_term = tl.zeros([BI], tl.float32)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
         )  # fmt: skip
-        b_row_term += tl.sum(b_p * quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M), 1)
+        b_row_term += tl.sum(b_p * b_g, 1)
     tl.store(of_layer(row_term, i_l, LAYERS) + o_rows + o_i, b_row_term, mask=m_i)
 
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
         )  # fmt: skip
-        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
         b_grad_scores = b_p * (b_g * unit - b_row_term[:, None] * unit)
         b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
     tl.store(p_grad_q, (b_grad_q * grad_scale).to(p_grad_q.dtype.element_ty), mask=m_grad_q)
@@ -217,9 +218,12 @@ def mean_key_kernel(
     q_s = of_layer(q_s, i_l, LAYERS) + i_b * s_q_s[0]
     lse_s, row_term = of_layer(lse_s, i_l, LAYERS), of_layer(row_term, i_l, LAYERS)
     b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
-    start, end = 0, N
+    # The first query that attends to a key of this tile, and the first from which on all attend to all for sure.
+    start, whole, end = 0, tl.where(j_0 + BJ > length, N, 0), N
     if CAUSAL:
-        start = j_0 // BI * BI
+        start, whole = j_0 // BI * BI, tl.maximum(whole, j_0 + BJ - 1)
+    if MASK != 0:
+        whole = N + BI
     if LENGTHS:
         end = tl.where(j_0 < length, N, 0)
 
@@ -232,12 +236,14 @@ def mean_key_kernel(
             o_i = i_0 + tl.arange(0, BI)
             r_i = tl.arange(0, BI)[None, :]
             b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
-            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
-            m_ji, b_bias = allowed(
-                mask, s_mask, i_0, r_i, o_j[:, None], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
-            )  # fmt: skip
-            b_p = tl.exp2(tl.where(m_ji, b_log_s + b_bias, -1e30))
             b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[:, None], N, M)
+            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
+            if i_0 < whole:
+                m_ji, b_bias = allowed(
+                    mask, s_mask, i_0, r_i, o_j[:, None], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+                )  # fmt: skip
+                b_log_s = tl.where(m_ji, b_log_s + b_bias, -1e30)
+            b_p = tl.exp2(b_log_s)
             b_row_term = tl.load(row_term + o_rows + o_i, mask=o_i < N, other=0.0) * unit
             b_grad_scores = b_p * (b_g * unit - b_row_term[None, :])
             b_grad_k = tl.dot(b_grad_scores.to(b_q_s.dtype), b_q_s, b_grad_k, input_precision="ieee")

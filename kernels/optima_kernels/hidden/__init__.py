@@ -6,6 +6,7 @@ still close to the processor. How, each backend's file tells.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from optima_kernels.shared.dispatch import autocast_dtype, choose_backend, compu
 from optima_kernels.shared.gates import apply_gate
 from optima_kernels.shared.layers import PerLayer, per_layer
 from optima_kernels.shared.tokens import token_weight
+from optima_kernels.shared.variants import hidden_variant
 
 
 def hidden_mse(
@@ -117,7 +119,18 @@ def _losses(
     gate: Tensor | None,
 ) -> Tensor:
     dtypes = [compute_dtype(*(x for x in each if x is not None)) for each in zip(h_s, h_t, weight, bias, strict=True)]
-    chosen = choose_backend(backend, h_s[0], "hidden_mses")
+    variant = partial(
+        hidden_variant,
+        h_s[0],
+        h_t[0],
+        weight[0],
+        bias[0],
+        normalize=normalize,
+        counted=mask[0] is not None or sample_weight[0] is not None,
+        gate=gate,
+        operands=autocast_dtype(h_s[0]),
+    )
+    chosen = choose_backend(backend, h_s[0], "hidden_mses", variant)
     if chosen == "triton" and torch.float64 in dtypes:
         if backend is not None:
             raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')

@@ -113,24 +113,15 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
 
 def _scale_together(gradients: list[Tensor | None], ctx: Any, d_losses: Tensor) -> None:
     """Fills `gradients`, those of one size and dtype in one launch."""
-    from optima_kernels.shared.scaling import scale_into
+    from optima_kernels.shared.scaling import scaled
 
-    again = torch._C._autograd._get_current_graph_task_keep_graph()  # to read what was saved
-    saved = ctx.saved_tensors
-    groups: dict[Any, list[int]] = {}
-    for i, wanted in enumerate(ctx.wants):
-        if wanted:
-            key = (i % 3, saved[i].shape, saved[i].dtype, ctx.dtypes[i], ctx.scales[i // 3])
-            groups.setdefault(key, []).append(i)
-    for (_, _, found, dtype, scale), members in groups.items():
-        factors = d_losses
-        if len(members) < d_losses.numel():
-            factors = torch.stack([d_losses[i // 3] for i in members])
-        of_members = [saved[i] for i in members]
-        fits = found == dtype and not again
-        out = of_members if fits else [torch.empty_like(x, dtype=dtype) for x in of_members]
-        scale_into(out, of_members, factors, scale)
-        for i, gradient in zip(members, out, strict=True):
+    all_saved = ctx.saved_tensors
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another backward pass may come to read them
+    for kind in range(3):
+        wanted = [i for i in range(kind, len(ctx.wants), 3) if ctx.wants[i]]
+        saved, dtypes = [all_saved[i] for i in wanted], [ctx.dtypes[i] for i in wanted]
+        found = scaled(saved, [i // 3 for i in wanted], d_losses, ctx.scales, dtypes, keep)
+        for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
 
 

@@ -4,7 +4,7 @@ The projected state is made by a matrix product. `row_kernel` then does all that
 projected state: it adds the bias, normalises, subtracts the teacher, sums the loss, and leaves the gradient, whose
 column sums are that of the bias. Two more products turn it into the gradients of state and weight, and it is freed
 before the forward pass returns. Products are the vendor's, or, since those run whether or not a gate is open, those of
-`products` where there is a gate. Without a projection `row_kernel` alone does it: both states are read once, the
+`triton_products` where there is a gate. Without a projection `row_kernel` alone does it: both states are read once, the
 gradient is written once.
 """
 
@@ -16,12 +16,11 @@ import triton
 from torch import Tensor
 
 from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
-from optima_kernels.hidden.rows import join_rows_kernel, row_kernel, wide_row_kernel
-from optima_kernels.shared.products import multiply_into, project, state_gradients, tiling, weight_gradients
+from optima_kernels.hidden.triton_products import multiply_into, project, state_gradients, tiling, weight_gradients
+from optima_kernels.hidden.triton_rows import join_rows_kernel, row_kernel, wide_row_kernel
+from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH
 from optima_kernels.shared.target import target_of
 
-# A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
-MOST_LAYERS_PER_LAUNCH = 32
 NORMALIZE = {None: 0, "layernorm": 1, "l2": 2}
 
 # Rows of more features do not fit into registers twice.
@@ -36,7 +35,7 @@ JOINED_PROGRAMS, JOINED_COLUMNS = 32, 32
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Loss and gradients of every layer, layers that look alike in one launch a kernel. A closed gate gives zeros."""
     solutions: dict[int, Solution] = {}
-    with torch.cuda.device_of(layers[0].h_s):
+    with torch.cuda.device_of(layers[0].h_s):  # type: ignore[no-untyped-call]
         for members in _alike(layers):
             gates = gate
             if gate is not None and len(members) < len(layers):
@@ -81,7 +80,9 @@ def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> li
     weight = [x.weight for x in layers if x.weight is not None]
     token_weight = [x.token_weight for x in layers if x.token_weight is not None]
     projected = first.h_s.new_empty((len(layers), *first.h_t.shape)).unbind()
-    tile = tiling(target_of(first.h_s.device), first.h_s.dtype != torch.float32)
+    rows = (*first.weight.shape, first.h_s.stride(0), first.weight.stride(0))
+    aligned = all(length % 8 == 0 for length in rows)
+    tile = tiling(target_of(first.h_s.device), first.h_s.dtype != torch.float32, aligned)
     if gate is None:
         if token_weight:  # what does not count may be anything, and a product with 0 would not end that
             h_s = [x.masked_fill(counts[:, None] == 0, 0.0) for x, counts in zip(h_s, token_weight, strict=True)]
@@ -146,7 +147,7 @@ def _rows(
         wide_row_kernel[(tokens, count)](loss=shares, OWES=owes, BC=WIDE_COLUMNS, num_warps=8, **arguments)
         return _finished(shares, None, layers, gate), [g.sum(0, dtype=torch.float32) for g in gradient] if sums else []
 
-    tile = row_tiling(width)
+    tile = row_tiling(width, x[0].dtype != torch.float32)
     blocks = triton.cdiv(tokens, tile["BR"])
     turns = max(min(blocks * count // FULL, MOST_TURNS), 1)
     programs = triton.cdiv(blocks, turns)
@@ -195,10 +196,13 @@ def _finished(
     return losses.unbind()
 
 
-def row_tiling(width: int) -> dict[str, int]:
-    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once."""
+def row_tiling(width: int, narrow: bool) -> dict[str, int]:
+    """About 2048 elements at a time, in float64 1024: a row is held in registers whole, so that it is read once.
+
+    `narrow` says that x has 16 bits.
+    """
     columns = triton.next_power_of_2(width)
     elements = 1024 if columns <= NARROW else 2048
     # The next rows are on their way while these are worked on, where shared memory holds them.
-    tile = {"num_warps": 4, "STAGES": 3} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
+    tile = {"num_warps": 4, "STAGES": 3 if narrow else 2} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
     return {"BR": max(elements // columns, 1), "BC": columns, **tile}

@@ -9,7 +9,6 @@ multiply-adds of matrix products, and exponentials. `tilings_of("sm_90")` has th
 TRITON_INTERPRET=1 before the first import.
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,10 +17,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from torch import Tensor
 
-FAMILIES = tuple(f"optima_kernels.{loss}.triton" for loss in ("attention", "hidden", "logits"))
+from optima_kernels.shared import target
 
 OUTSIDE = "outside of every argument"
 
@@ -152,15 +150,7 @@ def counting() -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def tilings_of(target: str) -> Iterator[None]:
-    """Interpreted launches in this block are cut as they are on `target`, "sm_90" or the like."""
-
-    def target_of(device: torch.device) -> str:
-        return target
-
-    with ExitStack() as stack:
-        for name in FAMILIES:
-            family = importlib.import_module(name)
-            if hasattr(family, "target_of"):
-                stack.enter_context(patch.object(family, "target_of", target_of))
+def tilings_of(name: str) -> Iterator[None]:
+    """Interpreted launches in this block are cut as they are on the target `name`, "sm_90" or the like."""
+    with patch.object(target, "INTERPRETED", False), patch.object(target, "architecture", lambda device: name):
         yield

@@ -103,6 +103,7 @@ class Log:
     products: list[VendorProduct] = field(default_factory=list)
     host_reads: list[str] = field(default_factory=list)
     operators: int = 0  # calls of torch that a GPU would launch a kernel for
+    operator_bytes: int = 0  # what those read and write, the vendor's products left out
 
 
 @contextmanager
@@ -130,6 +131,8 @@ def launches_on(name: str) -> Iterator[Log]:
         for function in ("is_autocast_enabled", "get_autocast_dtype"):
             stack.enter_context(patch.object(torch, function, _on_cpu(getattr(torch, function))))
         stack.enter_context(patch.object(torch, "autocast", _on_cpu(torch.autocast)))
+        available = _on_cpu(torch.amp.is_autocast_available)
+        stack.enter_context(patch.object(torch.amp, "is_autocast_available", available))
         stack.enter_context(_Operators(log))
         yield log
 
@@ -176,11 +179,27 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "_local_scalar_dense":
             self.log.host_reads.append(str(func))
             return 1.0
+        result = func(*args, **kwargs)
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             self.log.products.append(_product(name, args))
-        if all(result.alias_info is None or result.alias_info.is_write for result in func._schema.returns):
-            self.log.operators += "empty" not in name
-        return func(*args, **kwargs)
+        elif _is_launched(func, name):
+            self.log.operator_bytes += sum(x.numel() * x.element_size() for x in _tensors((args, result)))
+        self.log.operators += _is_launched(func, name)
+        return result
+
+
+def _is_launched(func: Any, name: str) -> bool:
+    """Whether an operator works on memory: no view, and no fresh memory alone."""
+    views = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+    return not views and "empty" not in name
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
 
 
 def _factors(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor]:

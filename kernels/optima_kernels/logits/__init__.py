@@ -10,6 +10,8 @@ their sum, too. Else their incoming gradients are only known in the backward pas
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from optima_kernels import reference
 from optima_kernels.logits import operator
+from optima_kernels.logits.predictions import LEAST_ELEMENTS, PredictionDivergence
 from optima_kernels.shared.checks import (
     check_choice,
     check_device,
@@ -28,6 +31,7 @@ from optima_kernels.shared.checks import (
 )
 from optima_kernels.shared.dispatch import Backend, autocast_dtype, choose_backend, compute_dtype
 from optima_kernels.shared.gates import apply_gate
+from optima_kernels.shared.variants import logits_variant
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -160,7 +164,17 @@ def linear_kl(
     _check_extras(labels, label_weight, budget_bytes)
     if labels is not None:
         labels = labels.masked_fill(labels == ignore_index, -1)
-    chosen = _backend(backend, h_s, w_s, h_t, w_t, bias_s, bias_t)
+    variant = partial(
+        logits_variant,
+        h_s,
+        w_s,
+        divergence=divergence,
+        bias=bias_s is not None,
+        labels="none" if labels is None else "apart" if label_weight is None else "weighted",
+        gate=gate,
+        operands=autocast_dtype(h_s),
+    )
+    chosen = _backend(backend, variant, h_s, w_s, h_t, w_t, bias_s, bias_t)
     heads = {"h_s": h_s, "w_s": w_s, "h_t": h_t, "w_t": w_t, "bias_s": bias_s, "bias_t": bias_t}
     if chosen == "reference":
         return _by_reference(heads, temperature, divergence, beta, labels, label_weight, mask, gate)
@@ -229,11 +243,11 @@ def _check_extras(labels: Tensor | None, label_weight: float | None, budget_byte
         raise ValueError(f"budget_bytes must be positive, not {budget_bytes}")
 
 
-def _backend(backend: str | None, *heads: Tensor | None) -> Backend:
+def _backend(backend: str | None, variant: Callable[[], str], *heads: Tensor | None) -> Backend:
     """What `choose_backend` says; float64 is not for Triton's kernels."""
     tensors = [x for x in heads if x is not None]
     wide = compute_dtype(*tensors) == torch.float64
-    chosen = choose_backend("blocked" if backend is None and wide else backend, tensors[0], "linear_kl")
+    chosen = choose_backend("blocked" if backend is None and wide else backend, tensors[0], "linear_kl", variant)
     if chosen == "triton" and wide:
         raise ValueError('backend="triton" takes float32, bfloat16 and float16, not float64; use backend="blocked"')
     return chosen
@@ -283,7 +297,8 @@ def prediction_kl(
 
     It is plain torch on every device: at the 3129 answers of VQA and 256 questions the logits are 3 MB, the whole
     loss is a handful of launches that `torch.compile` fuses into two, and a kernel of our own would save nothing that
-    shows in a step.
+    shows in a step. On a CPU, uncompiled, the forward pass makes the gradient in fewer passes over the logits than
+    autograd would take; there it has no second derivative.
 
     Args:
         z_s: student logits [..., V]. Gets a gradient.
@@ -308,15 +323,25 @@ def prediction_kl(
     check_sample_weight(sample_weight, z_s.shape[:-1])
     check_gate(gate)
     _check_options(temperature, divergence, beta)
-    return reference.prediction_kl(
-        z_s,
-        z_t,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        sample_weight=sample_weight,
-        gate=gate,
-    )
+    if torch.compiler.is_compiling() or z_s.device.type != "cpu" or z_s.numel() < LEAST_ELEMENTS:
+        return reference.prediction_kl(
+            z_s,
+            z_t,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            sample_weight=sample_weight,
+            gate=gate,
+        )
+    dtype = compute_dtype(z_s, z_t)
+    weight = None
+    if sample_weight is not None:
+        weight = sample_weight.detach().to(dtype).repeat_interleave(z_s[0, ..., 0].numel())
+        total = weight.sum()
+        weight = weight / torch.where(total == 0, 1, total)
+    rows = (z.to(dtype).flatten(0, -2) if z.dim() > 1 else z.to(dtype)[None] for z in (z_s, z_t.detach()))
+    loss, _ = PredictionDivergence.apply(*rows, weight, temperature, divergence, beta)  # type: ignore[no-untyped-call]
+    return apply_gate(loss, gate)
 
 
 def _check_options(temperature: float, divergence: str, beta: float) -> None:

@@ -6,13 +6,14 @@ and head. So the forward pass does the four products of the usual way (and no mo
 backward pass would add 55 % at widths 512 and 768), and it keeps nothing but those gradients.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from optima_kernels.logits.comparison import LOG2E, compare
 from optima_kernels.logits.problem import Layer, Options, Solution
+from optima_kernels.shared import cpu_products
 from optima_kernels.shared.gates import closed_gates
 from optima_kernels.shared.tokens import token_weight
 
@@ -22,6 +23,7 @@ BLOCK_ELEMENTS = 2**23
 BLOCK_TOKENS = 192
 # The rows worked on together have about this many logits of each model: 2 MB of float32.
 CACHED_ELEMENTS = 2**19
+SLICE_WORDS = 4096
 # Rows of at most so many logits are compared in float64, which costs little there: in wider ones the rounding of single
 # probabilities averages out.
 NARROW = 512
@@ -56,9 +58,9 @@ def _solve(layer: Layer, options: Options) -> Solution:
         z_t = _logits(state_t / temperature, head_t, bias_t, scratch_t)
         _compare(layer, options, start, z_s, z_t, weights, solution.losses)
         if options.wants[0]:
-            torch.mm(z_s, head_s, out=solution.state[rows])
+            solution.state[rows] = cpu_products.product(z_s, head_s)
         if options.wants[1]:
-            solution.head.addmm_(z_s.t(), state_s)
+            _add_head_gradient(z_s, state_s, solution.head)
         if options.wants[2]:
             solution.bias.add_(z_s.sum(0))
     solution.losses[0] *= temperature**2 / tokens
@@ -99,10 +101,11 @@ def _compare(
         part = slice(first, min(first + cached, rows))
         of_all = slice(start + part.start, start + part.stop)
         weight, label_weight = (of_tokens[of_all] for of_tokens in weights)
-        value, gradient = _divergence(z_s[part].to(wide), z_t[part].to(wide), options.divergence, options.beta)
+        x_s, x_t = (_below_maximum(z[part].to(wide)) for z in (z_s, z_t))
+        value, gradient = compare(x_s, x_t, options.divergence, options.beta)
         sums[0] += value.to(dtype).dot(weight)
         if layer.labels is None:
-            z_s[part] = gradient.to(dtype).mul_(weight[:, None])
+            torch.mul(gradient, weight[:, None], out=z_s[part])
             continue
         gradient = gradient.to(dtype).mul_((weight * (factors[0] * (temperature / tokens)))[:, None])
         labels = layer.labels[of_all].clamp(min=0)[:, None]
@@ -113,35 +116,30 @@ def _compare(
         z_s[part] = gradient.add_(extra.scatter_add_(1, labels, -label_weight[:, None]))
 
 
+def _below_maximum(z: Tensor) -> Tensor:
+    """See `compare`; the difference comes first, so that the digits of large logits are kept."""
+    return z.sub(z.amax(-1, keepdim=True)).mul_(LOG2E)
+
+
 def _logits(state: Tensor, head: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    z = torch.mm(state, head.t(), out=scratch[: state.shape[0]])
+    z = scratch[: len(state)]
+    if cpu_products.is_faster(state.numel() * len(head), state, head):
+        for words in _slices(len(head)):
+            z[:, words] = cpu_products.product(state, head[words].t())
+    else:
+        torch.mm(state, head.t(), out=z)
     return z if bias is None else z.add_(bias)
 
 
-def _divergence(z_s: Tensor, z_t: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
-    """A value a row, and its gradient in `z_s`; the logits are over temperature.
+def _add_head_gradient(d_logits: Tensor, state: Tensor, out: Tensor) -> None:
+    """out [V, D] += d_logits^T [V, T] state [T, D]."""
+    if cpu_products.is_faster(state.numel() * len(out), d_logits, state, out):
+        for words in _slices(len(out)):
+            out[words] += cpu_products.product(d_logits[:, words].t(), state)
+    else:
+        out.addmm_(d_logits.t(), state)
 
-    With u the derivative of the value in P_s, the gradient is P_s (u - sum P_s u), for every divergence.
 
-    A divergence is of second order in r = log(P_s / P_t), a sum of terms of first order. So r is the difference of the
-    logits below their rows' maxima (they are left so) less one number a row, not of two rounded logarithms; and
-    KL(P_t || P_s) is summed as P_s - P_t - P_t r, which that number's rounding cannot reach: it moves P_s and P_t r
-    alike.
-    """
-    p_s, p_t = (z.sub_(z.amax(-1, keepdim=True)).softmax(-1) for z in (z_s, z_t))
-    log_sum_s, log_sum_t = (-p.amax(-1, keepdim=True).double().log() for p in (p_s, p_t))
-    log_ratio = z_s.sub(z_t).sub_(log_sum_s - log_sum_t)
-    if divergence == "forward":
-        gradient = p_s.sub_(p_t)
-        return gradient.sub(p_t.mul_(log_ratio)).sum(-1), gradient
-    if divergence == "reverse":
-        weighted = p_s * log_ratio
-        mean = weighted.sum(-1, keepdim=True)
-        value = weighted.sub_(p_s).add_(p_t).sum(-1)
-        return value, log_ratio.sub_(mean).mul_(p_s)
-    log_beta, log_rest = (log_ratio.new_full((), math.log(x)) for x in (beta, 1.0 - beta))
-    over_teacher = torch.logaddexp(log_ratio + log_rest, log_beta)  # log(M / P_t)
-    over_student = torch.logaddexp(log_beta - log_ratio, log_rest)
-    of_student = torch.linalg.vecdot(p_s, over_student)
-    value = (beta - 1.0) * of_student - beta * torch.linalg.vecdot(p_t, over_teacher)
-    return value, over_student.sub_(of_student[:, None]).mul_(p_s).mul_(beta - 1.0)
+def _slices(vocabulary: int) -> list[slice]:
+    """Products by oneDNN come in fresh memory: of so many words at a time it stays in the cache."""
+    return [slice(start, start + SLICE_WORDS) for start in range(0, vocabulary, SLICE_WORDS)]

@@ -100,15 +100,29 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = [x.dtype if wanted else None for x, wanted in zip(inputs[0], inputs[4], strict=False)]
     ctx.others = [_no_gradient(argument) for argument in inputs[1:]]
+    ctx.backend = inputs[-1]
 
 
 def _backward(in_graph: bool, ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     scale, *gradients = ctx.saved_tensors
     of_student = [
-        None if d_loss is None or dtype is None else multiply(gradient, d_loss * scale, in_graph, dtype)
+        None if d_loss is None or dtype is None else _scaled(gradient, d_loss * scale, in_graph, dtype, ctx.backend)
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=False)
     ]
     return of_student, *ctx.others
+
+
+def _scaled(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype, backend: str) -> Tensor:
+    """`saved * factor` in `dtype`; see `multiply`, and `scaling` for why not by torch."""
+    traced = in_graph or torch._C._functorch.maybe_get_level(factor) >= 0
+    if backend != "triton" or traced:
+        return multiply(saved, factor, traced, dtype)
+    from optima_kernels.shared.scaling import scale_into
+
+    may_be_read_again = torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(saved, dtype=dtype) if may_be_read_again or dtype != saved.dtype else saved
+    scale_into([out], [saved], factor.reshape(1))
+    return out
 
 
 def _no_gradient(argument: Any) -> list[None] | None:
@@ -157,7 +171,7 @@ def _backward_apart(in_graph: bool, ctx: Any, d_divergence: Tensor, d_cross_entr
     factors = torch.stack([d_divergence, d_cross_entropy])
     _, _, scale, *gradients = solve(student, teacher, [counts, labels, factors], gate, *ctx.options, in_graph=in_graph)
     of_student = [
-        multiply(gradient, scale, in_graph, x.dtype) if wanted else None
+        _scaled(gradient, scale, in_graph, x.dtype, ctx.options[-1]) if wanted else None
         for gradient, x, wanted in zip(gradients, student, ctx.options[0], strict=False)
     ]
     return of_student, *ctx.others

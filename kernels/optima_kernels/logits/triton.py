@@ -19,22 +19,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from optima_kernels.logits.problem import Layer, Options, Solution
 from optima_kernels.logits.triton_products import PADDING, GatedProducts, VendorProducts
 from optima_kernels.logits.triton_rows import row_kernel
+from optima_kernels.shared.dispatch import INTERPRETED
 
 DIVERGENCE = {"forward": 0, "reverse": 1, "jsd": 2}
 # What float16 gradients of logits are multiplied by, and what they are cut off at.
 NARROW_SCALE, NARROW_LIMIT = 2.0**10, 60000
 # Unless the caller says otherwise a chunk has a quarter of the tokens, within these bounds, or more if it takes no more
-# bytes than that. Bounds and parts are by measurement on an H100, see `bench/logits.py`.
-CHUNK_TOKENS, LEAST_BYTES = (1024, 2048), 2**26
-# The teacher's logits are made for a quarter of a chunk at a time, but at least for so many tokens: with fewer the
-# product waits for its head to be read.
-PARTS, PART_TOKENS = 4, 256
+# bytes than that. The teacher's logits are made for a part of a chunk at a time. Measured on an H100, V = 49408: in
+# parts of 256 tokens the product waits for its head to be read (518 TFLOP/s of 700), and the GPU for the host.
+CHUNK_TOKENS, LEAST_CHUNK_BYTES = (1024, 2048), 2**26
+PART_TOKENS, LEAST_PART_BYTES = 512, 2**24
 
 
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
@@ -96,23 +95,22 @@ def chunk_tokens(layer: Layer, options: Options, columns: int) -> tuple[int, int
     """Tokens of a chunk, and of the part of it that is compared at a time."""
     tokens = len(layer.h_s)
     of_chunk, of_part = (columns * size for size in _bytes_a_logit(layer, options))
-    least = min(max(tokens // 4, CHUNK_TOKENS[0]), CHUNK_TOKENS[1]) * (of_chunk + of_part / PARTS)
-    budget = max(least, LEAST_BYTES) if options.budget_bytes is None else options.budget_bytes
-    most = budget / (of_chunk + of_part)
-    if most > PART_TOKENS:
-        most = min((budget - PART_TOKENS * of_part) / of_chunk, PARTS * PART_TOKENS)
-    if most == PARTS * PART_TOKENS:
-        most = budget / (of_chunk + of_part / PARTS)
-    chunk = _even(tokens, max(int(most), 1))
-    part = min(max(chunk // PARTS, PART_TOKENS), chunk)
+    least_part = max(PART_TOKENS, LEAST_PART_BYTES // of_part)
+    if options.budget_bytes is None:
+        most = max(min(max(tokens // 4, CHUNK_TOKENS[0]), CHUNK_TOKENS[1]), LEAST_CHUNK_BYTES // of_chunk)
+    else:
+        most = (options.budget_bytes - least_part * of_part) // of_chunk
+        if most < least_part:
+            most = options.budget_bytes // (of_chunk + of_part)
+    chunk = _even(tokens, max(most, 1))
+    part = min(chunk, least_part)
     return (chunk, part) if any(options.wants) else (part, part)  # for values alone nothing is kept of a whole chunk
 
 
 def _even(tokens: int, most: int) -> int:
-    """At most `most`, so that the last chunk is not much smaller than the others; a multiple of what `PARTS` tiles of a
-    product have for rows."""
+    """At most `most`, in multiples of a part, so that the last chunk is not much smaller than the others."""
     even = math.ceil(tokens / math.ceil(tokens / most))
-    return min(math.ceil(even / 512) * 512, most, tokens)
+    return min(math.ceil(even / PART_TOKENS) * PART_TOKENS, most, tokens)
 
 
 def _bytes_a_logit(layer: Layer, options: Options) -> tuple[int, int]:
@@ -154,7 +152,10 @@ def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tens
     are to be multiplied by in a row, the larger of them 1. Sets `scale` to what they lack then."""
     tokens = len(layer.h_s)
     share = scale.new_zeros(2)
-    share[0] = 1.0 / tokens if layer.counts is None else layer.counts.sum().clamp(min=1).reciprocal()
+    if layer.counts is None:
+        share[0].fill_(1.0 / tokens)  # an assignment would copy from the host, and wait
+    else:
+        share[0] = layer.counts.sum().clamp(min=1).reciprocal()
     unscaled = 1.0 / NARROW_SCALE if layer.h_s.dtype == torch.float16 else 1.0
     if layer.labels is None:
         torch.mul(share[0], options.temperature * unscaled, out=scale)
@@ -210,12 +211,17 @@ def _compare(
         PLAIN=labels is not None and options.temperature != 1.0,
         GRADIENT=any(options.wants),
         LIMIT=NARROW_LIMIT if narrow else 0,
-        **_walk(columns, z_s.dtype),
+        **_walk(columns, z_s.dtype, labels is not None or options.divergence != "forward"),
     )
 
 
-def _walk(columns: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How a program walks a row: 16 bytes a thread and load, two loads of each model at a time."""
-    each = 16 // dtype.itemsize
-    lanes = min(triton.next_power_of_2(columns), 8 * 32 * each)
-    return {"R": 2, "BC": lanes, "num_warps": max(lanes // (32 * each), 1)}
+def _walk(columns: int, dtype: torch.dtype, is_long: bool) -> dict[str, Any]:
+    """How a program walks a row: 16 bytes a thread and load, or less where the arithmetic takes many registers, and two
+    tiles ahead. Unless it is told how many registers it may take, ptxas spills a few bytes to save some."""
+    each, registers = (4, 128) if is_long else (16 // dtype.itemsize, 80)
+    lanes = 1 << (columns - 1).bit_length()
+    if INTERPRETED:
+        return {"BC": max(lanes // 8, 64), "STAGES": 1}  # small vocabularies have several tiles, too
+    lanes = min(lanes, 8 * 32 * each)
+    limit = {} if torch.version.hip else {"maxnreg": registers}
+    return {"BC": lanes, "STAGES": 3, "num_warps": max(lanes // (32 * each), 1), **limit}

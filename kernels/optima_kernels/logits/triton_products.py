@@ -82,7 +82,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """out = a b, or out += a b."""
     if out.dtype == a.dtype:
         options: dict[str, Any] = {}
-    elif a.is_cuda and torch.version.hip is None:
+    elif a.device.type != "cpu" and torch.version.hip is None:
         options = {"out_dtype": out.dtype}
     else:  # nowhere else does torch write another dtype than it reads
         a, b, options = a.to(out.dtype), b.to(out.dtype), {}
@@ -172,7 +172,7 @@ class GatedProducts:
         return {"BR": 64, "BC": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
 
     def _processors(self) -> int:
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return 2
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 

@@ -11,7 +11,7 @@ Exponentials are powers of two of `(z - maximum) scale`, scale being log2(e) ove
 Rows of logits are padded to a multiple of 64 columns, so that every access is a vector whatever the vocabulary. What
 the padding holds does not matter; it gets zeros for a gradient. Only the last tile has to look where a row ends.
 
-Names: i_ indices, o_ offsets, m_ masks, b_ tiles [R, BC], l_ one number a lane [BC], p_ pointers.
+Names: i_ indices, o_ offsets, b_ tiles [BC], l_ what a lane keeps from tile to tile [BC], p_ pointers.
 """
 
 import triton
@@ -43,10 +43,10 @@ def _load_logits(p_z, p_bias, o_c, V, S, BIASED: tl.constexpr, MASKED: tl.conste
 def _add_powers(b_z, l_max, l_sum, scale):
     """Adds 2^((z - max) scale) to the sum of each lane, whose maximum may rise; also how much the sum fell then, and
     the powers."""
-    l_next = tl.maximum(l_max, tl.max(b_z, 0))
-    b_power = tl.exp2((b_z - l_next[None, :]) * scale)
+    l_next = tl.maximum(l_max, b_z)
+    b_power = tl.exp2((b_z - l_next) * scale)
     l_fall = tl.exp2((l_max - l_next) * scale)
-    return l_next, l_sum * l_fall + tl.sum(b_power, 0), l_fall, b_power
+    return l_next, l_sum * l_fall + b_power, l_fall, b_power
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _first_tile(
         _, l_sum, _, _ = _add_powers(b_s, l_max_s, l_sum, LOG2E)
     l_max_s, l_sum_s, l_fall, b_power = _add_powers(b_s, l_max_s, l_sum_s, scale)
     if KIND == 1:
-        l_mean = l_mean * l_fall + tl.sum(b_power * (b_s - b_t), 0)
+        l_mean = l_mean * l_fall + b_power * (b_s - b_t)
     l_max_t, l_sum_t, _, _ = _add_powers(b_t, l_max_t, l_sum_t, scale)
     return l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean
 
@@ -135,7 +135,7 @@ def _middle_tile(
     b_over *= b_p_s
     if MASKED:
         b_terms, b_over = tl.where(o_c < V, b_terms, 0.0), tl.where(o_c < V, b_over, 0.0)
-    return tl.sum(b_terms, 0), tl.sum(b_over, 0)
+    return b_terms, b_over
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def _last_tile(
             tl.store(p_g + o_c, b_slope.to(p_g.dtype.element_ty), mask=o_c < S)
         else:
             tl.store(p_g + o_c, b_slope.to(p_g.dtype.element_ty))
-    return tl.sum(b_terms, 0)
+    return b_terms
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def row_kernel(
     inverse_temperature, beta, part, T, V, S,
     GATED: tl.constexpr, KIND: tl.constexpr, BIASED_S: tl.constexpr, BIASED_T: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, PLAIN: tl.constexpr, GRADIENT: tl.constexpr, LIMIT: tl.constexpr,
-    R: tl.constexpr, BC: tl.constexpr,
+    BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """values, rows of which lie T apart: a row's divergence, and the cross entropy of its label. gradient [., S] in the
     logits [., S]: that of temperature times divergence, or with LABELS the sum of that and of cross entropy, each times
@@ -199,8 +199,8 @@ def row_kernel(
     i_r = tl.program_id(0).to(tl.int64)
     p_value, p_cross_entropy = values + i_r, values + T + i_r
     p_s, p_t, p_g = z_s + i_r * S, z_t + i_r * S, gradient + i_r * S
-    o_tile = tl.arange(0, R)[:, None] * BC + tl.arange(0, BC)[None, :]  # [R, BC]
-    full = V // (R * BC)  # tiles; one more is not, and may be empty
+    o_tile = tl.arange(0, BC)
+    full = V // BC  # tiles; one more is not, and may be empty
     closed, ignored = False, False
     if GATED:
         closed = tl.load(gate) == 0
@@ -215,8 +215,8 @@ def row_kernel(
         tl.store(p_cross_entropy, 0.0)
         if GRADIENT:
             for i_c in range(0, full + 1):
-                o_c = i_c * R * BC + o_tile
-                tl.store(p_g + o_c, tl.zeros((R, BC), gradient.dtype.element_ty), mask=o_c < S)
+                o_c = i_c * BC + o_tile
+                tl.store(p_g + o_c, tl.zeros((BC,), gradient.dtype.element_ty), mask=o_c < S)
         return
     scale = inverse_temperature * LOG2E
     label, label_logit = -1, 0.0
@@ -231,13 +231,13 @@ def row_kernel(
     l_max_t = l_max_s
     l_sum_s = tl.zeros((BC,), tl.float32)
     l_sum_t, l_sum, l_mean = l_sum_s, l_sum_s, l_sum_s
-    for i_c in range(0, full):
+    for i_c in tl.range(0, full, num_stages=STAGES):
         l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean = _first_tile(
-            p_s, p_t, bias_s, bias_t, i_c * R * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
+            p_s, p_t, bias_s, bias_t, i_c * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
             l_mean, KIND, BIASED_S, BIASED_T, PLAIN, False,
         )  # fmt: skip
     l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum, l_mean = _first_tile(
-        p_s, p_t, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
+        p_s, p_t, bias_s, bias_t, full * BC + o_tile, V, S, scale, l_max_s, l_sum_s, l_max_t, l_sum_t, l_sum,
         l_mean, KIND, BIASED_S, BIASED_T, PLAIN, True,
     )  # fmt: skip
     max_s, sum_s = _join_lanes(l_max_s, l_sum_s, scale)
@@ -258,15 +258,15 @@ def row_kernel(
     l_value = tl.zeros((BC,), tl.float32)
     if KIND == 2:
         l_mean = tl.zeros((BC,), tl.float32)
-        for i_c in range(0, full):
+        for i_c in tl.range(0, full, num_stages=STAGES):
             l_terms, l_over = _middle_tile(
-                p_s, p_t, bias_s, bias_t, i_c * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+                p_s, p_t, bias_s, bias_t, i_c * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
                 inverse_t, shift, beta, BIASED_S, BIASED_T, False,
             )  # fmt: skip
             l_value += l_terms
             l_mean += l_over
         l_terms, l_over = _middle_tile(
-            p_s, p_t, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+            p_s, p_t, bias_s, bias_t, full * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
             inverse_t, shift, beta, BIASED_S, BIASED_T, True,
         )  # fmt: skip
         l_value += l_terms
@@ -278,13 +278,13 @@ def row_kernel(
         part *= tl.load(factors)
     if KIND != 2 or GRADIENT:
         l_value += _last_tile(
-            p_s, p_t, p_g, bias_s, bias_t, full * R * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
+            p_s, p_t, p_g, bias_s, bias_t, full * BC + o_tile, V, S, scale, max_s, max_t, inverse_s,
             inverse_t, shift, mean, inverse_temperature, beta, part, label, label_part, inverse,
             KIND, BIASED_S, BIASED_T, LABELS, PLAIN, GRADIENT, LIMIT, True,
         )  # fmt: skip
-        for i_c in range(0, full):
+        for i_c in tl.range(0, full, num_stages=STAGES):
             l_value += _last_tile(
-                p_s, p_t, p_g, bias_s, bias_t, (full - 1 - i_c) * R * BC + o_tile, V, S, scale, max_s,
+                p_s, p_t, p_g, bias_s, bias_t, (full - 1 - i_c) * BC + o_tile, V, S, scale, max_s,
                 max_t, inverse_s, inverse_t, shift, mean, inverse_temperature, beta, part, label, label_part,
                 inverse, KIND, BIASED_S, BIASED_T, LABELS, PLAIN, GRADIENT, LIMIT, False,
             )  # fmt: skip

@@ -4,7 +4,9 @@ The choice depends on the device and on what is installed, never on a tensor's v
 is traced and costs nothing in a compiled step.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
@@ -19,15 +21,19 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
+def choose_backend(backend: str | None, tensor: Tensor, loss: str, variant: Callable[[], str] | None = None) -> Backend:
     """The backend of `loss` for `tensor`'s device: what the caller named, else triton on CUDA and blocked elsewhere.
 
-    Triton is only chosen unasked where its kernels passed their check, see `optima_kernels.shared.selfcheck`.
+    Triton is only chosen unasked where the kernels of the variant (`optima_kernels.shared.variants`), which is only
+    asked for then, or those that the loss usually takes, passed their check; see `optima_kernels.shared.selfcheck`.
 
-    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device.
+    Raises ValueError when `backend` is no backend, or when it is "triton" and Triton cannot run on that device;
+    RuntimeError when its interpreter cannot work with the installed numpy.
     """
     if backend is None:
-        return "triton" if HAS_TRITON and tensor.is_cuda and _is_trusted(loss, tensor.device) else "blocked"
+        if not (HAS_TRITON and tensor.is_cuda):
+            return "blocked"
+        return "triton" if _is_trusted(loss, variant() if variant else "", tensor.device) else "blocked"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
     if backend == "triton":
@@ -38,7 +44,23 @@ def choose_backend(backend: str | None, tensor: Tensor, loss: str) -> Backend:
                 f'backend="triton" needs CUDA tensors, not {tensor.device.type} ones; use backend="blocked", or set '
                 "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
             )
+        if INTERPRETED:
+            check_interpreter()
     return cast(Backend, backend)
+
+
+@functools.cache
+def check_interpreter() -> None:
+    """Raises RuntimeError where Triton's interpreter would fail in the middle of a kernel."""
+    import numpy
+    import triton
+
+    versions = [tuple(int(x) for x in module.__version__.split(".")[:2]) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton.__version__} needs numpy below 2.4, not {numpy.__version__}: "
+            "pip install 'numpy<2.4', or triton 3.7 with the torch that goes with it"
+        )
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -46,10 +68,10 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
-def _is_trusted(loss: str, device: torch.device) -> bool:
-    from optima_kernels.shared import selfcheck
+def _is_trusted(loss: str, variant: str, device: torch.device) -> bool:
+    from optima_kernels.shared import selfcheck, variants
 
-    return selfcheck.is_trusted(loss, device)
+    return all(selfcheck.is_trusted(loss, each, device) for each in ([variant] if variant else variants.usual(loss)))
 
 
 # What `torch.compiler.assume_constant_result` sets. As a decorator it would import torch's compiler, for a second and a
@@ -65,6 +87,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes matrix products of `tensor`'s device in, None where it is off."""
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask about
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -7,6 +7,7 @@ eager calls go through an equivalent `autograd.Function` instead.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -74,6 +75,8 @@ class FusedOperator:
             def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
                 return None, *_flat(ctx.sizes, backward(False, ctx, *d_outputs))
 
+        # torch asks for the signature at every call, and inspect would make it anew.
+        Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
         self.function = Function
 
     def __call__(self, *arguments: Any, in_graph: bool | None = None) -> Outputs:

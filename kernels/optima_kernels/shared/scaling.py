@@ -5,43 +5,79 @@ torch's product of a 16-bit tensor with a float32 factor in float32 moves one el
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from optima_kernels.shared.products import of_layer
+from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH, of_layer
 
 BLOCK = 4096
 
 
 @triton.jit
-def scale_kernel(saved, out, factors, scale, SIZE, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [SIZE] = saved [SIZE] * factors[layer] * scale, rounded once; a factor of 0 gives 0, whatever was saved."""
-    i_l = tl.program_id(1)
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def scale_kernel(saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [PARTS, SIZE] = saved [PARTS, SIZE] * factors [LAYERS, PARTS] * scale, rounded once; a factor of 0 gives 0,
+    whatever was saved."""
+    i_p, i_l = tl.program_id(1), tl.program_id(2)
+    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < SIZE
-    p_out = of_layer(out, i_l, LAYERS) + o_x
-    factor = tl.load(factors + i_l).to(tl.float32) * scale
+    o_part = i_p.to(tl.int64) * SIZE
+    p_out = of_layer(out, i_l, LAYERS) + o_part + o_x
+    factor = tl.load(factors + i_l * PARTS + i_p).to(tl.float32) * scale
     if factor == 0:
         tl.store(p_out, tl.zeros((BLOCK,), tl.float32).to(out[0].dtype.element_ty), mask=m_x)
         return
 
-    b_x = tl.load(of_layer(saved, i_l, LAYERS) + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(of_layer(saved, i_l, LAYERS) + o_part + o_x, mask=m_x, other=0.0).to(tl.float32)
     tl.store(p_out, (b_x * factor).to(out[0].dtype.element_ty), mask=m_x)
 
 
-def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, scale: float) -> None:
-    """out[i] = saved[i] * factors[i] * scale in float32; `out` may be `saved`. Contiguous tensors of one size."""
-    size = saved[0].numel()
+def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, scale: float = 1.0) -> None:
+    """out[i] = saved[i] * factors[i] * scale, multiplied in float32; `out` may be `saved`.
+
+    The tensors are contiguous and of one shape, on a GPU. `factors` is [L], or [L, P] with one for each of P equal
+    parts of a tensor, such as its samples.
+    """
+    layers, parts = len(saved), factors.numel() // len(saved)
+    size = saved[0].numel() // parts
     with torch.cuda.device_of(saved[0]):
-        scale_kernel[(triton.cdiv(size, BLOCK), len(saved))](
+        scale_kernel[(triton.cdiv(size, BLOCK), parts, layers)](
             saved=tuple(saved),
             out=tuple(out),
             factors=factors.contiguous(),
             scale=scale,
             SIZE=size,
-            LAYERS=len(saved),
+            PARTS=parts,
+            LAYERS=layers,
             BLOCK=BLOCK,
         )
+
+
+def scaled(
+    saved: Sequence[Tensor],
+    layers: Sequence[int],
+    factors: Tensor,
+    scales: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+    keep: bool,
+) -> list[Tensor]:
+    """saved[i] * factors[l] * scales[l] in dtypes[i], l being layers[i]; those that look alike in one launch.
+
+    Made in the memory of what was saved where the dtype is the same, unless that is to `keep`.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (tensor, dtype, layer) in enumerate(zip(saved, dtypes, layers, strict=True)):
+        groups.setdefault((tensor.shape, tensor.dtype, dtype, scales[layer]), []).append(i)
+    results = list(saved)
+    for (_, found, dtype, scale), alike in groups.items():
+        for first in range(0, len(alike), MOST_LAYERS_PER_LAUNCH):
+            members = alike[first : first + MOST_LAYERS_PER_LAUNCH]
+            if keep or found != dtype:
+                for i in members:
+                    results[i] = torch.empty_like(saved[i], dtype=dtype)
+            own = factors if len(members) == len(factors) else torch.stack([factors[layers[i]] for i in members])
+            scale_into([results[i] for i in members], [saved[i] for i in members], own, scale)
+    return results

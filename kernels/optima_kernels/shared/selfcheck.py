@@ -1,11 +1,24 @@
-"""Whether the Triton kernels compute what they should on this very GPU, asked before a loss first uses them.
+"""Whether the Triton kernels compute what they should on this very GPU, asked before a call first uses them.
 
 Kernels are proven in this project by an interpreter and by compilers; the first GPU that runs them may be a user's. So
-before a loss first takes the triton backend by default, its kernels solve a small random problem, forward and backward,
-in float32 and in bfloat16, and are compared with the reference in float64 on the CPU. That costs some seconds of
-compiling, once: the outcome is kept in the user's cache directory under the GPU's model, the versions of torch and
-triton, and a digest of this package's code. A loss whose kernels do not compile, or compute something else, warns once
-and runs on the blocked backend.
+before a call first takes the triton backend by default, the kernels of its variant (`optima_kernels.shared.variants`)
+solve a small random problem, forward and backward, and are compared with the reference in float64 on the CPU.
+
+- A process of its own does it (`selfcheck_process`): an illegal access, after which CUDA refuses every call of a
+  process, happens there. It takes some seconds for the first variant and about two for each further one.
+- Wrong and right numbers are kept in the user's cache directory, under the GPU's model, the versions of torch, Triton
+  and ptxas, a digest of this package's code, and the variant. Nothing else is: what a missing compiler, a full memory
+  or somebody else's fault did is forgotten with the process.
+- Kernels that are wrong, do not compile or end the process are not used: the loss runs on the blocked backend, and a
+  warning says so once. Where nothing could be found out, as with a GPU whose memory is taken, kernels are used, and a
+  warning says that, once.
+- Ranks of torch.distributed agree without waiting for one another: the first verdict on a variant that a rank puts into
+  the job's store holds for all. A rank that finds its kernels unusable where that verdict says they are right cannot
+  join the others, and says so in an error.
+- While a CUDA graph is being captured nothing can be checked, and what was not checked before is trusted: run the step
+  once before capturing it, as torch asks for anyway.
+
+OPTIMA_SELFCHECK=skip uses the kernels unchecked, OPTIMA_SELFCHECK=force checks anew whatever is kept.
 """
 
 import functools
@@ -14,235 +27,130 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-# Largest relative RMS error of a loss or gradient, above rounding (bfloat16 keeps 8 bits), far below a wrong kernel's.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+from optima_kernels.shared import selfcheck_process
+from optima_kernels.shared.selfcheck_process import Answer, check, ptxas_version
+from optima_kernels.shared.variants import DEFAULTS, usual
 
-# Of the layers of a problem: the closed one is between open ones, so that what it writes into its neighbours shows.
-GATES = (1.0, 0.0, 0.5)
+LOSSES = tuple(DEFAULTS)
+VARIABLE = "OPTIMA_SELFCHECK"
+
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What checking a loss found.
+    """What checking a variant of a loss found.
 
-    `error` is the largest relative RMS error of the loss and its gradients, None if the kernels did not run; `detail`
-    says what is wrong, and is empty if nothing is.
+    `verdict`: "right"; "wrong" numbers; "unusable" kernels that do not compile or end their process; "unknown" where
+    nothing was found out. `error` is the largest relative RMS error of the loss and its gradients, None if the kernels
+    did not run; `detail` says what is wrong, and is empty if nothing is.
     """
 
     loss: str
+    variant: str
     device: str
     torch: str
     triton: str
-    passed: bool
+    ptxas: str
+    verdict: Literal["right", "wrong", "unusable", "unknown"]
     error: float | None
     detail: str
 
-
-class Problem(NamedTuple):
-    """One call of a loss: its arguments, tensors and lists of those among them, and which of them get gradients."""
-
-    arguments: dict[str, Any]
-    trained: tuple[str, ...]
+    @property
+    def passed(self) -> bool:
+        """Whether the kernels may be used."""
+        return self.verdict in ("right", "unknown")
 
 
-def is_trusted(loss: str, device: torch.device) -> bool:
-    """Whether the Triton kernels of `loss`, a key of `PROBLEMS`, may be used on `device`; warns once if not.
+def is_trusted(loss: str, variant: str, device: torch.device) -> bool:
+    """Whether the Triton kernels of a variant of `loss` may be used on `device`; warns once if not.
 
-    While a CUDA graph is being captured nothing can be checked, and what was not checked before is trusted.
+    Raises:
+        RuntimeError: they are unusable here, and right for another rank of the job.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    mode = os.environ.get(VARIABLE, "auto")
+    if mode not in ("auto", "skip", "force"):
+        raise ValueError(f"{VARIABLE} must be auto, skip or force, not {mode!r}")
+    if mode == "skip" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return True
-    return _is_trusted(loss, _name(device), device)
+    with _lock:
+        return _is_trusted(loss, variant, device, mode == "force")
 
 
 @functools.cache
-def _is_trusted(loss: str, name: str, device: torch.device) -> bool:
-    file = _cache_file(loss, name)
-    outcome = _read(file) or check_anew(loss, device)
-    if not outcome.passed:
-        warnings.warn(
-            f"{loss} falls back to the slower blocked backend: its Triton kernels failed their check on {name} with "
-            f"torch {outcome.torch} and triton {outcome.triton}: {outcome.detail}. To check again, delete {file}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return outcome.passed
+def _is_trusted(loss: str, variant: str, device: torch.device, force: bool) -> bool:
+    kept = None if force else _read(_cache_file(loss, variant, device))
+    outcome = kept or check_anew(loss, variant, device)
+    return _agreed(outcome)
 
 
-def check_anew(loss: str, device: torch.device) -> Outcome:
-    """`check`, and keeps the outcome for `is_trusted` in processes to come."""
-    outcome = check(loss, device)
-    _write(_cache_file(loss, outcome.device), outcome)
+def check_anew(loss: str, variant: str, device: torch.device) -> Outcome:
+    """Checks in a process of its own, and keeps a verdict about numbers for `is_trusted` in processes to come."""
+    outcome = _outcome(loss, variant, device, selfcheck_process.ask(loss, variant, device))
+    if outcome.verdict in ("right", "wrong"):
+        _write(_cache_file(loss, variant, device), outcome)
     return outcome
 
 
-def check(loss: str, device: torch.device) -> Outcome:
-    """Runs the Triton kernels of `loss`, a key of `PROBLEMS`, on `device` and compares with the reference.
-
-    Raises:
-        torch.OutOfMemoryError: the device's memory is taken, which says nothing about the kernels.
-    """
-    found = functools.partial(Outcome, loss, _name(device), torch.__version__, _triton_version())
-    largest = 0.0
-    try:
-        for dtype, tolerance in TOLERANCES.items():
-            errors = _in_clean_thread(functools.partial(_errors, loss, PROBLEMS[loss](dtype), device), device)
-            for what, error in errors.items():
-                if not error <= tolerance:
-                    place = f"{what} in {str(dtype).removeprefix('torch.')}"
-                    return found(False, error, f"{place} has a relative error of {error:.1e}, above {tolerance:.0e}")
-                largest = max(largest, error)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:  # compilers and drivers fail in ways of their own
-        return found(False, None, f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
-    return found(True, largest, "")
+def check_here(loss: str, variant: str, device: torch.device) -> Outcome:
+    """Checks in this process, which a fault may end; keeps nothing."""
+    return _outcome(loss, variant, device, check(loss, variant, device))
 
 
-def attention_problem(dtype: torch.dtype) -> Problem:
-    """Layers of 80 queries and keys, so that the last tiles are not full; causal, or of one sample keys are padding."""
-    draw = _draw(dtype)
-    arguments: dict[str, Any] = {name: [draw(2, 1, 80, 64) for _ in GATES] for name in ("q_s", "k_s", "q_t", "k_t")}
-    arguments |= {"gate": torch.tensor(GATES), "sample_weight": torch.tensor([1.0, 2.0])}
-    if dtype == torch.float32:
-        arguments |= {"kind": "mse", "causal": True}
-    else:
-        arguments |= {"kind": "kl", "key_lengths": torch.tensor([80, 33])}
-    return Problem(arguments, ("q_s", "k_s"))
+def _outcome(loss: str, variant: str, device: torch.device, answer: Answer) -> Outcome:
+    versions = (torch.__version__, _triton_version(), ptxas_version())
+    return Outcome(loss, variant, _name(device), *versions, answer.verdict, answer.error, answer.detail)
 
 
-def hidden_problem(dtype: torch.dtype) -> Problem:
-    """Layers of 75 tokens, projected from 48 to 160 features; some tokens are padding."""
-    draw = _draw(dtype)
-    arguments = {
-        "h_s": [draw(3, 25, 48) for _ in GATES],
-        "h_t": [draw(3, 25, 160) for _ in GATES],
-        "weight": [draw(160, 48) * 48**-0.5 for _ in GATES],
-        "bias": [draw(160) for _ in GATES],
-        "normalize": "layernorm" if dtype == torch.float32 else None,
-        "mask": torch.arange(25) < torch.tensor([[25], [7], [16]]),
-        "gate": torch.tensor(GATES),
-    }
-    return Problem(arguments, ("h_s", "weight", "bias"))
+def _agreed(outcome: Outcome) -> bool:
+    """The verdict that holds for all ranks; warns where it is not that kernels are right."""
+    trusted = _first(outcome) if torch.distributed.is_available() else outcome.passed
+    if trusted and not outcome.passed:
+        raise RuntimeError(
+            f"{outcome.loss} runs on Triton kernels on other ranks, but here, on {outcome.device}, they are "
+            f'{outcome.verdict}: {outcome.detail}. Mend this machine, or give backend="blocked" on all ranks '
+            f"({outcome.variant})"
+        )
+    if not trusted:
+        why = outcome.detail if not outcome.passed else "another rank found them unusable"
+        warnings.warn(
+            f"{outcome.loss} falls back to the slower blocked backend: its Triton kernels for {outcome.variant} are "
+            f"{outcome.verdict if not outcome.passed else 'not used'} on {outcome.device} with torch {outcome.torch}, "
+            f"triton {outcome.triton} and ptxas {outcome.ptxas}: {why}. {_advice(outcome)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif outcome.verdict == "unknown":
+        warnings.warn(
+            f"the Triton kernels of {outcome.loss} for {outcome.variant} are used unchecked: {outcome.detail}. "
+            f"`optima doctor --check` checks them; {VARIABLE}=skip says that it need not be",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return trusted
 
 
-def logits_problem(dtype: torch.dtype) -> Problem:
-    """70 tokens, a vocabulary of 200; in float32 Jensen-Shannon with cross entropy, in bfloat16 forward KL."""
-    draw = _draw(dtype)
-    arguments: dict[str, Any] = {
-        "h_s": draw(70, 48),
-        "w_s": draw(200, 48) * 48**-0.5,
-        "bias_s": draw(200),
-        "h_t": draw(70, 64),
-        "w_t": draw(200, 64) * 64**-0.5,
-        "bias_t": draw(200),
-        "temperature": 2.0,
-        "mask": torch.arange(70) % 9 != 0,
-        "gate": torch.tensor(0.5),
-    }
-    if dtype == torch.float32:
-        labels = torch.arange(70) * 2
-        labels[::5] = -100
-        arguments |= {"divergence": "jsd", "labels": labels}
-    return Problem(arguments, ("h_s", "w_s", "bias_s"))
+def _advice(outcome: Outcome) -> str:
+    if outcome.verdict == "wrong":
+        return f"Another version of Triton may be right; {VARIABLE}=force checks again"
+    return "`optima doctor --check` tries again and tells more; a missing C compiler or a full disk can be the cause"
 
 
-PROBLEMS: dict[str, Callable[[torch.dtype], Problem]] = {
-    "attention_map_losses": attention_problem,
-    "hidden_mses": hidden_problem,
-    "linear_kl": logits_problem,
-}
-
-
-def _draw(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Normal numbers, always the same, without a touch to the random state of torch."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
-
-
-def _errors(loss: str, problem: Problem, device: torch.device) -> dict[str, float]:
-    """Relative RMS errors of the loss and its gradients, by what they are of; NaN where a value is not finite."""
-    actual = _solve(loss, problem, "triton", device)
-    exact = Problem(_converted(problem.arguments, torch.device("cpu"), torch.float64), problem.trained)
-    expected = _solve(loss, exact, "reference", torch.device("cpu"))
-    return {what: float(_rms(actual[what].double().cpu() - x) / _rms(x)) for what, x in expected.items()}
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
-
-
-def _solve(loss: str, problem: Problem, backend: str, device: torch.device) -> dict[str, Tensor]:
-    """The losses, and the gradients of a sum of them, flat."""
-    import optima_kernels
-
-    arguments = _converted(problem.arguments, device)
-    trained = {name: _tensors(arguments[name]) for name in problem.trained}
-    for tensors in trained.values():
-        for tensor in tensors:
-            tensor.requires_grad_()
-    losses = torch.cat([x.reshape(-1) for x in _tensors(getattr(optima_kernels, loss)(**arguments, backend=backend))])
-    # Different factors, so that a gradient in a wrong place shows.
-    (losses * torch.arange(1, len(losses) + 1, device=device)).sum().backward()  # type: ignore[no-untyped-call]
-    gradients = {f"the gradient of {name}": [x.grad for x in tensors] for name, tensors in trained.items()}
-    return {"the loss": losses.detach()} | {
-        name: torch.cat([x.flatten() for x in xs if x is not None]) for name, xs in gradients.items()
-    }
-
-
-def _tensors(x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return [x] if isinstance(x, Tensor) else x
-
-
-def _converted(x: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """A copy of tensors, of those in lists and dictionaries too: floating-point ones in `dtype`, if given."""
-    if isinstance(x, Tensor):
-        return x.to(device, dtype if x.is_floating_point() else None, copy=True)
-    if isinstance(x, list):
-        return [_converted(y, device, dtype) for y in x]
-    if isinstance(x, Mapping):
-        return {name: _converted(y, device, dtype) for name, y in x.items()}
-    return x
-
-
-def _in_clean_thread(function: Callable[[], dict[str, float]], device: torch.device) -> dict[str, float]:
-    """`function()` without the caller's autocast, no_grad, inference mode, fake tensors, transforms or compilation.
-
-    torch keeps all of those for each thread; only the ban of synchronisation is everybody's, and lifted meanwhile.
-    """
-    results: list[dict[str, float]] = []
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            with torch.cuda.device(device if device.type == "cuda" else -1):
-                results.append(function())
-        except Exception as failure:
-            failures.append(failure)
-
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    ban = torch.cuda.get_sync_debug_mode() if initialized else 0
-    if initialized:
-        torch.cuda.set_sync_debug_mode(0)
-    try:
-        thread = threading.Thread(target=run, name="optima_kernels.shared.selfcheck")
-        thread.start()
-        thread.join()
-    finally:
-        if initialized:
-            torch.cuda.set_sync_debug_mode(ban)
-    if failures:
-        raise failures[0]
-    return results[0]
+def _first(outcome: Outcome) -> bool:
+    """The verdict that the first rank to reach this variant has put into the job's store; this one's without a job."""
+    if not torch.distributed.is_initialized():
+        return outcome.passed
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"optima_kernels/selfcheck/{outcome.loss}/{outcome.variant}"
+    mine = b"1" if outcome.passed else b"0"
+    return bool(store.compare_set(key, "", mine.decode()) == b"1")
 
 
 def _name(device: torch.device) -> str:
@@ -255,12 +163,18 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
-def _cache_file(loss: str, name: str) -> Path:
-    """One file a loss, so that processes that check different ones do not meet."""
+@functools.cache
+def _digest() -> str:
+    """Of this package's code."""
     code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    key = "\n".join((name, torch.__version__, _triton_version(), code.hexdigest()))
+    return code.hexdigest()
+
+
+def _cache_file(loss: str, variant: str, device: torch.device) -> Path:
+    """One file a variant, so that processes that check different ones do not meet."""
+    key = "\n".join((_name(device), torch.__version__, _triton_version(), ptxas_version(), _digest(), variant))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "optima_kernels" / "selfcheck" / f"{loss}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
@@ -279,3 +193,8 @@ def _write(file: Path, outcome: Outcome) -> None:
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
         scratch.replace(file)
+
+
+def everything_usual() -> list[tuple[str, str]]:
+    """The losses and variants that the engine's defaults take."""
+    return [(loss, variant) for loss in LOSSES for variant in usual(loss)]

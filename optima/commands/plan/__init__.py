@@ -5,14 +5,14 @@ import json
 from typing import Any
 
 from optima.commands.console import make_console, make_table
+from optima.commands.options import PlanConfig
 from optima.commands.plan.advice import GIB, advise, fits
-from optima.commands.plan.config import PlanConfig
 from optima.commands.plan.job import read_job
 from optima.commands.plan.needs import Needs
 from optima.commands.plan.predict import GPUS, HEADROOM, largest_batch, predicted_seconds
 from optima.runs.config import told_in_a_line
 
-__all__ = ["PlanConfig", "plan"]
+__all__ = ["plan"]
 
 
 def plan(config: PlanConfig) -> None:

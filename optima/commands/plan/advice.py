@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from optima.commands.plan.config import PlanConfig
+from optima.commands.options import PlanConfig
 from optima.commands.plan.job import Job
 from optima.commands.plan.needs import Needs
 from optima.commands.plan.predict import HEADROOM, largest_batch

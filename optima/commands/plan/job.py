@@ -10,7 +10,7 @@ from optima.assets import TEACHER as SHIPPED_TEACHER
 from optima.coca import CoCa, CoCaConfig
 from optima.coca.checkpoint import load_coca
 from optima.coca.presets import preset
-from optima.commands.plan.config import PlanConfig
+from optima.commands.options import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
 from optima.data.records import FORMATS
 from optima.recipes.coca_large import TEACHER, TEACHER_FILES

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from optima.commands.plan.config import PlanConfig
+from optima.commands.options import PlanConfig
 from optima.commands.plan.needs import Needs
 
 HEADROOM = 1.1

@@ -8,7 +8,9 @@ so that no caption can end its own row; and letters newer than the Unicode table
 
 import gzip
 import html
+import io
 import json
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from optima.data.tokenizer import Encoded, Tokenizer
+from optima.limits import MAX_VOCABULARY_BYTES
+from optima.untrusted import read_file
 from optima_core.errors import OptimaError
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -65,7 +69,7 @@ def clean(text: str) -> str:
     except ImportError as error:
         raise OptimaError(
             "CLIP's tokenizer needs the package ftfy, which mends texts as its training did; "
-            "install it with: pip install 'optima-distill[text]'"
+            "install it with: pip install ftfy"
         ) from error
     return " ".join(html.unescape(html.unescape(fix_text(text))).split()).lower()
 
@@ -78,11 +82,11 @@ def clip_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
 
     Raises OptimaError if the file is missing or holds no such pairs.
     """
+    packed = read_file(vocabulary, "vocabulary", MAX_VOCABULARY_BYTES)
     try:
-        lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise OptimaError(f"vocabulary {vocabulary} does not exist") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(io.BytesIO(packed)) as file:
+            lines = file.read(MAX_VOCABULARY_BYTES).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise OptimaError(f"vocabulary {vocabulary} is no gzip file of byte pairs ({error})") from error
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1 : MERGES + 1])]
     if len(merges) < MERGES or any(not left or not right or " " in right for left, right in merges):

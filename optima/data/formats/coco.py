@@ -70,7 +70,11 @@ def read_coco_karpathy(root: Path, split: str) -> Records:
         return images[name]
 
     def make(where: str, row: Any) -> Record | None:
-        if entry(row, "split") not in KARPATHY[split]:
+        told = row.get("split") if isinstance(row, dict) else None
+        if told not in KARPATHY[split]:
+            # A row of no split is lost once, not once for every split that is read.
+            if split == "train" and not any(told in names for names in KARPATHY.values()):
+                raise Unusable("split-unknown", f"split must be train, restval, val or test, got {told!r:.80}")
             return None
         filename = entry(row, "filename")
         name = identifier(row.get("cocoid", filename), "cocoid")

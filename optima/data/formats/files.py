@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from optima.data.record import Collector, ImageFolder, ImageSource, Unusable
+from optima.limits import MAX_LINE_BYTES
+from optima.untrusted import read_file
 from optima_core.errors import OptimaError
 
 
 def find(root: Path, candidates: Sequence[str]) -> Path | None:
-    """The first of the relative paths that exists under the root."""
-    return next((root / name for name in candidates if (root / name).exists()), None)
+    """The first of the relative paths that exists under the root; raises OptimaError if it is no plain file."""
+    found = next((root / name for name in candidates if (root / name).exists()), None)
+    if found is not None and not found.is_file():
+        raise OptimaError(f"{found} is no plain file")
+    return found
 
 
 def find_or_refuse(root: Path, candidates: Sequence[str], what: str) -> Path:
@@ -25,7 +30,7 @@ def find_or_refuse(root: Path, candidates: Sequence[str], what: str) -> Path:
 def read_json(path: Path) -> Any:
     """A whole JSON file. Raises OptimaError if it is none: without it there is nothing to go on with."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(read_file(path, "annotations").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise OptimaError(f"{path} is not a JSON file ({error}); download it again") from error
 
@@ -52,8 +57,13 @@ def read_lines(path: Path, collector: Collector) -> Iterator[tuple[str, Any]]:
 def text_lines(path: Path, collector: Collector) -> Iterator[tuple[str, str]]:
     """The lines of a UTF-8 file that are not blank, each with where it stands; another encoding is rejected."""
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
             where = f"{path.name}:{number}"
+            if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                collector.reject(where, Unusable("row-overlong", f"the line has more than {MAX_LINE_BYTES} bytes"))
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE_BYTES)
+                continue
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:

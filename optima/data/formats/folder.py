@@ -6,7 +6,7 @@
 TSV: file name, tab, caption; a heading is recognised by its words (file_name, filename, filepath, image; caption,
 text, title). JSONL: objects with such fields; `captions` may give several. Lines that name the same file are captions
 of one picture. If there is one file for all, every twentieth picture (by a hash of its name) is validation and every
-next one test, so that a picture never changes sides when others are added.
+next one test, so that a picture never changes sides when others are added; rows that name no picture count as train's.
 """
 
 import zlib
@@ -32,12 +32,13 @@ def read_folder(root: Path, split: str) -> Records:
     collector = Collector()
     captions: dict[str, list[str]] = {}
     places: dict[str, str] = {}
-    rows = _tsv(path, collector) if path.suffix == ".tsv" else _jsonl(path, collector)
+    nameless = collector if own is not None or split == "train" else Collector()
+    rows = _tsv(path, nameless) if path.suffix == ".tsv" else _jsonl(path, nameless)
     for where, name, texts in rows:
+        if own is None and split != _side_of_row(name):
+            continue
         try:
             name = safe_name(name)
-            if own is None and split != side(name):
-                continue
             usable = [clean_text(text, "a caption") for text in texts]
             if not usable:
                 raise Unusable("text-missing", f"picture {name} has no caption")
@@ -59,6 +60,14 @@ def read_folder(root: Path, split: str) -> Records:
 def side(name: str) -> str:
     """The split of a picture where one file holds the captions of all."""
     return HELD_OUT.get(zlib.crc32(name.encode("utf-8", "replace")) % HELD_OUT_OF, "train")
+
+
+def _side_of_row(name: Any) -> str:
+    """The split of a row, by the picture that it names; of none, a row is train's, so that it is lost once."""
+    try:
+        return side(safe_name(name))
+    except Unusable:
+        return "train"
 
 
 def _tsv(path: Path, collector: Collector) -> Iterator[tuple[str, Any, list[Any]]]:

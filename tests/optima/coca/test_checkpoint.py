@@ -1,7 +1,9 @@
 """Weights on disk: a round trip, and every way a file can be wrong."""
 
+import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from optima.coca.checkpoint import FORMAT, config_from_dict, load_coca, save_coca
+from optima.coca.config import CoCaConfig
 from optima_core import OptimaError
 
 
@@ -119,3 +122,64 @@ def test_the_configuration_in_the_file_is_the_models(make_coca, tmp_path: Path) 
     save_coca(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert config_from_dict(json.loads(file.metadata()["config"])) == model.config
+
+
+def described(change) -> dict[str, str]:
+    config = dataclasses.asdict(CoCaConfig())
+    change(config)
+    return {"format": FORMAT, "config": json.dumps(config), "heads": "{}"}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        described(lambda config: config["image_encoder"].update(layers=10**6)),
+        described(lambda config: config["image_encoder"].update(heads=[4])),
+        described(lambda config: config["image_encoder"].update(heads=0)),
+        described(lambda config: config["image_encoder"].update(patch_size=0)),
+        described(lambda config: config["text_decoder"].update(vocab_size=2**62)),
+        described(lambda config: config.update(image_encoder=[1])),
+        described(lambda config: config.update(text_decoder=None)),
+        {"format": FORMAT, "config": "[" * 100_000, "heads": "{}"},
+        {"format": FORMAT, "config": '"' + "a" * 2**20 + '"', "heads": "{}"},
+        {"format": FORMAT, "config": "[]", "heads": "{}"},
+        described(lambda _: None) | {"heads": "[]"},
+        described(lambda _: None) | {"heads": "3"},
+        described(lambda _: None) | {"heads": '{"vqa": 3}'},
+        described(lambda _: None) | {"heads": '{"vqa": {"classes": -3}}'},
+        described(lambda _: None) | {"heads": '{"a.b": {"classes": 3}}'},
+        described(lambda _: None) | {"heads": json.dumps({str(i): {"classes": 2} for i in range(99)})},
+    ],
+)
+def test_hostile_metadata_end_in_one_short_line_at_once(metadata: dict[str, str], tmp_path: Path) -> None:
+    save_file({"weights": torch.zeros(2)}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(OptimaError, match=r"holds no configuration|describes no model|does not fit") as caught:
+        load_coca(tmp_path / "model.safetensors")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_and_its_tensor_named(
+    value: float, make_coca, tmp_path: Path, seed: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    model = make_coca()
+    names = sorted(name for name, tensor in model.state_dict().items() if tensor.ndim)
+    name = random.Random(seed).choice(names)
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[-1] = value
+    save_coca(model, path)
+    with pytest.raises(OptimaError, match=rf"tensor {re.escape(name)} holds 1 values that are not finite"):
+        load_coca(path)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(
+    kind: torch.dtype, make_coca, tmp_path: Path, seed: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_coca(make_coca(), path)
+    rewrite(path, lambda _, tensors: tensors.update(logit_scale=tensors["logit_scale"].to(kind)))
+    with pytest.raises(OptimaError, match="tensor logit_scale is of type"):
+        load_coca(path)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,52 @@ def test_open_clip_loads_what_we_export(tmp_path: Path, seed: int) -> None:
     image = dataclasses.replace(CONFIG.image_encoder, image_size=96)
     resized, _ = from_open_clip(to_open_clip(student), dataclasses.replace(CONFIG, image_encoder=image), resize=True)
     torch.testing.assert_close(resized.image_encoder.position, larger.visual.positional_embedding)
+
+
+class Views:
+    """A tensor of 10^12 numbers in a file of one."""
+
+    huge = torch.zeros(1).expand(10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({1: torch.zeros(2)}, "1 are no tensors of numbers"),
+        ({"a": torch.zeros(2).to_sparse()}, "a are no tensors of numbers"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "a are no tensors of numbers"),
+        ({"visual.positional_embedding": Views.huge}, "are no tensors of numbers"),
+        ({"state_dict": {}}, "holds no state dict"),
+        (3, "holds no state dict"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(content: object, complaint: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(OptimaError, match=complaint):
+        read_state_dict(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02.", b"\x80\x02)\x81.", b"\x80\x02K\x01K\x02R.", b"cos\nsystem\n."])
+def test_malformed_pickles_end_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(OptimaError, match=r"model\.pt (cannot be read|is refused)") as caught:
+        read_state_dict(tmp_path / "model.pt")
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(10_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
+        for part in plain.infolist():
+            bomb.writestr(part.filename, plain.read(part.filename))
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    with pytest.raises(OptimaError, match="it is compressed"):
+        read_state_dict(tmp_path / "bomb.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(theirs: dict[str, Tensor]) -> None:
+    name = "visual.conv1.weight"
+    broken = theirs | {name: theirs[name].clone().fill_(float("nan"))}
+    with pytest.raises(OptimaError, match=r"image_encoder\.patch\.weight holds \d+ values that are not finite"):
+        from_open_clip(broken, CONFIG)

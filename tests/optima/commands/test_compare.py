@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,21 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(Exception, match="holds something, but no comparison"):
         compare(CompareConfig(run=tmp_path))
+
+
+def test_sigterm_to_the_comparison_alone_stops_its_runs_and_is_told(options: list[str], tmp_path: Path) -> None:
+    """Whoever sends it to one process, as a scheduler does, must not wait for a run's end."""
+    words = [sys.executable, "-m", "optima.run", *options, "--seeds", "1", "--distill.engine.rounds", "1000000"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        run = tmp_path / "runs" / "vqa" / "optima" / "seed-0"
+        until = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1].startswith("optima: stopped")
+    assert list((run / "checkpoints").glob("step-*.pt")), "what it had done is saved"

@@ -51,7 +51,7 @@ def finished(teacher_file: Path, student_file: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(autouse=True)
 def no_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the finished run draws its report, which takes longer than all the rest of a tiny run."""
-    monkeypatch.setattr("optima.commands.distill.write_report", lambda run: run)
+    monkeypatch.setattr("optima.commands.distill._draw_report", lambda directory: None)
 
 
 def test_a_run_directory_holds_everything(finished: Path) -> None:

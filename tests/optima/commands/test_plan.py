@@ -13,7 +13,7 @@ import pytest
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import config_from_dict
 from optima.coca.presets import preset
-from optima.commands.plan import PlanConfig
+from optima.commands.options import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
 from optima.commands.plan.predict import GPUS, largest_batch, predicted_seconds
 from optima.run import main

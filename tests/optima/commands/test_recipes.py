@@ -1,5 +1,8 @@
 """Recipes: every one resolves to valid options, is offered where it belongs, and fits its models."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from optima.coca.presets import preset
@@ -8,6 +11,7 @@ from optima.data.records import FORMATS
 from optima.recipes import RECIPES, recipes_of
 from optima.recipes.coca_large import BENCHMARKS, EPOCHS
 from optima.runs.config import DistillConfig
+from optima.runs.directory import RunDirectory
 from optima_core import OptimaError
 
 LARGE = [f"coca_large_to_{student}_{benchmark}" for student in EPOCHS for benchmark in BENCHMARKS]
@@ -58,5 +62,14 @@ def test_a_recipe_of_another_command_is_refused_by_name() -> None:
         parse(["distill", "--config", "pretrain_teacher"])
     with pytest.raises(OptimaError, match="recipe own_images is one of `distill`; evaluate has no recipes"):
         parse(["evaluate", "--config", "own_images", "--model", "m"])
-    assert parse(["plan", "--config=own_images"])[1].student.name == "tiny12"
+    assert parse(["plan", "--config=own_images"])[1].data.tokenizer == "texts"
     assert {recipe.command for recipe in RECIPES.values()} == {"distill", "pretrain"}
+
+
+def test_a_run_of_a_recipe_is_resumed_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with RunDirectory(Path("runs/coca_large_to_base_coco"), resume=False, keep=1) as directory:
+        directory.write_config(replace(parse(["--config", "coca_large_to_base_coco"])[1], keep=7))
+    for words in (["--config", "coca_large_to_base_coco"], ["--run", "runs/coca_large_to_base_coco"]):
+        config = parse([*words, "--resume"])[1]
+        assert (config.resume, config.keep, config.student.name) == (True, 7, "base")

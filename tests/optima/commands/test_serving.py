@@ -1,18 +1,29 @@
 """Exported programs: equal to the model for any batch, refused when they are not."""
 
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from PIL import Image
 
+from optima import load_student
+from optima.assets import TEACHER
 from optima.coca import CoCa
 from optima.commands.serving import Served, onnx_program, torch_program
 from optima.data.config import TransformConfig
+from optima.data.normalise import normalise
+from optima.data.pictograms import Pictograms, render
 from optima.run import main
 from optima.runs.directory import RunDirectory
 from optima.runs.words import read_words, write_words
+from optima.task import Task
 from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 
@@ -50,7 +61,7 @@ def test_a_program_that_differs_is_refused(make_coca: Callable[..., CoCa], monke
     [
         ("safetensors", {"model.safetensors", "config.json", "words.json"}),
         ("torch_export", {"model.pt2", "words.json"}),
-        ("onnx", {"model.onnx", "words.json"}),
+        ("onnx", {"model.onnx", "use.py", "words.json"}),
     ],
 )
 def test_a_runs_student_is_exported_with_its_words(
@@ -73,3 +84,40 @@ def test_a_program_needs_to_know_its_task(
     words = ["export", "--model", str(teacher_file), "--output", str(tmp_path / "out"), "--format", "torch_export"]
     assert main(words) == 2
     assert "give --task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "fit"), [("captioning", "crop"), ("vqa", "squash")])
+def test_an_onnx_program_says_all_that_its_user_must_know(
+    task: Task, fit: Literal["crop", "squash"], teacher_file: Path, tmp_path: Path
+) -> None:
+    """The program beside it, which knows nothing of OPTIMA, says what the student says."""
+    pytest.importorskip("onnxruntime", reason="needs the packages of the extra onnx")
+    onnx = pytest.importorskip("onnx", reason="needs the packages of the extra onnx")
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_words(RunDirectory(run, resume=False, keep=1), PictogramTask(task), TransformConfig(fit=fit))
+    (run / "student.safetensors").write_bytes(TEACHER.read_bytes())
+    options = ["export", "--model", f"{run}/student.safetensors", "--format", "onnx", "--output", str(out)]
+    assert main(options) == 0
+    found = onnx.load(out / "model.onnx")
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in found.graph.input] == ["batch", "batch"]
+    example = next(
+        e for e in map(partial(Pictograms("test").example, task), range(50)) if e.scenes[0].content.total == 1
+    )
+    files = []
+    for side, scene in enumerate(example.scenes):
+        files.append(str(tmp_path / f"{side}.png"))
+        Image.fromarray(render(scene).transpose(1, 2, 0)).resize((128, 96)).save(files[-1])
+    student = load_student(run, device="cpu")
+    text = [] if task == "captioning" else [example.text]
+    expected = student.caption(files)[0] if task == "captioning" else next(iter(student.answer(example.text, files)))
+    said = subprocess.run([sys.executable, out / "use.py", *files, *text], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == expected
+
+
+def test_a_torch_program_carries_the_same_facts(make_coca: Callable[..., CoCa]) -> None:
+    files = {"optima.json": ""}
+    program = io.BytesIO(torch_program(Served(make_coca(), "vqa").eval(), LENGTH))
+    torch.export.load(program, extra_files=files)
+    facts = json.loads(files["optima.json"])
+    assert facts["value_range"] == [normalise(torch.tensor(value)).item() for value in (0, 255)]
+    assert (facts["image_size"], facts["text_length"], facts["pictures"]) == (64, LENGTH, 1)

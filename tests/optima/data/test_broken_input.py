@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from optima.data import images
 from optima.data.config import LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.images import decode, inspect
 from optima.data.loader import make_loader
+from optima.data.record import RejectionLog
 from optima.data.records import open_records
 from optima_core.errors import OptimaError
 
@@ -90,7 +92,7 @@ def test_loading_what_was_not_prepared_survives_it_too(corpus: Path, tmp_path: P
     records = open_records("folder", corpus, "train", max_rejected=1)
     config = LoaderConfig(engine, 0, max_rejected=1, transform=TransformConfig(image_size=32))  # type: ignore[arg-type]
     report = tmp_path / "rejected.jsonl"
-    with make_loader(records, config, batch_size=8, report=report) as loader:
+    with make_loader(records, config, batch_size=8, report=RejectionLog(report)) as loader:
         loaded = torch.cat([batch.indices for batch in loader.once()])
     rejected = {json.loads(line)["id"]: json.loads(line)["kind"] for line in report.read_text().splitlines()}
     expected = {f"{name}.jpg": kind for name, (kind, _) in broken_pictures().items() if name != "missing"}
@@ -218,6 +220,20 @@ def test_a_tar_is_not_trusted(tmp_path: Path) -> None:
     assert {record.id.split("/")[1] for record in records.items} == {"good", "twice", "last"}
     assert records[0].text == "ein K\u00e4tzchen"
     assert inspect(records[0].images[0].read()).format == "JPEG"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, data in {
+            "a.jpg": encoded(scene()),
+            "a.txt": b"\xef\xbb\xbfa cat\r\n",
+            "b.jpg": encoded(scene()),
+            "b.json": b'\xef\xbb\xbf{"caption": "a dog"}',
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert [record.text for record in open_records("webdataset", tmp_path, "train").items] == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize(("cut", "kind"), [(-5000, "shard-truncated"), (-12000, "shard-truncated"), (0, None)])

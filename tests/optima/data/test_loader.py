@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 from optima.data.config import LoaderConfig, TransformConfig
 from optima.data.loader import Loader, make_loader
 from optima.data.order import Order, once
-from optima.data.record import ImageSource, Record, Records
+from optima.data.record import ImageSource, Record, Records, RejectionLog
 from optima.data.records import open_records
 from optima_core.errors import OptimaError
 
@@ -223,7 +225,7 @@ def test_an_unusable_picture_is_reported_once_and_not_replaced(tmp_path: Path, e
     broken = Path(records[2].images[0].path)
     broken.write_bytes(broken.read_bytes()[:-40])
     report = tmp_path / "rejected.jsonl"
-    with loader_of(records, engine, report=report) as loader:
+    with loader_of(records, engine, report=RejectionLog(report)) as loader:
         batches = [loader.load(step) for step in range(6)]
         seen = Counter(
             place for batch in batches for place in zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)
@@ -268,3 +270,23 @@ def test_dali_that_is_missing_is_named(coco: Records, monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "optima.data.dali_engine", raising=False)
     with pytest.raises(OptimaError, match="engine dali needs the package nvidia-dali"):
         loader_of(coco, "dali")
+
+
+def test_dali_copies_every_batch_on_one_stream(coco: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator keeps a pool of memory a stream: a stream a batch would keep dozens of batches."""
+    for name in ("nvidia", "nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.delitem(sys.modules, "optima.data.dali_engine", raising=False)
+    from optima.data.dali_engine import DaliEngine
+
+    made = MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    engine = DaliEngine(MagicMock(), LoaderConfig(), torch.device("cpu"), resample_in_dali=True)
+    for _ in range(3):
+        engine._from_gpu(None, MagicMock(ready=[]), (2, 1, 3, 4, 4))
+    assert made.call_count == 1
+    assert made.return_value.synchronize.call_count == 3
+    monkeypatch.delitem(sys.modules, "optima.data.dali_engine")

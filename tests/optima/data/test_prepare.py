@@ -128,6 +128,38 @@ def test_shards_of_something_else_or_with_a_part_missing_are_refused(tmp_path: P
         open_records("coco", out, "train")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [{"bytes": 3}]},
+        {"shards": None},
+        {"shards": [None]},
+        {"shards": [{"file": "../../train-000000.tar", "bytes": 1}]},
+        {"shards": [{"file": "train-000000.tar", "bytes": "1"}]},
+        {"left_out": None},
+        {"left_out": {"a": "b"}},
+        {"classes": None},
+        {"classes": [1]},
+        {"task": "painting"},
+        {"task": []},
+        {"name": ["coco"]},
+        {"optima_shards": [1]},
+    ],
+    ids=str,
+)
+def test_a_list_of_shards_of_another_shape_is_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    root, out = make_coco(tmp_path / "root", 4), tmp_path / "out"
+    prepare(PrepareConfig("coco", root, ["train"], out, workers=1))
+    content = json.loads((out / "train.json").read_text())
+    (out / "train.json").write_text(json.dumps({"optima_shards": 1} | content | change))
+    with pytest.raises(OptimaError, match=r"train\.json") as caught:
+        open_records("coco", out, "train")
+    assert "\n" not in str(caught.value)
+    (out / "train.json").write_text(json.dumps([{"optima_shards": 1}]))
+    with pytest.raises(OptimaError, match=r"train\.json"):
+        open_records("coco", out, "train")
+
+
 def test_the_command_checks_and_packs_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = make_coco(tmp_path / "root", 4), tmp_path / "out"
     for image in (root / "test2017").iterdir():

@@ -1,9 +1,11 @@
 """Captions and answers about picture files: the same as evaluation gives, and one line for what cannot be done."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +50,27 @@ def test_captions_are_those_of_the_evaluation(runs: Path, capsys: pytest.Capture
     assert main(["caption", *files, "--run", str(runs / "captioning")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)]
+
+
+def test_a_picture_may_be_a_path_a_name_pixels_or_a_pil_picture(runs: Path, tmp_path: Path) -> None:
+    student = load_student(runs / "captioning", device="cpu")
+    files = [runs / "captioning" / f"{number}-0.png" for number in range(3)]
+    expected = student.caption(files)
+    opened = [Image.open(file) for file in files]
+    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in opened]
+    assert student.caption(opened) == student.caption(pixels) == student.caption(torch.stack(pixels)) == expected
+    for single in (files[0], str(files[0]), opened[0], pixels[0]):
+        assert student.caption(single) == expected[0]
+    answerer = load_student(runs / "vqa", device="cpu")
+    assert answerer.answer("is there a dog", opened[0]) == answerer.answer("is there a dog", [str(files[0])])
+
+
+@pytest.mark.parametrize("given", [3, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)])
+def test_what_is_no_picture_is_refused_by_what_it_is(given: object, runs: Path) -> None:
+    with pytest.raises(
+        OptimaError, match=r"picture number 1 must be a path, a PIL picture or a uint8 tensor \[3, H, W]"
+    ):
+        load_student(runs / "captioning", device="cpu").caption([given])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])
@@ -115,7 +138,7 @@ def test_a_word_the_student_does_not_know_is_named(runs: Path, capsys: pytest.Ca
         (["answer", "0-0.png", "--run", "captioning", "--text", "a dog"], "taught captioning; use `caption`"),
         (["answer", "0-0.png", "--run", "nlvr2", "--text", "a dog"], "nlvr2 takes 2 pictures a text, got 1"),
         (["answer", "0-0.png", "--run", "vqa", "--text", "is there a dog " * 9], "the text is too long"),
-        (["caption", "missing.png", "--run", "captioning"], "missing.png cannot be read: No such file"),
+        (["caption", "missing.png", "--run", "captioning"], "there is no "),
         (["caption", "words.json", "--run", "captioning"], "words.json: "),
         (["caption", "0-0.png", "--run", "nowhere"], "nowhere/student.safetensors does not exist"),
         (["caption", "--run", "captioning"], "picture"),
@@ -130,6 +153,43 @@ def test_what_cannot_be_done_is_one_line(
     assert main(placed) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("vqa", {"text_length": "x"}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 10**9}, "text_length must be a whole number"),
+        ("vqa", {"text_length": 999}, "says 999"),
+        ("vqa", {"classes": None}, "classes must be a list of texts"),
+        ("vqa", {"classes": ["yes"]}, "words.json has 1"),
+        ("vqa", {"task": ["vqa"]}, "unknown task"),
+        ("vqa", {"tokenizer": 3}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": []}}, "no tokenizer"),
+        ("vqa", {"tokenizer": {"backend": {"model": {}}}}, "no tokenizer"),
+    ],
+)
+def test_words_of_another_shape_are_refused_in_one_line(
+    task: str, change: dict[str, object], said: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / task / "student.safetensors")
+    (tmp_path / "words.json").write_text(json.dumps(json.loads((runs / task / "words.json").read_text()) | change))
+    assert main(["answer", str(runs / task / "0-0.png"), "--run", str(tmp_path), "--text", "is there a dog"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "3", "[]", "null", "{", ""])
+def test_words_that_are_none_are_refused_in_one_line(
+    content: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student.safetensors").symlink_to(runs / "vqa" / "student.safetensors")
+    (tmp_path / "words.json").write_text(content)
+    assert main(["caption", str(runs / "vqa" / "0-0.png"), "--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "words.json" in error
     assert error.count("\n") == 1
 
 

@@ -139,6 +139,7 @@ def official(name: DataName, root: Path, rank: int = 0, world_size: int = 1, max
         picture_size=32,
         text_length=9,
         answers=3129,
+        max_unknown=1.0,
         rank=rank,
         world_size=world_size,
         report=root / "rejected.jsonl",
@@ -167,3 +168,36 @@ def test_an_unusable_picture_is_left_out_of_an_evaluation_and_named(tmp_path: Pa
     assert len(data.probe_batch(12).tokens) == 11
     (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "pictures/3.jpg"
+
+
+def test_rows_that_cannot_be_used_are_named_once_and_counted(tmp_path: Path) -> None:
+    MAKERS["folder"](tmp_path)
+    with open(tmp_path / "validation.tsv", "a") as file:
+        file.write("no tab\n../up.jpg\ta cat\n")
+    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    for rank in (0, 1, 0):
+        data = official("folder", tmp_path, rank, 2, max_rejected=0.2)
+        if rank == 0:
+            with pytest.warns(UserWarning, match="folder validation: 2 of 14 items cannot be used.*rejected.jsonl"):
+                data.records("validation")
+        assert data.unused("validation") == 2
+    assert list(data.held_batches("validation", 5))
+    assert data.unused("validation") == 3
+    rows = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(row["kind"] for row in rows) == ["image-unrecognised", "row-type", "unsafe-name"]
+
+
+def test_evaluate_says_how_many_items_its_score_leaves_out(
+    student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MAKERS["folder"](tmp_path)
+    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    with open(tmp_path / "test.tsv", "a") as file:
+        file.write("no tab\n")
+    words = ["evaluate", "--model", str(student_file), *options("folder", tmp_path)]
+    with pytest.warns(UserWarning, match="1 of 13 items"):
+        assert main([*words, "--data.loader.max_rejected", "0.2"]) == 0
+    assert "11 items count; 2 that cannot be used are left out" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="1 of 13 items"):
+        assert main([*words, "--data.loader.max_rejected", "0.2", "--predictions", str(tmp_path / "said")]) == 0
+    assert len((tmp_path / "said" / "rejected.jsonl").read_text().splitlines()) == 2

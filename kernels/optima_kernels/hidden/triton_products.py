@@ -1,15 +1,14 @@
-"""Matrix products that a gate can stop, and the vendor's where none has to.
+"""Matrix products of hidden states that a gate can stop, and the vendor's where none has to.
 
 For `y = x W^T` and G the gradient in y, `project` makes y, `state_gradients` that of x, G W, and `weight_gradients`
 that of W, G^T x. A vendor's product runs whether or not a gate is open, which only the device knows; so gated calls use
-the kernels here and others `multiply_into`. Layers of equal shapes share a launch: kernels take tuples of pointers, and
-a program selects its layer's.
+the kernels here and others `multiply_into`.
 
 A product with few output tiles is split along the dimension that it sums, so that it fills the chip, and `join_kernel`
 adds the parts up in order. How often depends on shapes alone, and every sum is taken in one order: the same input gives
 the same bits.
 
-Names: i_ indices, o_ offsets, m_ masks, b_ tiles, s_ row strides; B* are tile sizes. Rows hold their elements densely.
+Names as in `optima_kernels.shared.pointers`.
 """
 
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.pointers import is_closed, load_tile, of_layer, store_tile
 
 # What runs at once on an H100: two programs on each of its multiprocessors.
 RESIDENT = 264
@@ -48,8 +48,9 @@ class Tiling(NamedTuple):
         }
 
 
-def tiling(target: str, narrow: bool) -> Tiling:
-    """The tiling of products for "interpreter", "sm_90" or the like; `narrow` says that operands have 16 bits.
+def tiling(target: str, narrow: bool, aligned: bool) -> Tiling:
+    """The tiling of products for "interpreter", "sm_90" or the like; `narrow` says that operands have 16 bits,
+    `aligned` that eight of them can be read at once.
 
     Fixed, not tuned at run time. Chosen from compiled code: no spilled register on any target. On sm_90 a program has
     one warp group: of two, Triton to 3.7 lets one overwrite operands that the other's products may still read.
@@ -57,9 +58,9 @@ def tiling(target: str, narrow: bool) -> Tiling:
     if target == "interpreter":
         return Tiling(32, 32, 32, 4, 1)
     if not narrow:
-        # Of 64 rows Triton 3.7 makes tf32 products on sm_100, in `logits_kernel`, whatever precision is asked for.
-        return Tiling(32 if target.startswith("sm_10") else 64, 64, 16, 4, 2)
-    if target.startswith("gfx"):
+        # Of 64 rows Triton 3.7 makes tf32 products on sm_100, whatever precision is asked for.
+        return Tiling(32, 64, 16, 4, 2) if target.startswith("sm_10") else Tiling(64, 64, 16, 4, 3)
+    if target.startswith("gfx") or not aligned:
         return Tiling(64, 64, 32, 4, 2)
     if target.startswith("sm_9"):
         return Tiling(128, 128, 32, 4, 4)
@@ -70,7 +71,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [N, M] = a [N, K] b [K, M] by the vendor's library, summed in float32; `out` may be wider than a and b."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and torch.version.hip is None:
+    elif a.device.type != "cpu" and torch.version.hip is None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -116,7 +117,7 @@ def state_gradients(
         SPLITS=grid[2],
         **_options(len(g), gate, tile),
     )
-    _join(parts, out, gate, False)
+    _join(parts, out, gate)
 
 
 def weight_gradients(
@@ -126,12 +127,10 @@ def weight_gradients(
     out: Sequence[Tensor],
     gate: Tensor | None,
     tile: Tiling,
-    *,
-    accumulate: bool = False,
 ) -> None:
-    """out [D_OUT, D_IN] = g [T, D_OUT]^T x [T, D_IN] a layer, added to what is there if `accumulate`.
+    """out [D_OUT, D_IN] = g [T, D_OUT]^T x [T, D_IN] a layer, zeros where a gate is closed.
 
-    A closed gate gives zeros, or leaves what is there. Rows of x whose token weighs 0 may hold anything.
+    Rows of x whose token weighs 0 may hold anything.
     """
     (tokens, d_out), d_in = g[0].shape, x[0].shape[1]
     grid, parts, target = _split(out, d_out, d_in, tokens, tile)
@@ -140,7 +139,6 @@ def weight_gradients(
         x=tuple(x),
         token_weight=None if token_weight is None else tuple(token_weight),
         out=target,
-        bias_out=None,
         gate=gate,
         T=tokens,
         D_OUT=d_out,
@@ -149,13 +147,10 @@ def weight_gradients(
         s_x=x[0].stride(0),
         s_out=target[0].stride(0),
         WEIGHTED=token_weight is not None,
-        WEIGHT=True,
-        BIAS=False,
-        ACCUMULATE=accumulate and parts is None,
         SPLITS=grid[2],
         **_options(len(g), gate, tile),
     )
-    _join(parts, out, gate, accumulate)
+    _join(parts, out, gate)
 
 
 def _options(layers: int, gate: Tensor | None, tile: Tiling) -> dict[str, Any]:
@@ -187,7 +182,7 @@ def splits_of(tiles: int, steps: int) -> int:
     return min(range(1, min(MOST_SPLITS, steps) + 1), key=time)
 
 
-def _join(parts: Tensor | None, out: Sequence[Tensor], gate: Tensor | None, accumulate: bool) -> None:
+def _join(parts: Tensor | None, out: Sequence[Tensor], gate: Tensor | None) -> None:
     if parts is not None:
         splits, layers = parts.shape[:2]
         size = out[0].numel()
@@ -199,70 +194,8 @@ def _join(parts: Tensor | None, out: Sequence[Tensor], gate: Tensor | None, accu
             LAYERS=layers,
             GATED=gate is not None,
             SPLITS=splits,
-            ACCUMULATE=accumulate,
             BLOCK=JOINED,
         )
-
-
-@triton.jit
-def of_layer(pointers, i_l, LAYERS: tl.constexpr):
-    """The pointer of layer i_l."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, LAYERS):
-        pointer = tl.where(i_l == i, pointers[i], pointer)
-    return pointer
-
-
-@triton.jit
-def load_tile(base, o_row, o_column, stride, m_row, m_column, WIDEN: tl.constexpr):
-    """[rows, columns], zeros where masked."""
-    pointers = base + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
-    b_x = tl.load(pointers, mask=m_row[:, None] & m_column[None, :], other=0.0)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def store_tile(base, o_row, o_column, stride, m_row, m_column, b_x):
-    pointers = base + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
-    tl.store(pointers, b_x.to(base.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
-
-
-@triton.jit
-def is_closed(gate, i_l, GATED: tl.constexpr):
-    """Whether layer i_l has nothing to do."""
-    closed = False
-    if GATED:
-        closed = tl.load(gate + i_l) == 0
-    return closed
-
-
-@triton.jit
-def project_tile(
-    x,
-    weight,
-    o_r,
-    o_c,
-    m_r,
-    m_c,
-    D,
-    s_x,
-    s_weight,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """A tile of `x weight^T` in float32: [BR, BC]. float32 is not rounded to tf32, which would cost three digits."""
-    b_y = tl.zeros((BR, BC), tl.float32)
-    for i_k in range(0, D, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_x = load_tile(x, o_r, o_k, s_x, m_r, o_k < D, WIDEN)  # [BR, BK]
-        b_weight = load_tile(weight, o_c, o_k, s_weight, m_c, o_k < D, WIDEN)  # [BC, BK]
-        b_y = tl.dot(b_x, tl.trans(b_weight).to(b_x.dtype), b_y, input_precision="ieee")
-
-    return b_y
 
 
 @triton.jit
@@ -271,7 +204,8 @@ def project_kernel(
     LAYERS: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [T, D_OUT] = x [T, D_IN] weight [D_OUT, D_IN]^T."""
+    """out [T, D_OUT] = x [T, D_IN] weight [D_OUT, D_IN]^T. float32 is not rounded to tf32, which would cost three
+    digits."""
     i_l = tl.program_id(1)
     if is_closed(gate, i_l, GATED):
         return
@@ -281,7 +215,13 @@ def project_kernel(
     o_c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
     m_r, m_c = o_r < T, o_c < D_OUT
     p_x, p_weight = of_layer(x, i_l, LAYERS), of_layer(weight, i_l, LAYERS)
-    b_y = project_tile(p_x, p_weight, o_r, o_c, m_r, m_c, D_IN, s_x, s_weight, BR, BC, BK, WIDEN)  # [BR, BC]
+    b_y = tl.zeros((BR, BC), tl.float32)
+    for i_k in range(0, D_IN, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_x = load_tile(p_x, o_r, o_k, s_x, m_r, o_k < D_IN, WIDEN)  # [BR, BK]
+        b_weight = load_tile(p_weight, o_c, o_k, s_weight, m_c, o_k < D_IN, WIDEN)  # [BC, BK]
+        b_y = tl.dot(b_x, tl.trans(b_weight), b_y, input_precision="ieee")
+
     store_tile(of_layer(out, i_l, LAYERS), o_r, o_c, s_out, m_r, m_c, b_y)
 
 
@@ -289,7 +229,7 @@ def project_kernel(
 def state_kernel(
     g, weight, out, gate, T, D_OUT, D_IN, s_g, s_weight, s_out,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr = 1,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out [T, D_IN] = g [T, D_OUT] weight [D_OUT, D_IN]; of SPLITS programs a tile each sums its part of D_OUT."""
     i_l, i_s = tl.program_id(1), tl.program_id(2)
@@ -311,91 +251,60 @@ def state_kernel(
         o_k = i_k + tl.arange(0, BK)
         b_g = load_tile(p_g, o_r, o_k, s_g, m_r, o_k < D_OUT, WIDEN)  # [BR, BK]
         b_weight = load_tile(p_weight, o_k, o_c, s_weight, o_k < D_OUT, m_c, WIDEN)  # [BK, BC]
-        b_out = tl.dot(b_g, b_weight.to(b_g.dtype), b_out, input_precision="ieee")
+        b_out = tl.dot(b_g, b_weight, b_out, input_precision="ieee")
 
     store_tile(p_out, o_r, o_c, s_out, m_r, m_c, b_out)
 
 
 @triton.jit
 def weight_kernel(
-    g, x, token_weight, out, bias_out, gate, T, D_OUT, D_IN, s_g, s_x, s_out,
-    LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr, WIDEN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SPLITS: tl.constexpr = 1,
+    g, x, token_weight, out, gate, T, D_OUT, D_IN, s_g, s_x, s_out,
+    LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, WIDEN: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """out [D_OUT, D_IN] = g [T, D_OUT]^T x [T, D_IN], and bias_out [D_OUT], the column sums of g; both are added to
-    what is there when ACCUMULATE. Rows of x whose token weighs 0 may hold anything. Of SPLITS programs a tile each sums
-    its part of T."""
+    """out [D_OUT, D_IN] = g [T, D_OUT]^T x [T, D_IN]; of SPLITS programs a tile each sums its part of T. Rows of x
+    whose token weighs 0 may hold anything."""
     i_l, i_s = tl.program_id(1), tl.program_id(2)
-    tiles = tl.cdiv(D_IN, BC) if WEIGHT else 1
-    i_c = tl.program_id(0) % tiles
+    tiles = tl.cdiv(D_IN, BC)
     o_r = tl.program_id(0) // tiles * BR + tl.arange(0, BR)
-    o_c = i_c * BC + tl.arange(0, BC)
+    o_c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
     m_r, m_c = o_r < D_OUT, o_c < D_IN
-    sums_columns = (i_c == 0) & (i_s == 0)
-    closed = is_closed(gate, i_l, GATED)
-    if closed:
-        if not ACCUMULATE:
-            if WEIGHT and SPLITS == 1:
-                store_tile(of_layer(out, i_l, LAYERS), o_r, o_c, s_out, m_r, m_c, tl.zeros((BR, BC), tl.float32))
-            if BIAS:
-                tl.store(of_layer(bias_out, i_l, LAYERS) + o_r, tl.zeros((BR,), tl.float32), mask=m_r & sums_columns)
+    p_out = of_layer(out, i_l, LAYERS) + (i_s * LAYERS).to(tl.int64) * D_OUT * D_IN
+    b_out = tl.zeros((BR, BC), tl.float32)
+    if is_closed(gate, i_l, GATED):
+        if SPLITS == 1:
+            store_tile(p_out, o_r, o_c, s_out, m_r, m_c, b_out)
         return
 
-    p_g = of_layer(g, i_l, LAYERS)
-    if WEIGHT:
-        p_x = of_layer(x, i_l, LAYERS)
-        b_out = tl.zeros((BR, BC), tl.float32)
-        part = tl.cdiv(tl.cdiv(T, BK), SPLITS) * BK
-        end = tl.minimum((i_s + 1) * part, T)
-        for i_k in range(i_s * part, end, BK):
-            o_k = i_k + tl.arange(0, BK)
-            m_k = o_k < T
-            b_g = load_tile(p_g, o_k, o_r, s_g, m_k, m_r, WIDEN)  # [BK, BR]
-            if WEIGHTED:
-                m_k = m_k & (tl.load(of_layer(token_weight, i_l, LAYERS) + o_k, mask=m_k, other=0.0) != 0)
-            b_x = load_tile(p_x, o_k, o_c, s_x, m_k, m_c, WIDEN)  # [BK, BC]
-            b_out = tl.dot(tl.trans(b_g), b_x.to(b_g.dtype), b_out, input_precision="ieee")
+    p_g, p_x = of_layer(g, i_l, LAYERS), of_layer(x, i_l, LAYERS)
+    part = tl.cdiv(tl.cdiv(T, BK), SPLITS) * BK
+    end = tl.minimum((i_s + 1) * part, T)
+    for i_k in range(i_s * part, end, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < T
+        b_g = load_tile(p_g, o_k, o_r, s_g, m_k, m_r, WIDEN)  # [BK, BR]
+        if WEIGHTED:
+            m_k = m_k & (tl.load(of_layer(token_weight, i_l, LAYERS) + o_k, mask=m_k, other=0.0) != 0)
+        b_x = load_tile(p_x, o_k, o_c, s_x, m_k, m_c, WIDEN)  # [BK, BC]
+        b_out = tl.dot(tl.trans(b_g), b_x, b_out, input_precision="ieee")
 
-        p_out = of_layer(out, i_l, LAYERS) + (i_s * LAYERS).to(tl.int64) * D_OUT * D_IN
-        if ACCUMULATE:
-            b_out += load_tile(p_out, o_r, o_c, s_out, m_r, m_c, True)
-        store_tile(p_out, o_r, o_c, s_out, m_r, m_c, b_out)
-
-    # In a loop of its own: between the products it would keep each from running beside the next one's loads.
-    if BIAS:
-        p_bias = of_layer(bias_out, i_l, LAYERS) + o_r
-        if sums_columns:
-            b_sums = tl.zeros((BK, BR), tl.float32)
-            for i_k in range(0, T, BK):
-                o_k = i_k + tl.arange(0, BK)
-                b_sums += load_tile(p_g, o_k, o_r, s_g, o_k < T, m_r, True)  # [BK, BR]
-
-            b_bias = tl.sum(b_sums, 0)
-            if ACCUMULATE:
-                b_bias += tl.load(p_bias, mask=m_r, other=0.0)
-            tl.store(p_bias, b_bias, mask=m_r)
+    store_tile(p_out, o_r, o_c, s_out, m_r, m_c, b_out)
 
 
 @triton.jit
 def join_kernel(
-    parts, out, gate, SIZE,
-    LAYERS: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out [SIZE] = the sum of parts [SPLITS, LAYERS, SIZE] over the first, in order, and of what is there when
-    ACCUMULATE; zeros, or what is there, if closed."""
+    parts, out, gate, SIZE, LAYERS: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [SIZE] = the sum of parts [SPLITS, LAYERS, SIZE] over the first, in order; zeros if closed."""
     i_l = tl.program_id(1)
     o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < SIZE
     p_out = of_layer(out, i_l, LAYERS) + o_x
     b_out = tl.zeros((BLOCK,), tl.float32)
     if is_closed(gate, i_l, GATED):
-        if not ACCUMULATE:
-            tl.store(p_out, b_out.to(out[0].dtype.element_ty), mask=m_x)
+        tl.store(p_out, b_out.to(out[0].dtype.element_ty), mask=m_x)
         return
 
-    if ACCUMULATE:
-        b_out += tl.load(p_out, mask=m_x, other=0.0).to(tl.float32)
     for i_s in tl.static_range(SPLITS):
         b_out += tl.load(parts + (i_s * LAYERS + i_l).to(tl.int64) * SIZE + o_x, mask=m_x, other=0.0)
     tl.store(p_out, b_out.to(out[0].dtype.element_ty), mask=m_x)

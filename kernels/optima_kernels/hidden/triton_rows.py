@@ -1,12 +1,12 @@
 """The kernels of `hidden_mse` that pass over rows: all of the loss that is not a matrix product.
 
-Names as in `optima_kernels.shared.products`: i_ indices, o_ offsets, m_ masks, b_ tiles, p_ pointers, s_ row strides.
+Names as in `optima_kernels.shared.pointers`: i_ indices, o_ offsets, m_ masks, b_ tiles, p_ pointers, s_ row strides.
 """
 
 import triton
 import triton.language as tl
 
-from optima_kernels.shared.products import is_closed, load_tile, of_layer, store_tile
+from optima_kernels.shared.pointers import is_closed, load_tile, of_layer, store_tile
 
 
 @triton.jit

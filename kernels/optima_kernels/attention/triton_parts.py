@@ -1,0 +1,120 @@
+"""What the attention-map kernels share: where rows lie in memory, and who attends to whom.
+
+Names: i_ indices, o_ offsets, b_ tiles, m_ masks, s_ strides; B* are tile sizes. H counts query heads; GROUP_S and
+GROUP_T of them share a key head of the student and of the teacher.
+"""
+
+import triton
+import triton.language as tl
+
+# No variant for a size of 1 or a multiple of 16: more variants compile, and one key breaks the compiler on sm_100.
+SIZES = ["H", "N", "M", "TILES"]
+
+
+@triton.jit
+def of_layer(pointers, i_l, LAYERS: tl.constexpr):
+    """The pointer of layer i_l."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, LAYERS):
+        pointer = tl.where(i_l == i, pointers[i], pointer)
+    return pointer
+
+
+@triton.jit
+def head(pointers, i_l, i_b, i_h, strides, LAYERS: tl.constexpr):
+    """Where head i_h of sample i_b of layer i_l begins."""
+    return of_layer(pointers, i_l, LAYERS) + i_b * strides[0] + i_h * strides[1]
+
+
+@triton.jit
+def rows(base, i_0, s_row, m_row, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
+    """BR rows of D elements each from row i_0 on, zeros where masked: [BR, BD]."""
+    o_d = tl.arange(0, BD)
+    # 32-bit offsets from a 64-bit row, which do not change in a loop.
+    pointers = base + tl.cast(i_0, tl.int64) * s_row + (tl.arange(0, BR)[:, None] * s_row + o_d[None, :])
+    if D == BD:
+        b_x = tl.load(pointers, mask=m_row[:, None], other=0.0)
+    else:
+        b_x = tl.load(pointers, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def log_sums(lse, i_0, N, BI: tl.constexpr):
+    """Base-2 log-sum-exps of rows, from natural ones: [BI]."""
+    o_i = i_0 + tl.arange(0, BI)
+    return tl.load(lse + o_i, mask=o_i < N, other=0.0) * 1.4426950408889634
+
+
+@triton.jit
+def dot(b_x, b_y):
+    """The product in float32; float32 operands are not rounded to tf32, which would cost three digits."""
+    return tl.dot(b_x, b_y, input_precision="ieee")
+
+
+@triton.jit
+def allowed(
+    mask, s_mask, i_0, r_i, o_j, N, length,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Which element of a tile is attended to, and what an additive mask adds to its base-2 score.
+
+    r_i counts queries from i_0; r_i and o_j are [BI, 1] and [1, BJ], or [1, BI] and [BJ, 1]. Both results broadcast to
+    the tile.
+    """
+    m_ij = o_j < length
+    if CAUSAL:
+        m_ij = m_ij & (o_j <= i_0 + r_i)
+    b_bias = 0.0
+    if MASK != 0:
+        if PER_ELEMENT:
+            # 32-bit offsets from a 64-bit row: 64-bit ones for every element were measured to spill.
+            pointers = mask + tl.cast(i_0, tl.int64) * s_mask[2] + (r_i * s_mask[2] + o_j * s_mask[3])
+            b_mask = tl.load(pointers, mask=m_ij & (i_0 + r_i < N), other=0)
+        else:
+            b_mask = tl.load(mask + o_j * s_mask[3], mask=o_j < length, other=0)
+        if MASK == 1:
+            m_ij = m_ij & (b_mask != 0)
+        else:
+            b_mask = b_mask.to(tl.float32)
+            m_ij = m_ij & (b_mask > LOWEST)
+            b_bias = tl.where(b_mask > LOWEST, b_mask, 0.0) * 1.4426950408889634
+    return m_ij, b_bias
+
+
+@triton.jit
+def length_of(key_lengths, i_l, i_b, M, LAYERS: tl.constexpr, LENGTHS: tl.constexpr):
+    """How many keys sample i_b has."""
+    length = M
+    if LENGTHS:
+        length = tl.minimum(tl.load(of_layer(key_lengths, i_l, LAYERS) + i_b).to(tl.int32), M)
+    return length
+
+
+@triton.jit
+def where_am_i(H, TILES, BR: tl.constexpr):
+    """Layer, sample, one of H heads, all three in one index, and the first row of this program.
+
+    Neighbouring programs share a head, and so the tensors they walk over in L2.
+    """
+    i_l = tl.program_id(1)
+    i_bh = tl.program_id(0) // TILES
+    i_lbh = (i_l * (tl.num_programs(0) // TILES) + i_bh).to(tl.int64)
+    return i_l, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), i_lbh, (tl.program_id(0) % TILES) * BR
+
+
+@triton.jit
+def ends(i_0, N, length, BI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
+    """How many of the first keys every query of a tile attends to for sure, and how many any of them.
+
+    With a mask nothing is sure. That is said by a number that the compiler cannot know to be below every other: a
+    branch that may be taken keeps ptxas from waiting for each product where it is issued (C7515).
+    """
+    whole, end = length, length
+    if CAUSAL:
+        whole, end = tl.minimum(length, i_0 + 1), tl.minimum(length, i_0 + BI)
+    if MASK != 0:
+        whole = -N
+    return whole, end

@@ -1,0 +1,65 @@
+"""Estimates: waves, products and passes as a person would count them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import predict
+from optima_kernels.inspect.fake_driver import Compiled, Launch, VendorProduct
+
+COMPILED = Compiled("a_kernel", "sm_90", 4, 3, 128, 0, 0, 0, True, "wgmma.mma_async", False, False)
+
+
+def launch(programs: int, registers: int = 128) -> Launch:
+    """Of blocks of which an SM holds four at 128 registers."""
+    return Launch(replace(COMPILED, registers=registers), (programs, 1, 1), Path("none.cubin"))
+
+
+@pytest.mark.parametrize(
+    ("programs", "slower"), [(132 * 4, 1.0), (132 * 8, 1.0), (132 * 5, 1.0), (133, 2 * 132 / 133), (66, 2.0)]
+)
+def test_a_last_wave_costs_what_its_fullest_multiprocessor_does(programs: int, slower: float) -> None:
+    assert launch(1).compiled.resident == 4
+    assert predict.last_wave(launch(programs), predict.MACHINE) == pytest.approx(slower, rel=1e-6)
+
+
+def test_a_product_takes_its_operations_or_its_bytes() -> None:
+    machine = predict.MACHINE
+    large = VendorProduct(1, 8192, 8192, 8192, torch.bfloat16)
+    seconds = predict.of_product(large, machine)
+    assert large.flops / machine.flops <= seconds <= 1.1 * large.flops / machine.flops
+    thin = VendorProduct(1, 8192, 8192, 1, torch.bfloat16)
+    assert predict.of_product(thin, machine) == pytest.approx(2 * 8192 * (8192 + 2) / machine.bytes, rel=0.01)
+
+
+def test_passes_run_one_after_the_other() -> None:
+    machine = predict.MACHINE
+    expected = 1.0 + 1.0 / 0.85 + 3 * machine.launch_seconds
+    assert predict.of_passes(machine.bytes, machine.flops, 3) == pytest.approx(expected)
+
+
+def test_measured_times_stand_beside_estimates(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    lines = [
+        {"part": "kernels", "item": "attention kl | optima", "ok": True, "graph": 0.25, "wall": 0.9, "host": 0.7},
+        {"part": "kernels", "item": "attention kl | eager", "ok": True, "graph": None, "wall": 3.5, "host": 0.4},
+        {"part": "correctness", "item": "attention #0", "ok": True},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = predict.measurements(file)
+    assert found["attention kl | optima"] == {"gpu": 0.25, "host": 0.7}
+    assert found["attention kl | eager"]["gpu"] == 3.5
+    assert len(found) == 2
+    assert predict.measurements(None) == {}
+
+
+def test_every_row_has_a_cell_a_column() -> None:
+    row = predict._row("attention kl", "optima", 1e-3, {"gpu": 2.0, "host": 0.5}, 0.3, "20%", "issue")
+    assert len(row) == len(predict.COLUMNS)
+    assert row[2:4] == ["1.000", "2.000"]
+    assert "| attention kl | optima | 1.000 | 2.000 |" in predict.markdown([row])
