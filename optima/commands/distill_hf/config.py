@@ -1,0 +1,72 @@
+"""What the command `distill_hf` takes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from optima.runs.config import refuse_below
+from optima.runs.tracking import TrackerName
+from optima_core.config import DistillerConfig
+
+
+@dataclass(frozen=True)
+class DistillHfConfig:
+    """Distils one model of transformers into another, on rows of texts and pictures.
+
+    Needs the extra `hf`. Both models read what the teacher's processor (or tokenizer) makes of a row. Rows have one of
+    these shapes: messages (a chat whose last message is the assistant's), question and answer, caption, text; each with
+    an image beside it, or without.
+
+    Attributes:
+        teacher: Folder or name on the Hub of the teacher, with its processor.
+        student: The same of the student; a folder that holds a config.json and no weights is a student that starts
+            from random numbers.
+        data: JSON Lines or parquet file, or a folder of pictures with metadata.jsonl.
+        run: Run directory, new or empty; see also resume. At the end its folder "student" holds what from_pretrained
+            loads.
+        modules: The modules to distil, by the names that are printed; none named takes all that both models have.
+        layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
+        batch_size: Rows a batch.
+        probe_size: Held rows that rewards are measured on.
+        held_every: Every so many rows one is held out, for the probe and the scores.
+        held_rows: Held rows that the final scores are measured on; 0 takes all.
+        max_length: Tokens of a row, at most; longer ones are cut.
+        lora: Rank of PEFT's LoRA adapters in place of training all of the student; 0 trains all of it. The adapters are
+            merged into the student that is written.
+        engine: Rounds, losses, optimiser, bandit and reward.
+        checkpoint_every: Rounds between checkpoints.
+        keep: Checkpoints that stay on disk.
+        track: Trackers that are told of every round.
+        push_to_hub: Name of a repository on the Hub to push the student to at the end; null pushes nothing.
+        seed: Seed of a random student, the rows' order, the projections and the bandit.
+        threads: CPU threads; 0 takes what torch chooses.
+        resume: Continue the run in the run directory, with the options that its config.yaml holds.
+        quiet: Show nothing but the final table.
+    """
+
+    teacher: str
+    student: str
+    data: Path
+    run: Path = Path("runs/distill_hf")
+    modules: list[str] = field(default_factory=list)
+    layer_map: Literal["uniform", "last"] = "uniform"
+    batch_size: int = 8
+    probe_size: int = 16
+    held_every: int = 10
+    held_rows: int = 256
+    max_length: int = 512
+    lora: int = 0
+    engine: DistillerConfig = field(default_factory=DistillerConfig)
+    checkpoint_every: int = 5
+    keep: int = 2
+    track: list[TrackerName] = field(default_factory=list)
+    push_to_hub: str | None = None
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "batch_size", "probe_size", "checkpoint_every", "keep", "max_length")
+        refuse_below(2, self, "held_every")
+        refuse_below(0, self, "held_rows", "lora", "seed", "threads")

@@ -1,0 +1,67 @@
+"""The models of a distillation, from folders or the Hub, and the student as it is written."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optima_core.errors import OptimaError
+
+
+def load_model(place: str, what: str) -> Any:
+    """The model of a folder or name, in the class that its configuration names; without weights it is random.
+
+    Raises OptimaError, saying `what` it was for, if it cannot be loaded.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+        names = config.architectures or []
+        if not names or not hasattr(transformers, names[0]):
+            raise OptimaError(f"{what} {place}: its config.json names no class of transformers in architectures")
+        kind = getattr(transformers, names[0])
+        folder = Path(place)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            return kind(config)
+        return kind.from_pretrained(place, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise OptimaError(f"{what} {place} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_processor(place: str) -> Any:
+    """The processor of a folder or name, or its tokenizer. Raises OptimaError if there is none."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise OptimaError(f"teacher {place} has no processor or tokenizer: {_first_line(error)}") from error
+
+
+def with_adapters(student: Any, rank: int) -> Any:
+    """The student with LoRA adapters of that rank in all its linear layers but the head; the rest is frozen."""
+    try:
+        import peft
+    except ImportError:
+        raise OptimaError("lora is on and peft is not installed; pip install 'optima-distill[hf]'") from None
+    return peft.get_peft_model(student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def write_student(student: Any, processor: Any, folder: Path, card: str, push_to: str | None) -> None:
+    """What from_pretrained loads: weights, adapters merged, with the processor and the model card."""
+    whole = copy.deepcopy(student).merge_and_unload() if hasattr(student, "merge_and_unload") else student
+    whole.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if push_to is not None:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(push_to, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to, folder_path=folder)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,256 @@
+"""`distill_hf`: models and rows on disk become a student on disk; a resumed run is an uninterrupted one."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+hf = pytest.importorskip("transformers", reason="pip install 'optima-distill[hf]'")
+pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
+
+from optima.commands.distill_hf import distill_hf  # noqa: E402
+from optima.commands.distill_hf.batches import Batches  # noqa: E402
+from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
+from optima.commands.distill_hf.models import load_model, load_processor  # noqa: E402
+from optima.commands.distill_hf.rows import Rows  # noqa: E402
+from optima_core import DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
+
+_MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
+WORDS = (*_MARKS, "what", "is", "it", "a", "the", "dog", "cat", "pig", "red", "big", "one", "two")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+def make_tokenizer(template: bool = False) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    marks |= {"extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, **marks)
+    tokenizer.chat_template = TEMPLATE if template else None
+    return tokenizer
+
+
+def write_llama(folder: Path, layers: int, template: bool = False, weights: bool = True) -> str:
+    config = hf.LlamaConfig(
+        **SIZES, num_hidden_layers=layers, num_key_value_heads=1, vocab_size=len(WORDS), pad_token_id=0,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    (hf.LlamaForCausalLM(config) if weights else config).save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, row: Callable[[int], dict[str, Any]], count: int = 40) -> Path:
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(count)), encoding="utf-8")
+    return path
+
+
+def question(i: int) -> dict[str, Any]:
+    return {"question": f"what is the {'big' if i % 2 else 'red'} one", "answer": ("a dog", "the cat")[i % 2]}
+
+
+def config(tmp_path: Path, **given: Any) -> DistillHfConfig:
+    engine = DistillerConfig(rounds=3, steps_per_round=2, optimiser=OptimiserConfig(learning_rate=1e-2))
+    defaults = {"run": tmp_path / "run", "batch_size": 4, "probe_size": 3, "engine": engine, "quiet": True}
+    return DistillHfConfig(**{**defaults, **given})
+
+
+@pytest.fixture
+def llamas(tmp_path: Path) -> dict[str, str]:
+    torch.manual_seed(0)
+    return {
+        "teacher": write_llama(tmp_path / "teacher", 3),
+        "student": write_llama(tmp_path / "student", 2, weights=False),
+    }
+
+
+def test_a_student_is_written_that_transformers_loads(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    scores = distill_hf(config(tmp_path, data=data, **llamas))
+    assert scores["after"]["task"] < scores["before"]["task"]
+    assert {"logits", "hidden/language", "attention/language"} <= set(scores["after"])
+    read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert len(read.model.layers) == 2
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "student").vocab_size == len(WORDS)
+    saved = torch.load(sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    for name, value in read.state_dict().items():
+        assert torch.equal(value, saved["distiller"]["student"][name])
+    card = (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card
+    assert f"| task | {scores['before']['task']:.4f} | {scores['after']['task']:.4f} |" in card
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["round"] for row in rows] == [1, 2, 3]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    whole = config(tmp_path, data=data, checkpoint_every=1, **llamas)
+    scores = distill_hf(whole)
+    parts = replace(whole, run=tmp_path / "parts")
+    import optima.commands.distill_hf as command
+
+    class Stop(command.StopRequest):
+        @property
+        def made(self) -> bool:
+            return True
+
+        @made.setter
+        def made(self, value: bool) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "StopRequest", Stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill_hf(parts)
+    assert not (tmp_path / "parts" / "student").exists()
+    assert distill_hf(replace(parts, resume=True)) == scores
+    ours, theirs = (
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / run / "student").state_dict() for run in ("run", "parts")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(OptimaError, match=r"cannot resume .*batch_size was 4 there and is 2 now"):
+        distill_hf(replace(parts, resume=True, batch_size=2))
+
+
+def test_adapters_are_merged_into_what_is_written(tmp_path: Path, llamas: dict[str, str]) -> None:
+    pytest.importorskip("peft", reason="pip install peft")
+    llamas["student"] = write_llama(tmp_path / "trained", 2)
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    distill_hf(config(tmp_path, data=data, lora=2, **llamas))
+    before, after = (
+        hf.AutoModelForCausalLM.from_pretrained(place).state_dict()
+        for place in (llamas["student"], tmp_path / "run" / "student")
+    )
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+
+
+def labelled(batch: dict[str, Any], row: int) -> list[str]:
+    return [WORDS[i] for i in batch["labels"][row].tolist() if i != -100]
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_what_is_to_be_said_is_labelled(template: bool, tmp_path: Path) -> None:
+    place = write_llama(tmp_path / "teacher", 1, template)
+
+    def chat(i: int) -> dict[str, Any]:
+        asked = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a pig"}]
+        return {"messages": [*asked, {"role": "user", "content": "two"}, {"role": "assistant", "content": "the dog"}]}
+
+    def made(row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        rows = Rows(write_rows(tmp_path / "rows.jsonl", row))
+        model = load_model(place, "student")
+        batches = Batches(rows, load_processor(place), model, size=4, held_every=10, max_length=64, seed=0)
+        assert batches.held == [0, 10, 20, 30]
+        assert torch.equal(batches.load(5)["input_ids"], batches.load(5)["input_ids"])
+        return batches.probe(4)
+
+    batch = made(lambda i: question(i // 10))
+    assert labelled(batch, 0) == ["a", "dog", "</s>"]
+    assert labelled(batch, 1) == ["the", "cat", "</s>"]
+    assert WORDS[batch["input_ids"][0, 0]] == "<s>" != WORDS[batch["input_ids"][0, 1]]
+    assert labelled(made(lambda i: {"text": "the big dog"}), 0) == ["the", "big", "dog", "</s>"]
+    if template:
+        assert labelled(made(chat), 0) == ["the", "dog", "</s>"]
+
+
+def test_pictures_and_captions_of_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (20, 24), (12 * i, 0, 99)).save(folder / f"{i}.png")
+    write_rows(folder / "metadata.jsonl", lambda i: {"file_name": f"{i}.png", "caption": f"a {WORDS[12 + i % 3]}"}, 20)
+    for name, layers in (("teacher", 2), ("student", 1)):
+        sizes = SIZES | {"num_hidden_layers": layers}
+        text = sizes | {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        vision = sizes | {"image_size": 16, "patch_size": 8}
+        options = {"text_config": text, "vision_config": vision, "projection_dim": 8}
+        hf.CLIPModel(hf.CLIPConfig(**options)).save_pretrained(tmp_path / name)
+    pil = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    hf.CLIPProcessor(pil, make_tokenizer()).save_pretrained(tmp_path / "teacher")
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    scores = distill_hf(config(tmp_path, data=folder, **models))
+    assert {"task", "logits", "hidden/text", "attention/vision"} <= set(scores["after"])
+    assert hf.AutoProcessor.from_pretrained(tmp_path / "run" / "student").tokenizer.vocab_size == len(WORDS)
+
+
+def test_questions_about_pictures_go_through_a_vision_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for i in range(20):
+        Image.new("RGB", (16, 16), (12 * i, 0, 99)).save(tmp_path / f"{i}.png")
+    for name, layers in (("teacher", 2), ("student", 1)):
+        sizes = SIZES | {"num_hidden_layers": layers}
+        vision = sizes | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+        text = sizes | {"model_type": "llama", "vocab_size": len(WORDS), "pad_token_id": 0}
+        hf.LlavaForConditionalGeneration(
+            hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=WORDS.index("<image>"))
+        ).save_pretrained(tmp_path / name)
+    pil = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    hf.LlavaProcessor(pil, make_tokenizer(), **options).save_pretrained(tmp_path / "teacher")
+    data = write_rows(tmp_path / "rows.jsonl", lambda i: question(i) | {"image": f"{i}.png"}, 20)
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    scores = distill_hf(config(tmp_path, data=data, modules=["vision", "language"], **models))
+    assert scores["after"]["task"] < scores["before"]["task"]
+    assert {"hidden/vision", "attention/vision", "hidden/language"} <= set(scores["after"])
+    rows, processor = Rows(data), load_processor(models["teacher"])
+    model = load_model(models["student"], "student")
+    batch = Batches(rows, processor, model, size=4, held_every=10, max_length=64, seed=0).probe(1)
+    assert labelled(batch, 0) == ["a", "dog", "</s>"]
+    assert int((batch["input_ids"] == WORDS.index("<image>")).sum()) == 4
+
+
+def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    for given, message in (
+        ({"data": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
+        ({"data": write_rows(tmp_path / "odd.jsonl", lambda i: {"odd": 1})}, "has the columns odd; one of these"),
+        ({"data": write_rows(tmp_path / "few.jsonl", question, 3)}, "has 3 rows; 4 are needed"),
+        ({"teacher": str(tmp_path / "nothing")}, "teacher .*nothing"),
+        ({"modules": ["vision"]}, "no module 'vision' in both models: the student has language"),
+    ):
+        with pytest.raises(OptimaError, match=message):
+            distill_hf(config(tmp_path, **{"data": data, **llamas, **given}))
+        assert not (tmp_path / "run").exists()
+
+
+def test_trackers_are_told_and_missing_ones_said(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    pytest.importorskip("tensorboard")
+    distill_hf(config(tmp_path, data=data, track=["tensorboard"], **llamas))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(OptimaError, match="wandb is on and the package wandb is not installed"):
+            distill_hf(config(tmp_path, data=data, run=tmp_path / "other", track=["wandb"], **llamas))
+
+
+def test_the_command_line(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    words = [f"--{name}={value}" for name, value in {**llamas, "data": data, "run": tmp_path / "run"}.items()]
+    engine = ["--engine.rounds=2", "--engine.steps_per_round=1", "--batch_size=2", "--threads=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "optima.run", "distill_hf", *words, *engine], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "language: 2 x LlamaDecoderLayer, model.layers.0 to 1" in done.stdout
+    assert "loss on held-out rows" in done.stdout
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
