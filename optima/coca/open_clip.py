@@ -187,8 +187,8 @@ def from_open_clip(
         resize: whether image positions of another grid are interpolated to the configuration's, as open_clip does.
 
     Raises:
-        OptimaError: naming the first tensors that are missing, unexpected, or of other shapes than the configuration's, or
-            the first whose values are not all finite.
+        OptimaError: naming the first tensors that are missing, unexpected, or of other shapes than the configuration's,
+            or the first whose values are not all finite.
     """
     found = _with_text_prefix(_without_wrappers(tensors))
     constants = tuple(sorted(key for key in found if key in ("text.attn_mask", "text_decoder.attn_mask")))
