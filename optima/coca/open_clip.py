@@ -15,7 +15,7 @@ Ours are at all positions, and the one at position i predicts token i + 1. The n
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,10 @@ class Account:
         if self.resized:
             lines.append(f"interpolated to the new image size: {', '.join(self.resized)}")
         return "; ".join(lines)
+
+
+MOST_NAMED = 8
+"""Tensors, or kinds of complaint, that an error names; of a checkpoint of another model there are hundreds."""
 
 
 class _Part(NamedTuple):
@@ -183,8 +187,8 @@ def from_open_clip(
         resize: whether image positions of another grid are interpolated to the configuration's, as open_clip does.
 
     Raises:
-        OptimaError: naming every tensor that is missing, unexpected, or of another shape than the configuration's, or
-            the first whose values are not all finite.
+        OptimaError: naming the first tensors that are missing, unexpected, or of other shapes than the configuration's,
+            or the first whose values are not all finite.
     """
     found = _with_text_prefix(_without_wrappers(tensors))
     constants = tuple(sorted(key for key in found if key in ("text.attn_mask", "text_decoder.attn_mask")))
@@ -264,12 +268,19 @@ def _refuse_other_tensors(found: Mapping[str, Tensor], parts: Iterable[_Part], c
         if key in found and list(found[key].shape) != expected[key]:
             misshapen[f" ({list(found[key].shape)}, expected {expected[key]})"].append(key)
     complaints = [
-        *([f"missing {', '.join(_grouped(missing))}"] if missing else []),
-        *([f"unexpected {', '.join(_grouped(unexpected))}"] if unexpected else []),
-        *(f"misshapen {', '.join(_grouped(keys))}{difference}" for difference, keys in misshapen.items()),
+        *([f"missing {_named(missing)}"] if missing else []),
+        *([f"unexpected {_named(unexpected)}"] if unexpected else []),
+        *(f"misshapen {_named(keys)}{difference}" for difference, keys in misshapen.items()),
     ]
     if complaints:
-        raise OptimaError(f"{name} does not fit the configuration: {'; '.join(complaints)}")
+        more = f"; and {len(complaints) - MOST_NAMED} other shapes" if len(complaints) > MOST_NAMED else ""
+        raise OptimaError(f"{name} does not fit the configuration: {'; '.join(complaints[:MOST_NAMED])}{more}")
+
+
+def _named(names: Sequence[str]) -> str:
+    groups = list(_grouped(names))
+    more = f" and {len(groups) - MOST_NAMED} more" if len(groups) > MOST_NAMED else ""
+    return f"{', '.join(groups[:MOST_NAMED])}{more}"
 
 
 def _grouped(names: Iterable[str]) -> Iterator[str]:

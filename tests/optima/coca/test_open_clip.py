@@ -383,3 +383,10 @@ def test_weights_that_are_not_finite_are_refused(theirs: dict[str, Tensor]) -> N
     broken = theirs | {name: theirs[name].clone().fill_(float("nan"))}
     with pytest.raises(OptimaError, match=r"image_encoder\.patch\.weight holds \d+ values that are not finite"):
         from_open_clip(broken, CONFIG)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_a_line_that_can_be_read() -> None:
+    theirs = {f"stranger_{letter}.weight": torch.zeros(1) for letter in "abcdefghijklmnopqrstuvwxyz"}
+    with pytest.raises(OptimaError, match=r"unexpected stranger_a\.weight.* and 18 more") as raised:
+        from_open_clip(theirs, from_open_clip_config(CASES["no_pooler"]), "checkpoint x.pt")
+    assert len(str(raised.value)) < 1500
