@@ -11,7 +11,7 @@ from optima_kernels.shared.registration import multiply
 # Fewer logits are left to autograd: the loss is all calls, and autograd makes fewer.
 LEAST_ELEMENTS = 2**15
 # The rows worked on together have about this many logits, so that they stay in the cache.
-CACHED_ELEMENTS = 2**18
+CACHED_ELEMENTS = 2**17
 
 
 class PredictionDivergence(torch.autograd.Function):

@@ -211,16 +211,17 @@ def _compare(
         PLAIN=labels is not None and options.temperature != 1.0,
         GRADIENT=any(options.wants),
         LIMIT=NARROW_LIMIT if narrow else 0,
-        **_walk(columns, z_s.dtype, labels is not None or options.divergence == "jsd"),
+        **_walk(columns, z_s.dtype, labels is not None or options.divergence != "forward"),
     )
 
 
 def _walk(columns: int, dtype: torch.dtype, is_long: bool) -> dict[str, Any]:
     """How a program walks a row: 16 bytes a thread and load, or less where the arithmetic takes many registers, and two
-    tiles ahead."""
-    each = 4 if is_long else 16 // dtype.itemsize
+    tiles ahead. Unless it is told how many registers it may take, ptxas spills a few bytes to save some."""
+    each, registers = (4, 128) if is_long else (16 // dtype.itemsize, 80)
     lanes = 1 << (columns - 1).bit_length()
     if INTERPRETED:
-        return {"BC": max(lanes // 8, 64), "STAGES": 1, "num_warps": 1}  # small vocabularies have several tiles, too
+        return {"BC": max(lanes // 8, 64), "STAGES": 1}  # small vocabularies have several tiles, too
     lanes = min(lanes, 8 * 32 * each)
-    return {"BC": lanes, "STAGES": 3, "num_warps": max(lanes // (32 * each), 1)}
+    limit = {} if torch.version.hip else {"maxnreg": registers}
+    return {"BC": lanes, "STAGES": 3, "num_warps": max(lanes // (32 * each), 1), **limit}
