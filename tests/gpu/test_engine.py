@@ -109,9 +109,8 @@ def test_arms_and_losses_are_those_of_a_cpu(device: torch.device) -> None:
     on_cpu = make_distiller("cpu", config, lambda _: batch)
     moved = TaskBatch(*(x.to(device) for x in batch))
     on_gpu = make_distiller(device, config, lambda _: moved)
-    on_gpu.probe = TaskBatch(*(x.to(device) for x in on_cpu.probe))
-    on_gpu._taught = on_gpu.training.teach(on_gpu.probe, on_gpu.names)
-    on_gpu.reward = on_gpu.meter.init(on_gpu.training.measure(on_gpu.probe, on_gpu._taught).values[None])
+    started = zip(on_cpu.training.trained, on_gpu.training.trained, strict=True)
+    assert all(torch.equal(theirs, ours.cpu()) for theirs, ours in started)
     for _ in range(6):
         ours, theirs = on_gpu.run_round(), on_cpu.run_round()
         assert ours.modules == theirs.modules

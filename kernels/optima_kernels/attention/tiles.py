@@ -6,15 +6,17 @@ import torch
 
 
 class Tiling(NamedTuple):
-    """Queries and keys of a tile, and what the compiler is told."""
+    """Queries and keys of a tile, and what the compiler is told; 0 registers leave their number to it."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
 
     def arguments(self) -> dict[str, int]:
-        return {"BI": self.queries, "BJ": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        told = {"maxnreg": self.registers} if self.registers else {}
+        return {"BI": self.queries, "BJ": self.keys, "num_warps": self.warps, "num_stages": self.stages, **told}
 
 
 class Tiles(NamedTuple):
@@ -28,6 +30,8 @@ class Tiles(NamedTuple):
 
 # Of `count_kernel`, on every chip: it has no product.
 COUNTING = Tiling(32, 64, 4, 1)
+# All that there are for a thread.
+REGISTERS = 255
 
 
 def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
@@ -42,7 +46,18 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     for. Measured on an H100 in bfloat16: in `query_kernel` (width 64, 577 tokens) 32 keys in three stages take 0.64 of
     the time of 64 keys in two, because more programs fit a multiprocessor; in `key_kernel` of width 128 (1024 tokens)
     64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
+
+    Where no more was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
+    bytes to stay below 64 or 128.
     """
+    tiles = _cut(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
+    measured = target.startswith("sm_9") and dtype != torch.float32
+    if tiles is None or measured or not target.startswith("sm_"):
+        return tiles
+    return Tiles(*(None if tiling is None else tiling._replace(registers=REGISTERS) for tiling in tiles))
+
+
+def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
     if dtype == torch.float32:
@@ -52,7 +67,7 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
         square, low = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1)
         if width <= 64:
             return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square)
-        return Tiles(low, Tiling(32, 16, 8, 1), square, None)
+        return Tiles(low, Tiling(32, 16, 8, 1), low if target.startswith("sm_12") else square, None)
     if width > 256:
         return None
     if target.startswith("gfx"):
@@ -60,16 +75,26 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     # Where a warp group's products do not read their left side from shared memory, it takes registers.
     roomy = target.startswith("sm_9")
     if width > 128:
-        query = Tiling(64, 16, 4, 1) if roomy else Tiling(32, 32, 4, 1)
+        query = Tiling(64 if roomy and not reads_maps else 32, 16, 4, 1)
         return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
     if width > 64 and reads_maps and not roomy:
         key = Tiling(16, 64, 4, 1) if target.startswith("sm_10") else Tiling(32, 32, 4, 1)
         return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1))
     ahead = 1 if reads_maps else 3
-    key = Tiling(32, 64, 4, 1 if grouped and not (roomy and width <= 64) else ahead)
-    if roomy and width > 64 and not (reads_maps or grouped):
-        key = Tiling(64, 64, 4, 2)
+    key = _key_tiling(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
     return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), key, Tiling(64, 64, 4, 2))
+
+
+def _key_tiling(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiling:
+    """Of `key_kernel` in 16 bits, up to a width of 128."""
+    roomy, tensor_memory = target.startswith("sm_9"), target.startswith("sm_10")
+    if width > 64 and roomy and not (reads_maps or grouped or dtype == torch.float16):
+        return Tiling(64, 64, 4, 2)
+    if not (roomy or tensor_memory) and (reads_maps or (width > 64 and grouped)):
+        return Tiling(32, 32, 4, 1)
+    # On Hopper the gains of float16, multiplied between products, make those that loads are made ahead for wait, too.
+    waits = reads_maps or (grouped and (width > 64 or not roomy)) or (roomy and dtype == torch.float16)
+    return Tiling(32, 64, 4, 1 if waits else 3)
 
 
 def padded(width: int) -> int:

@@ -204,7 +204,9 @@ def _attention() -> Iterator[Problem]:
         yield problem(f"{kind} grouped keys d128 plain", LANGUAGE(kind=kind, causal=False), fills_chip=True)
         yield problem(f"{kind} float32 d64", Attention(kind=kind, dtypes=(FLOAT32, FLOAT32)), fills_chip=True)
         yield problem(f"{kind} float32 d128", Attention(kind=kind, dtypes=(FLOAT32, FLOAT32), widths=(128, 128)))
-        yield problem(f"{kind} float16 d64", Attention(kind=kind, dtypes=(FLOAT16, FLOAT16)))
+        for width in (64, 128):
+            call = Attention(kind=kind, dtypes=(FLOAT16, FLOAT16), widths=(width, width))
+            yield problem(f"{kind} float16 d{width}", call)
         yield problem(f"{kind} float32 teacher", Attention(kind=kind, dtypes=(BFLOAT16, FLOAT32)))
         yield problem(f"{kind} float32 keys", Attention(kind=kind, key_dtype=FLOAT32), may_refuse=True)
     yield problem("kl without gate d64", Attention(gated=False), fills_chip=True)

@@ -20,9 +20,10 @@ BLOCK = 4096
 @triton.jit
 def scale_kernel(saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
     """out [PARTS, SIZE] = saved [PARTS, SIZE] * factors [LAYERS, PARTS] * scale, rounded once; a factor of 0 gives 0,
-    whatever was saved."""
-    i_p, i_l = tl.program_id(1), tl.program_id(2)
-    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    whatever was saved. Parts may be many: their programs lie along x, where a grid has room for 2^31."""
+    tiles = tl.cdiv(SIZE, BLOCK)
+    i_p, i_l = tl.program_id(0) // tiles, tl.program_id(1)
+    o_x = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < SIZE
     o_part = i_p.to(tl.int64) * SIZE
     p_out = of_layer(out, i_l, LAYERS) + o_part + o_x
@@ -44,7 +45,7 @@ def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, 
     layers, parts = len(saved), factors.numel() // len(saved)
     size = saved[0].numel() // parts
     with torch.cuda.device_of(saved[0]):
-        scale_kernel[(triton.cdiv(size, BLOCK), parts, layers)](
+        scale_kernel[(triton.cdiv(size, BLOCK) * parts, layers)](
             saved=tuple(saved),
             out=tuple(out),
             factors=factors.contiguous(),
