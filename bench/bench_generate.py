@@ -3,7 +3,7 @@
     python bench/bench_generate.py [--width 512 --layers 12 --batch 8 --tokens 64]
 
 By default decoders of open_clip's coca_ViT-B-32 (12 text and 12 multimodal layers of width 512, 255 image tokens, 49408
-words), random weights, fp32, greedy. Both encode the pictures once (a one-layer encoder, so that the decoders are what
+words), random weights, fp32, greedy. Both encode the images once (a one-layer encoder, so that the decoders are what
 is timed) and compute logits of the last position alone; the captions must be equal. Asked for: at least 5 times.
 """
 

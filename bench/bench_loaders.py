@@ -4,7 +4,7 @@
 
 All give the same squares: the central square, bicubic with antialiasing, uint8 [3, 224, 224], in batches of 32; the
 first lines say how far each one's pixels are from Pillow's. `pillow` resamples the square in one go, `pillow resize,
-crop` is what most pipelines do: the whole picture first, then the crop (its squares lie up to a pixel off). Time is CPU
+crop` is what most pipelines do: the whole image first, then the crop (its squares lie up to a pixel off). Time is CPU
 time of the process and its children, one thread, so that idle waiting counts for nobody; runs take turns, and the
 ratios are those of each turn: median, smallest, largest. Asked for: torch at least 2.0 of `pillow`, DALI at least 1.1.
 """
@@ -33,27 +33,27 @@ SIDE, BATCH = 224, 32
 Run = Callable[[], Iterator[Tensor]]
 
 
-def make_pictures(folder: Path, count: int) -> list[Path]:
+def make_images(folder: Path, count: int) -> list[Path]:
     """JPEGs about as large as photographs of their size: four scenes each, with coarse noise."""
     draws = np.random.default_rng(0)
     scenes = Pictograms("train", 1)
     paths = []
     for number in range(count):
         width, height = (int(side) for side in draws.integers(256, 481, 2))
-        picture = Image.new("RGB", (width, height))
+        image = Image.new("RGB", (width, height))
         for quarter in range(4):
             scene = render(scenes.example("captioning", 4 * number + quarter).scenes[0]).transpose(1, 2, 0)
             part = Image.fromarray(scene).resize((width // 2 + 1, height // 2 + 1), Image.Resampling.BICUBIC)
-            picture.paste(part, (quarter % 2 * (width // 2), quarter // 2 * (height // 2)))
+            image.paste(part, (quarter % 2 * (width // 2), quarter // 2 * (height // 2)))
         noise = np.kron(draws.normal(0, 12, (height // 4 + 1, width // 4 + 1, 3)), np.ones((4, 4, 1)))
-        pixels = np.clip(np.asarray(picture) + noise[:height, :width], 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(image) + noise[:height, :width], 0, 255).astype(np.uint8)
         paths.append(folder / f"{number}.jpg")
         Image.fromarray(pixels).save(paths[-1], quality=92)
     return paths
 
 
-class PlainPictures(Dataset[Tensor]):
-    """What a plain pipeline does with a picture."""
+class PlainImages(Dataset[Tensor]):
+    """What a plain pipeline does with an image."""
 
     def __init__(self, paths: list[Path], resize_first: bool) -> None:
         self.paths = paths
@@ -92,16 +92,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        compare(make_pictures(Path(folder), options.images), options.repeats)
+        compare(make_images(Path(folder), options.images), options.repeats)
 
 
 def compare(paths: list[Path], repeats: int) -> None:
     """Checks that all give the same, and prints their speeds."""
-    items = [Record(path.name, (ImageSource(str(path)),), ("a picture",)) for path in paths]
+    items = [Record(path.name, (ImageSource(str(path)),), ("an image",)) for path in paths]
     records = Records("folder", "test", "captioning", items)
 
     def plain(resize_first: bool) -> Run:
-        return lambda: iter(DataLoader(PlainPictures(paths, resize_first), BATCH))
+        return lambda: iter(DataLoader(PlainImages(paths, resize_first), BATCH))
 
     def ours(engine: str, workers: int) -> Run:
         loader = make_loader(records, LoaderConfig(engine, workers), batch_size=BATCH)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The loaders of JPEG files beside a plain torch DataLoader over Pillow, without worker processes: one core's work.
 
-Every picture of a made-up folder once, its central square resampled to 224 x 224 by an antialiased bicubic filter,
-uint8. The pictures are 640 x 480 and smooth, as photographs are; decoders and resamplers round differently, so pixels
+Every image of a made-up folder once, its central square resampled to 224 x 224 by an antialiased bicubic filter,
+uint8. The images are 640 x 480 and smooth, as photographs are; decoders and resamplers round differently, so pixels
 may differ by two in a hundred. The plain way is what its users write: open, convert, crop, resize, stack.
 """
 
@@ -49,7 +49,7 @@ def contest(count: int, shape: tuple[int, int], size: int, batch: int = 32) -> C
 
 @cache
 def files(count: int, shape: tuple[int, int]) -> list[str]:
-    """Pictures of random colours, coarse and fine, in a folder that is removed at exit."""
+    """Images of random colours, coarse and fine, in a folder that is removed at exit."""
     folder = tempfile.mkdtemp(prefix="optima-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     draws = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def ours(engine: EngineName, count: int, shape: tuple[int, int], size: int, batc
     return lambda: [found.images[:, 0].float() for found in loader.once()]
 
 
-class Pictures(Dataset[Tensor]):
+class Images(Dataset[Tensor]):
     """Crops and resizes with Pillow."""
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
@@ -95,5 +95,5 @@ class Pictures(Dataset[Tensor]):
 
 
 def plain(paths: Sequence[str], size: int, batch: int) -> Run:
-    loader = DataLoader(Pictures(paths, size), batch_size=batch)
+    loader = DataLoader(Images(paths, size), batch_size=batch)
     return lambda: [images.float() for images in loader]

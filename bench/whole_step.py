@@ -99,7 +99,7 @@ def _contest(device: torch.device, sizes: Sizes, heads: Matching, name: str) -> 
 
 
 class Problem:
-    """Both towers, the pictures and the objective: the same weights for every contender."""
+    """Both towers, the images and the objective: the same weights for every contender."""
 
     def __init__(self, device: torch.device, sizes: Sizes, heads: Matching) -> None:
         torch.manual_seed(0)

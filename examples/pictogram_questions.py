@@ -23,8 +23,8 @@ from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfi
 from optima_core.integrations.huggingface import TransformersAdaptor, TransformersForward, pair_modules
 
 WORDS = word_tokenizer()
-PICTURE = WORDS.vocab_size + len(ANSWERS)
-"""The word that stands for a piece of the picture, behind those of questions and answers."""
+IMAGE = WORDS.vocab_size + len(ANSWERS)
+"""The word that stands for a piece of the image, behind those of questions and answers."""
 PIECES, LENGTH = 16, 12
 MODULES = ("vision", "language")
 
@@ -33,18 +33,18 @@ def make_model(layers: int) -> SmolVLMForConditionalGeneration:
     sizes = {"num_hidden_layers": layers, "num_attention_heads": 4}
     vision = {**sizes, "hidden_size": 64, "intermediate_size": 128, "image_size": 64, "patch_size": 8}
     text = {"model_type": "llama", **sizes, "hidden_size": 96, "intermediate_size": 192, "num_key_value_heads": 2}
-    text |= {"vocab_size": PICTURE + 1, "pad_token_id": WORDS.pad_id}
+    text |= {"vocab_size": IMAGE + 1, "pad_token_id": WORDS.pad_id}
     return SmolVLMForConditionalGeneration(
-        SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=PICTURE, pad_token_id=0)
+        SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=IMAGE, pad_token_id=0)
     )
 
 
 def load(split: str, start: int, size: int) -> dict[str, Tensor]:
-    """Pictures, then questions, then the answer as one word: the only one that has a label."""
+    """Images, then questions, then the answer as one word: the only one that has a label."""
     batch = Pictograms(split).batch("vqa", start, size)
     questions = WORDS.encode(list(batch.texts), LENGTH)[:, 1:]
     answers = WORDS.vocab_size + batch.targets[:, None]
-    ids = torch.cat([torch.full((size, PIECES), PICTURE), questions, answers], dim=1)
+    ids = torch.cat([torch.full((size, PIECES), IMAGE), questions, answers], dim=1)
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     valid = (ids != WORDS.pad_id).long()

@@ -25,17 +25,17 @@ MAX_TEXT_CHARACTERS = 2000
 MAX_SHOWN_CHARACTERS = 300
 """Characters that a message shows of a name; the rest is cut."""
 
-MAX_PICTURE_BYTES = 2**28
-"""Bytes of the largest file, or member of a shard, that is taken for a picture or its text."""
+MAX_IMAGE_BYTES = 2**28
+"""Bytes of the largest file, or member of a shard, that is taken for an image or its text."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels of the largest picture that is decoded, a quarter of a GiB of RGB; Pillow's own limit for warnings."""
+"""Pixels of the largest image that is decoded, a quarter of a GiB of RGB; Pillow's own limit for warnings."""
 
 MAX_DECODED_BYTES = 2**28
-"""Bytes that a decoder may need for a picture: its pixels times what its format and mode take of each."""
+"""Bytes that a decoder may need for an image: its pixels times what its format and mode take of each."""
 
 MIN_SIDE = 8
-"""Pixels of the shortest side that is taken; what is smaller is a tracking pixel or a rule, not a picture."""
+"""Pixels of the shortest side that is taken; what is smaller is a tracking pixel or a rule, not an image."""
 
 MAX_TAR_NAME_BYTES = 2**16
 """Bytes of a member's name in an extension header of a tar."""
@@ -55,8 +55,8 @@ MAX_WIDTH = 2**16
 MAX_MLP_RATIO = 64
 """Width of an MLP over the width of its model."""
 
-MAX_PICTURE_SIDE = 2**14
-"""Side of the square pictures of a model, pixels."""
+MAX_IMAGE_SIDE = 2**14
+"""Side of the square images of a model, pixels."""
 
 MAX_VOCABULARY = 2**24
 """Tokens of a vocabulary, and classes of a head."""

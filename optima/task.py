@@ -39,7 +39,7 @@ class TaskSpec:
 TASKS: dict[Task, TaskSpec] = {
     "captioning": TaskSpec("Captioning", "cider_d", (), mirrors=True),
     "vqa": TaskSpec("Visual question answering", "accuracy", None),
-    "nlvr2": TaskSpec("Statements about two pictures", "accuracy", TRUTHS, images=2, benchmark="NLVR2"),
+    "nlvr2": TaskSpec("Statements about two images", "accuracy", TRUTHS, images=2, benchmark="NLVR2"),
     "snli_ve": TaskSpec("Visual entailment", "accuracy", LABELS, benchmark="SNLI-VE", mirrors=True),
 }
 

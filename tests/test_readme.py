@@ -65,14 +65,14 @@ def test_the_losses_are_called_as_shown(page: str, heading: str) -> None:
 def test_a_student_is_used_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the shipped teacher in the student's place, which is right about nearly every picture."""
+    """With the shipped teacher in the student's place, which is right about nearly every image."""
     runs: tuple[tuple[Task, str], ...] = (("captioning", "distill"), ("vqa", "vqa"))
     for task, name in runs:
         directory = RunDirectory(tmp_path / "runs" / name, resume=False, keep=1)
         (directory.path / "student.safetensors").write_bytes((TEACHER).read_bytes())
         write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
     scene = next(s for s in map(Pictograms("test").scene, range(100)) if s.content.total == 1)
-    Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "picture.png")
+    Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(example("docs/use.md", "The student"), {})
     caption, answer, *_ = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Loading pictures on a GPU, where DALI is installed."""
+"""Loading images on a GPU, where DALI is installed."""
 
 import importlib.util
 from collections.abc import Callable, Iterator

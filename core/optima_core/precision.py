@@ -14,7 +14,7 @@ from optima_core.config import Precision
 def arithmetic(precision: Precision | Literal["fp16"], device: torch.device) -> Iterator[None]:
     """fp32 as it is, or autocast; on a CPU bf16 computes attention by plain matrix products.
 
-    Measured with 65 image tokens of width 128 (2 cores of an AMD EPYC with AVX-512 bf16), pictures trained on a second:
+    Measured with 65 image tokens of width 128 (2 cores of an AMD EPYC with AVX-512 bf16), images trained on a second:
     fp32 71, bf16 with the fused CPU attention 81, whose bf16 backward is slow, bf16 with matrix products 109.
     """
     with contextlib.ExitStack() as stack:

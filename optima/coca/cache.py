@@ -1,6 +1,6 @@
 """What the decoders remember while a text grows token by token.
 
-A self-attention keeps the keys and values of the tokens so far; a cross-attention those of the picture, which never
+A self-attention keeps the keys and values of the tokens so far; a cross-attention those of the image, which never
 change. Space for all tokens is reserved once, so a step copies one token and nothing grows.
 """
 
@@ -42,13 +42,13 @@ class SelfAttentionCache:
 
 
 class DecoderCache:
-    """The memory of both decoders over one batch of pictures.
+    """The memory of both decoders over one batch of images.
 
     Args:
         text: One per layer of the text decoder.
         multimodal: One per layer of the multimodal decoder.
-        image: Keys and values [pictures, H, M, d] of the image tokens, one per layer of the multimodal decoder; rows
-            over the same picture share them.
+        image: Keys and values [images, H, M, d] of the image tokens, one per layer of the multimodal decoder; rows
+            over the same image share them.
     """
 
     def __init__(
@@ -64,6 +64,6 @@ class DecoderCache:
         return self.multimodal[0].length
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from what row rows[i] remembers, for rows over the same picture; rows: int64 [B]."""
+        """Row i goes on from what row rows[i] remembers, for rows over the same image; rows: int64 [B]."""
         for cache in (*self.text, *self.multimodal):
             cache.reorder(rows)

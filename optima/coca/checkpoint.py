@@ -20,6 +20,7 @@ from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
 FORMAT = "optima-coca-1"
+_IMAGES = "pictures"  # what the format calls the number of images of a head
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the types that weights may be stored in."""
@@ -43,7 +44,9 @@ def save_coca(model: CoCa, path: Path, dtype: torch.dtype = torch.float32) -> No
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(model.config)),
-        "heads": json.dumps({task: dataclasses.asdict(spec) for task, spec in model.head_specs.items()}),
+        "heads": json.dumps(
+            {task: {"classes": spec.classes, _IMAGES: spec.images} for task, spec in model.head_specs.items()}
+        ),
     }
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, _canonical(save(tensors, metadata)))
@@ -108,7 +111,7 @@ def _description(metadata: Mapping[str, str], path: Path) -> tuple[CoCaConfig, d
         specs = json.loads(metadata["heads"])
         if len(specs) > MAX_HEADS:
             raise ValueError(f"{len(specs)} heads; {MAX_HEADS} are the most")
-        heads = {task: HeadSpec(**spec) for task, spec in specs.items()}
+        heads = {task: HeadSpec(spec["classes"], spec[_IMAGES]) for task, spec in specs.items()}
         return config_from_dict(json.loads(metadata["config"])), heads
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = shown(" ".join(str(error).split()))

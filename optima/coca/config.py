@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from optima.limits import (
+    MAX_IMAGE_SIDE,
     MAX_LAYERS,
     MAX_MLP_RATIO,
-    MAX_PICTURE_SIDE,
     MAX_TEXT_LENGTH,
     MAX_VOCABULARY,
     MAX_WIDTH,
@@ -46,7 +46,7 @@ class ImageEncoderConfig:
     """A vision transformer over square patches.
 
     Attributes:
-        image_size: Side of the square input picture, pixels.
+        image_size: Side of the square input image, pixels.
         patch_size: Side of a square patch, pixels; divides image_size.
         width: Model width D.
         layers: Number of transformer layers.
@@ -60,8 +60,8 @@ class ImageEncoderConfig:
         norm_input: Whether a layer norm precedes the first layer.
         norm_tokens: Without a pooler: whether the last layer norm is applied to the patch tokens that feed the decoder,
             as to the class token. A pooler's tokens are always normalised.
-        mean: Of red, green and blue, 0 to 1: what pictures are shifted by on their way in.
-        std: Of red, green and blue, 0 to 1: what pictures are then divided by.
+        mean: Of red, green and blue, 0 to 1: what images are shifted by on their way in.
+        std: Of red, green and blue, 0 to 1: what images are then divided by.
     """
 
     image_size: int = 64
@@ -80,8 +80,8 @@ class ImageEncoderConfig:
 
     def __post_init__(self) -> None:
         _check_tower(self, "image_encoder")
-        whole_number(self.image_size, "image_encoder.image_size", 1, MAX_PICTURE_SIDE)
-        whole_number(self.patch_size, "image_encoder.patch_size", 1, MAX_PICTURE_SIDE)
+        whole_number(self.image_size, "image_encoder.image_size", 1, MAX_IMAGE_SIDE)
+        whole_number(self.patch_size, "image_encoder.patch_size", 1, MAX_IMAGE_SIDE)
         whole_number(self.pooler_queries, "image_encoder.pooler_queries", 0, MAX_WIDTH)
         whole_number(self.pooler_heads, "image_encoder.pooler_heads", 1, MAX_WIDTH)
         for name in ("norm_input", "norm_tokens"):
@@ -203,14 +203,14 @@ class CoCaConfig:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A classification task: how many classes, and how many pictures one text speaks of."""
+    """A classification task: how many classes, and how many images one text speaks of."""
 
     classes: int
-    pictures: int = 1
+    images: int = 1
 
     def __post_init__(self) -> None:
         whole_number(self.classes, "classes", 1, MAX_VOCABULARY)
-        whole_number(self.pictures, "pictures", 1, 2)
+        whole_number(self.images, "images", 1, 2)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class GenerationConfig:
 
     Attributes:
         strategy: "greedy" takes the most probable token, "beam" searches for the most probable text, "sample" draws.
-        beams: Texts that a beam search follows per picture.
+        beams: Texts that a beam search follows per image.
         length_penalty: Exponent a of a beam search's score, log-probability / tokens ** a (tokens: those generated, the
             end included); 0 compares log-probabilities as they are and favours short texts, 1 compares means per token.
         temperature: Sampling: logits are divided by this; above 0.

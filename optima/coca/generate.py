@@ -38,7 +38,7 @@ def generate(
 ) -> Tensor:
     """images [B, 3, S, S] normalised -> int64 [B, length] captions: start, words, end, then padding.
 
-    The pictures are encoded once. A caption that does not end within `length` tokens is cut there.
+    The images are encoded once. A caption that does not end within `length` tokens is cut there.
     cached: False computes every text anew for every token: the same captions, slowly.
 
     Raises ValueError if the model reads no texts of `length` tokens.
@@ -65,23 +65,23 @@ def beam_search(
     """images [B, 3, S, S] normalised -> the best texts found for each.
 
     In every step each live text may end, which makes it one of the finished, of which the `beams` best by score are
-    kept; and of all its other continuations the `beams` most probable of a picture live on. Those still alive after
+    kept; and of all its other continuations the `beams` most probable of an image live on. Those still alive after
     `length` tokens are cut there and compete with the finished.
     Raises ValueError if the model reads no texts of `length` tokens.
     """
     decoding = _Decoding(model, images, length, config.beams, cached)
-    pictures, beams, device = len(images), config.beams, images.device
-    rows = torch.arange(pictures, device=device)[:, None] * beams
-    live = torch.full((pictures, beams, length), decoding.pad_id, device=device)
+    image_count, beams, device = len(images), config.beams, images.device
+    rows = torch.arange(image_count, device=device)[:, None] * beams
+    live = torch.full((image_count, beams, length), decoding.pad_id, device=device)
     live[:, :, 0] = start_id
     finished = live.clone()
-    best = torch.full((pictures, beams), -math.inf, dtype=decoding.dtype, device=device)
+    best = torch.full((image_count, beams), -math.inf, dtype=decoding.dtype, device=device)
     # All beams start alike, so that all but the first must not count.
     logp = best.clone()
     logp[:, 0] = 0
     for position in range(1, length):
         log_probability = decoding.next_logits(live[:, :, position - 1].flatten()).log_softmax(dim=-1)
-        extended = logp[:, :, None] + log_probability.view(pictures, beams, -1)
+        extended = logp[:, :, None] + log_probability.view(image_count, beams, -1)
         ended = live.clone()
         ended[:, :, position] = end_id
         finished, best = _best_of(
@@ -151,7 +151,7 @@ def _ask(config: GenerationConfig, position: int) -> bool:
 
 
 class _Decoding:
-    """A batch of growing texts, `copies` over each picture: tokens in, logits of the tokens that may follow out."""
+    """A batch of growing texts, `copies` over each image: tokens in, logits of the tokens that may follow out."""
 
     def __init__(self, model: CoCa, images: Tensor, length: int, copies: int, cached: bool) -> None:
         text = model.config.text_decoder
@@ -180,7 +180,7 @@ class _Decoding:
         return logits
 
     def reorder(self, rows: Tensor) -> None:
-        """Text i goes on from what text rows[i] is, over the same picture."""
+        """Text i goes on from what text rows[i] is, over the same image."""
         if self.cache is not None:
             self.cache.reorder(rows)
         else:

@@ -15,7 +15,7 @@ def sine_cosine_positions(grid: int, width: int, scale: float = 0.5) -> Tensor:
 
     A quarter of the features each holds sine and cosine of the column, and of the row, at wavelengths from 2 pi to
     200 pi patches (after Beyer et al., arXiv 2205.01580). Measured on pictograms: from random positions the model
-    learns what stands in a picture long before where, and its image tokens tell a linear probe little of their place
+    learns what stands in an image long before where, and its image tokens tell a linear probe little of their place
     (R2 0.35).
     """
     quarter = width // 4
@@ -33,7 +33,7 @@ def sine_cosine_positions(grid: int, width: int, scale: float = 0.5) -> Tensor:
 class Pixels(nn.Module):
     """From pixels in -1..1 to the mean and the standard deviation that a model was trained with.
 
-    So a teacher and a student take the same pictures, whatever each was trained with.
+    So a teacher and a student take the same images, whatever each was trained with.
     """
 
     scale: Tensor
@@ -51,7 +51,7 @@ class Pixels(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures [B, 3, S, S] in -1..1 -> contrastive feature [B, E] and image tokens [B, M, C]."""
+    """Images [B, 3, S, S] in -1..1 -> contrastive feature [B, E] and image tokens [B, M, C]."""
 
     def __init__(self, config: ImageEncoderConfig, embed_dim: int) -> None:
         super().__init__()

@@ -20,10 +20,10 @@ from optima_core.taps import Taps, WantedTaps
 class CoCaOutput(NamedTuple):
     """What one forward pass gives.
 
-    image_feature: [B * pictures, E] contrastive feature, not normalised.
-    text_feature: [B * pictures, E], or None when the CLS token was not asked for.
-    states: [B * pictures, L, D] normalised states of the multimodal decoder.
-    valid: bool [B * pictures, L], True where the text is no padding.
+    image_feature: [B * images, E] contrastive feature, not normalised.
+    text_feature: [B * images, E], or None when the CLS token was not asked for.
+    states: [B * images, L, D] normalised states of the multimodal decoder.
+    valid: bool [B * images, L], True where the text is no padding.
     taps: taps of the wanted layers.
     """
 
@@ -50,7 +50,7 @@ class CoCa(nn.Module):
         decoder = config.multimodal_decoder
         self.heads = nn.ModuleDict(
             {
-                task: ClassificationHead(decoder.width, decoder.heads, spec.classes, spec.pictures)
+                task: ClassificationHead(decoder.width, decoder.heads, spec.classes, spec.images)
                 for task, spec in self.head_specs.items()
             }
         )
@@ -62,12 +62,12 @@ class CoCa(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, wanted: WantedTaps | None = None, *, with_class: bool = False
     ) -> CoCaOutput:
-        """images: [B, pictures, 3, S, S] normalised; tokens: int64 [B, L], the text of all pictures of its row."""
+        """images: [B, images, 3, S, S] normalised; tokens: int64 [B, L], the text of all images of its row."""
         wanted = wanted or {}
-        pictures = images.shape[1]
+        image_count = images.shape[1]
         feature, image_tokens, image_taps = self.image_encoder(images.flatten(0, 1), wanted.get("image_encoder", ()))
-        if pictures > 1:
-            tokens = tokens.repeat_interleave(pictures, dim=0)
+        if image_count > 1:
+            tokens = tokens.repeat_interleave(image_count, dim=0)
         output = self.decode(feature, image_tokens, tokens, wanted, with_class=with_class)
         if "image_encoder" in wanted:
             output.taps["image_encoder"] = image_taps
@@ -82,7 +82,7 @@ class CoCa(nn.Module):
         *,
         with_class: bool = False,
     ) -> CoCaOutput:
-        """The text side alone, over encoded pictures, each serving the same number of consecutive texts."""
+        """The text side alone, over encoded images, each serving the same number of consecutive texts."""
         wanted = wanted or {}
         valid = tokens != self.config.text_decoder.pad_id
         text, text_feature, text_taps = self.text_decoder(tokens, wanted.get("text_decoder", ()), with_class=with_class)
@@ -92,7 +92,7 @@ class CoCa(nn.Module):
         return CoCaOutput(image_feature, text_feature, states, valid, kept)
 
     def make_cache(self, image_tokens: Tensor, capacity: int) -> DecoderCache:
-        """An empty memory for `decode_next`: texts of up to `capacity` tokens over encoded pictures."""
+        """An empty memory for `decode_next`: texts of up to `capacity` tokens over encoded images."""
         return DecoderCache(
             [SelfAttentionCache(capacity) for _ in self.text_decoder.blocks],
             [SelfAttentionCache(capacity) for _ in self.multimodal_decoder.layers],
@@ -102,7 +102,7 @@ class CoCa(nn.Module):
     def decode_next(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """The states [B * n, N, D] of tokens [B * n, N] that follow what `cache` remembers, and are added to it.
 
-        Every picture serves n consecutive texts, none of them padded. Any number of tokens at first, then one at a
+        Every image serves n consecutive texts, none of them padded. Any number of tokens at first, then one at a
         time.
         """
         text, _, _ = self.text_decoder(tokens, with_class=False, cache=cache)

@@ -49,7 +49,7 @@ class MultimodalDecoder(nn.Module):
     def forward(
         self, text_states: Tensor, image_tokens: Tensor, valid: Tensor, wanted: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[LayerTap, ...]]:
-        """image_tokens [B / n, M, C]: every picture serves n consecutive texts.
+        """image_tokens [B / n, M, C]: every image serves n consecutive texts.
 
         valid: bool [B, L], True where the text is no padding; used by the taps alone.
         """

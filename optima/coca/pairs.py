@@ -14,7 +14,7 @@ def module_pairs(
 
     layer_map: that of `ModulePair` for all modules; or by module the teacher layers, those left out being "uniform".
 
-    Raises ValueError if a module of the student is deeper than the teacher's, or if the two cut a picture into
+    Raises ValueError if a module of the student is deeper than the teacher's, or if the two cut an image into
     different numbers of tokens, so that their states and attention maps cannot be compared.
     """
     image_tokens = [

@@ -56,13 +56,13 @@ COMMANDS = {
         matter=_TEACHING,
     ),
     "distill_hf": Command(
-        "Distil a model of transformers, layer by layer, on your texts and pictures.",
+        "Distil a model of transformers, layer by layer, on your texts and images.",
         _HERE + "distill_hf.config:DistillHfConfig", _HERE + "distill_hf:run_distill_hf", resumes=True,
     ),
     "pretrain": Command(
         "Train a CoCa from scratch on pictograms.",
         _RUNS + "PretrainConfig", _HERE + "pretrain:run_pretrain", recipes="pretrain", resumes=True,
-        matter=("run", "resume", "caption_steps", "task_steps", "pictures", "optimiser.learning_rate", "threads"),
+        matter=("run", "resume", "caption_steps", "task_steps", "images", "optimiser.learning_rate", "threads"),
     ),
     "finetune": Command(
         "Train a CoCa on one task, to be its teacher.",
@@ -86,12 +86,12 @@ COMMANDS = {
         matter=("run", "task", "method", "seeds", "split", "jobs", "distill.engine.rounds", "distill.threads"),
     ),
     "caption": Command(
-        "Caption pictures with a run's student.",
-        _OPTIONS + "CaptionConfig", _HERE + "use:run_caption", bare="picture",
+        "Caption images with a run's student.",
+        _OPTIONS + "CaptionConfig", _HERE + "use:run_caption", bare="image",
     ),
     "answer": Command(
-        "Answer a text about a picture with a run's student.",
-        _OPTIONS + "AnswerConfig", _HERE + "use:run_answer", bare="picture",
+        "Answer a text about an image with a run's student.",
+        _OPTIONS + "AnswerConfig", _HERE + "use:run_answer", bare="image",
     ),
     "report": Command(
         "Write a finished run's report.html anew, or several runs side by side.",

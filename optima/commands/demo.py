@@ -1,4 +1,4 @@
-"""The command `demo`: what a run's student and its teacher say of a picture, side by side, in a browser."""
+"""The command `demo`: what a run's student and its teacher say of an image, side by side, in a browser."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from optima.assets import TEACHER
 from optima.coca.checkpoint import load_coca
 from optima.commands.local import LocalHandler, listen, serve
 from optima.commands.options import DemoConfig
-from optima.limits import MAX_PICTURE_BYTES
+from optima.limits import MAX_IMAGE_BYTES
 from optima.report.page import render
 from optima.runs.reading import read_run
 from optima.runs.student import Student, load_student
@@ -43,17 +43,17 @@ class _Pair:
     student: Student
     lock: threading.Lock
 
-    def said(self, pictures: list[bytes], text: str) -> dict[str, Any]:
-        """What each says of the pictures, and in how many milliseconds."""
+    def said(self, images: list[bytes], text: str) -> dict[str, Any]:
+        """What each says of the images, and in how many milliseconds."""
         found = {}
         with self.lock:
             for name, model in (("teacher", self.teacher), ("student", self.student)):
                 begun = time.monotonic()
                 lines: list[tuple[str, float | None]] = []
                 if model.words.task == "captioning":
-                    lines += [(caption, None) for caption in model.caption(pictures)]
+                    lines += [(caption, None) for caption in model.caption(images)]
                 else:
-                    lines += model.answer(text, pictures).items()
+                    lines += model.answer(text, images).items()
                 found[name] = {"lines": lines[:SHOWN], "milliseconds": 1000 * (time.monotonic() - begun)}
         return found
 
@@ -74,7 +74,7 @@ def _page(run: Path, pair: _Pair) -> str:
         "demo.html",
         title=f"{run.resolve().name}: try it",
         task=words.task,
-        pictures=spec.pictures if spec is not None else 1,
+        images=spec.images if spec is not None else 1,
         prompt="" if words.task == "captioning" else _example(run),
         sizes={name: count_parameters(getattr(pair, name).model) for name in ("teacher", "student")},
         samples=[sample.images for sample in read_run(run).samples[:12]],
@@ -96,17 +96,17 @@ def _handler(pair: _Pair, page: str) -> type[LocalHandler]:
             if self.refused(asked.path, "/say"):
                 return
             size = int(self.headers.get("Content-Length") or 0)
-            if not 0 < size <= 2 * MAX_PICTURE_BYTES:
+            if not 0 < size <= 2 * MAX_IMAGE_BYTES:
                 self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
                 return
             text = parse_qs(asked.query).get("text", [""])[0]
             try:
                 given = json.loads(self.rfile.read(size))
-                pictures = [base64.b64decode(picture, validate=True) for picture in given]
-                self.reply(json.dumps(pair.said(pictures, text)), "application/json")
+                images = [base64.b64decode(image, validate=True) for image in given]
+                self.reply(json.dumps(pair.said(images, text)), "application/json")
             except OptimaError as error:
                 self.reply(json.dumps({"error": str(error)}), "application/json")
             except (ValueError, TypeError, RecursionError):
-                self.reply(json.dumps({"error": "a list of pictures in base64 is wanted"}), "application/json")
+                self.reply(json.dumps({"error": "a list of images in base64 is wanted"}), "application/json")
 
     return Handler

@@ -43,7 +43,7 @@ def examine() -> list[Finding]:
         ),
         _accelerator("flash-attn", "flash_attn", gpu, "attention through it", "attention through torch"),
         _accelerator("apex", "apex.optimizers", gpu, "on request", "torch's fused AdamW"),
-        _accelerator("DALI", "nvidia.dali", gpu, "decodes the pictures of real data", "torch loads real data"),
+        _accelerator("DALI", "nvidia.dali", gpu, "decodes the images of real data", "torch loads real data"),
     ]
 
 

@@ -36,7 +36,7 @@ def _own_tasks(config: EvaluateConfig, model: CoCa) -> list[Task]:
 
 
 def _shown_as(data: DataConfig, trained: TransformConfig) -> DataConfig:
-    """The data with pictures fitted to squares as those were that the model was trained on."""
+    """The data with images fitted to squares as those were that the model was trained on."""
     transform = replace(data.loader.transform, fit=trained.fit, interpolation=trained.interpolation)
     return replace(data, loader=replace(data.loader, transform=transform))
 

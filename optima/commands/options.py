@@ -33,10 +33,10 @@ class EvaluateConfig:
 
     Attributes:
         model: Weights (.safetensors), such as a run directory's student.safetensors. The words.json beside says how
-            pictures are fitted to squares, and which tokenizer is meant where data.tokenizer is null.
+            images are fitted to squares, and which tokenizer is meant where data.tokenizer is null.
         tasks: Tasks to score; those that the model has no head for are refused. None named takes the task of the data,
             and of pictograms all that the model has heads for, and captioning.
-        data: Which pictures and texts.
+        data: Which images and texts.
         split: Which held-out split; data.validation and data.test say which one of the data set that is.
         items: Items of the split that count; 0 takes all.
         batch_size: Items a forward pass.
@@ -70,7 +70,7 @@ class ImportConfig:
             open_clip_config.json beside the checkpoint is taken.
         class_mask: What the text tower's CLS token sees. All open_clip models, released ones too, were trained with
             the "shifted" mask; "exact" is right for weights that were trained with a corrected one.
-        image_size: Picture side that the model is to take, pixels; its position embeddings are interpolated. 0 keeps
+        image_size: Image side that the model is to take, pixels; its position embeddings are interpolated. 0 keeps
             the one of the configuration.
     """
 
@@ -99,7 +99,7 @@ class ExportConfig:
         output: Directory to write to.
         format: "safetensors" writes weights and a config.json; "open_clip" what
             open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
-            pictures and tokens to logits, for batches of any size.
+            images and tokens to logits, for batches of any size.
         task: The program's task; by default that of words.json.
     """
 
@@ -111,16 +111,16 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """Captions pictures with the student of a captioning run: `caption picture.png --run runs/distill`.
+    """Captions images with the student of a captioning run: `caption image.png --run runs/distill`.
 
     Attributes:
-        picture: Picture files: JPEG, PNG, WebP, GIF, BMP, TIFF.
+        image: Image files: JPEG, PNG, WebP, GIF, BMP, TIFF.
         run: Directory of a finished run.
         generation: How words are chosen.
         device: Where the student works, such as "cpu" or "cuda"; null takes the GPU if there is one.
     """
 
-    picture: list[Path]
+    image: list[Path]
     run: Path = Path("runs/distill")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     device: str | None = None
@@ -128,17 +128,17 @@ class CaptionConfig:
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """Answers a question about a picture, or judges a statement: `answer picture.png --run runs/vqa --text "..."`.
+    """Answers a question about an image, or judges a statement: `answer image.png --run runs/vqa --text "..."`.
 
     Attributes:
-        picture: The picture file; two for nlvr2.
+        image: The image file; two for nlvr2.
         text: The question (vqa), statement (nlvr2) or hypothesis (snli_ve).
         run: Directory of a finished run.
         show: Most answers that are shown, most probable first.
         device: Where the student works, such as "cpu" or "cuda"; null takes the GPU if there is one.
     """
 
-    picture: list[Path]
+    image: list[Path]
     text: str
     run: Path = Path("runs/distill")
     show: int = 3

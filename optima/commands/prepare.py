@@ -1,9 +1,9 @@
-"""`optima prepare`: checks a data root picture by picture, and packs it into tar shards.
+"""`optima prepare`: checks a data root image by image, and packs it into tar shards.
 
 Leaves in the output folder
 
     rejected.jsonl     what cannot be used, a line each: id, where, kind, reason
-    converted.jsonl    pictures that are used, but not as they are: grey, CMYK, 16-bit, turned by EXIF, ...
+    converted.jsonl    images that are used, but not as they are: grey, CMYK, 16-bit, turned by EXIF, ...
     <split>.json, <split>-*.tar, <split>-*.idx    the shards (`optima.data.shards`), unless `--pack false`
 """
 
@@ -27,11 +27,11 @@ from optima.data.shards import Tokens, pack
 from optima.data.tokenizers import named_tokenizer
 from optima_core.errors import OptimaError
 
-_CHUNK = 1024  # pictures that are handed to the threads at a time
+_CHUNK = 1024  # images that are handed to the threads at a time
 
 
-class PictureReport(NamedTuple):
-    """What the check found of a picture: its size in bytes, what is unusual, and what makes it unusable."""
+class ImageReport(NamedTuple):
+    """What the check found of an image: its size in bytes, what is unusual, and what makes it unusable."""
 
     bytes: int
     traits: tuple[str, ...]
@@ -44,14 +44,14 @@ class SplitReport:
 
     Attributes:
         records: Usable records; `rejected` has all that was lost.
-        pictures: Distinct usable pictures.
+        images: Distinct usable images.
         bytes: Their size together.
-        converted: (picture, traits) of those that are not plain RGB that lies upright.
+        converted: (image, traits) of those that are not plain RGB that lies upright.
         shards: Tars that were written.
     """
 
     records: Records
-    pictures: int
+    images: int
     bytes: int
     converted: tuple[tuple[str, tuple[str, ...]], ...]
     shards: tuple[Path, ...] = ()
@@ -97,7 +97,7 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
 
 
 def check(records: Records, workers: int) -> SplitReport:
-    """Decodes every picture of the records in full; those of unusable pictures become rejections."""
+    """Decodes every image of the records in full; those of unusable images become rejections."""
     sources = list(dict.fromkeys(source for record in records.items for source in record.images))
     reports = dict(zip(sources, _look(sources, f"{records.name} {records.split}", workers), strict=True))
     kept, lost = [], []
@@ -117,18 +117,18 @@ def check(records: Records, workers: int) -> SplitReport:
     )
 
 
-def look(source: ImageSource) -> PictureReport:
-    """Reads and decodes a picture."""
+def look(source: ImageSource) -> ImageReport:
+    """Reads and decodes an image."""
     try:
         data = source.read()
         header = inspect(data)
         decode(data, header, reuse=True)
     except Unusable as fault:
-        return PictureReport(0, (), fault)
-    return PictureReport(len(data), header.traits, None)
+        return ImageReport(0, (), fault)
+    return ImageReport(len(data), header.traits, None)
 
 
-def _look(sources: Sequence[ImageSource], title: str, workers: int) -> Iterator[PictureReport]:
+def _look(sources: Sequence[ImageSource], title: str, workers: int) -> Iterator[ImageReport]:
     threads = max(1, LoaderConfig(workers=workers).worker_count())
     console = make_console(stderr=True)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
@@ -161,12 +161,12 @@ def _open(config: PrepareConfig) -> tuple[list[Records], dict[str, str]]:
 
 
 def _print(reports: Sequence[SplitReport], missing: dict[str, str], config: PrepareConfig) -> None:
-    headings = ("split", "records", "pictures", "MiB", "rejected", "left out", "converted")
+    headings = ("split", "records", "images", "MiB", "rejected", "left out", "converted")
     table = make_table(*headings, title=f"{config.data} in {config.root}")
     for report in reports:
         table.add_row(
             report.records.split,
-            *(f"{number:,}" for number in (len(report.records), report.pictures, round(report.bytes / 2**20))),
+            *(f"{number:,}" for number in (len(report.records), report.images, round(report.bytes / 2**20))),
             f"{len(report.records.rejected):,}",
             f"{sum(report.records.left_out.values()):,}",
             f"{len(report.converted):,}",

@@ -1,7 +1,7 @@
 """Trains a CoCa from scratch on pictograms: contrastive and captioning first, then the four tasks jointly.
 
 With this the shipped teacher and the shipped student start were made; their model cards give the commands. A step
-encodes each picture once and decodes several texts about it, since on a CPU the picture is the dearest part.
+encodes each image once and decodes several texts about it, since on a CPU the image is the dearest part.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
 
     def losses(step: int) -> dict[str, Tensor]:
         batch = data.training_batch(
-            step * config.pictures, config.pictures, config.questions, config.hypotheses, config.statements
+            step * config.images, config.images, config.questions, config.hypotheses, config.statements
         )
         if step < config.caption_steps:
             return caption_losses(model, batch, tokenizer, config.contrastive)
@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] = print) -> Path
 
 
 def caption_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer, contrastive: float) -> dict[str, Tensor]:
-    """The pre-training losses: every picture with its caption."""
+    """The pre-training losses: every image with its caption."""
     tokens = tokenizer.encode(batch.captions, TEXT_LENGTH)
     output = model(normalise(batch.images)[:, None], tokens, with_class=True)
     caption = captioning_loss(model.caption_logits(output.states), tokens, tokenizer.pad_id)
@@ -62,38 +62,38 @@ def caption_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer, cont
 
 
 def task_losses(model: CoCa, batch: TrainingBatch, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The four tasks' losses of one batch; all texts of a picture go through the decoders together."""
-    pictures = len(batch.images)
+    """The four tasks' losses of one batch; all texts of an image go through the decoders together."""
+    image_count = len(batch.images)
     feature, image_tokens, _ = model.image_encoder(normalise(batch.images))
     tokens = tokenizer.encode([*batch.captions, *batch.questions, *batch.hypotheses, *batch.statements], TEXT_LENGTH)
     captions, questions, hypotheses, statements = torch.split(
         tokens, [len(batch.captions), len(batch.questions), len(batch.hypotheses), len(batch.statements)]
     )
-    # A statement is about two pictures, so its text is decoded over each of them.
-    over_each = statements.view(pictures // 2, 1, -1, TEXT_LENGTH).expand(-1, 2, -1, -1)
+    # A statement is about two images, so its text is decoded over each of them.
+    over_each = statements.view(image_count // 2, 1, -1, TEXT_LENGTH).expand(-1, 2, -1, -1)
     about: dict[Task, Tensor] = {
-        "captioning": captions.view(pictures, 1, TEXT_LENGTH),
-        "vqa": questions.view(pictures, -1, TEXT_LENGTH),
-        "snli_ve": hypotheses.view(pictures, -1, TEXT_LENGTH),
-        "nlvr2": over_each.reshape(pictures, -1, TEXT_LENGTH),
+        "captioning": captions.view(image_count, 1, TEXT_LENGTH),
+        "vqa": questions.view(image_count, -1, TEXT_LENGTH),
+        "snli_ve": hypotheses.view(image_count, -1, TEXT_LENGTH),
+        "nlvr2": over_each.reshape(image_count, -1, TEXT_LENGTH),
     }
     output = model.decode(feature, image_tokens, torch.cat(list(about.values()), dim=1).flatten(0, 1))
     texts = [found.shape[1] for found in about.values()]
-    by_picture = zip(
+    by_image = zip(
         about,
-        torch.split(output.states.view(pictures, -1, *output.states.shape[1:]), texts, dim=1),
-        torch.split(output.valid.view(pictures, -1, *output.valid.shape[1:]), texts, dim=1),
+        torch.split(output.states.view(image_count, -1, *output.states.shape[1:]), texts, dim=1),
+        torch.split(output.valid.view(image_count, -1, *output.valid.shape[1:]), texts, dim=1),
         strict=True,
     )
     losses: dict[str, Tensor] = {}
     targets = {"vqa": batch.answers, "snli_ve": batch.labels, "nlvr2": batch.truths}
-    for task, states, valid in by_picture:
+    for task, states, valid in by_image:
         if task == "captioning":
             losses[task] = captioning_loss(model.caption_logits(states[:, 0]), captions, tokenizer.pad_id)
             continue
-        images = TASKS[task].images
-        if images > 1:  # the head takes the pictures of a text one after the other
-            states, valid = (x.reshape(-1, images, *x.shape[1:]).transpose(1, 2).flatten(0, 1) for x in (states, valid))
+        each = TASKS[task].images
+        if each > 1:  # the head takes the images of a text one after the other
+            states, valid = (x.reshape(-1, each, *x.shape[1:]).transpose(1, 2).flatten(0, 1) for x in (states, valid))
         logits = model.heads[task](states.flatten(0, 1), valid.flatten(0, 1))
         losses[task] = F.cross_entropy(logits.float(), targets[task])
     return losses

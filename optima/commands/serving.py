@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 class Served(nn.Module):
     """A CoCa doing one task: (images, tokens) -> logits.
 
-    images: float [B, pictures, 3, S, S], normalised as `optima.data.normalise.normalise` does; two pictures for nlvr2.
+    images: float [B, images, 3, S, S], normalised as `optima.data.normalise.normalise` does; two images for nlvr2.
     tokens: int64 [B, L], padded on the right. Logits: [B, classes]; of captioning [B, L, V], where row p tells token
     p + 1 and does not depend on the tokens behind p.
     """
@@ -45,14 +45,14 @@ class Served(nn.Module):
 
 
 def described(served: Served, words: Words | None, length: int) -> dict[str, Any]:
-    """What a user of the program must know: how pictures become numbers, and which words the tokens are.
+    """What a user of the program must know: how images become numbers, and which words the tokens are.
 
-    words: None leaves out what only a run knows: how a picture is fitted, the tokenizer, the classes' names.
+    words: None leaves out what only a run knows: how an image is fitted, the tokenizer, the classes' names.
     """
     config, specs = served.model.config, served.model.head_specs
     facts: dict[str, Any] = {
         "task": served.task,
-        "pictures": specs[served.task].pictures if served.task in specs else 1,
+        "images": specs[served.task].images if served.task in specs else 1,
         "image_size": config.image_encoder.image_size,
         "channels": "RGB",
         "value_range": [-1.0, 1.0],
@@ -133,12 +133,12 @@ def _exported(served: Served, length: int) -> Any:
 
 
 def _inputs(served: Served, length: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Random pictures and texts, some of them padded."""
+    """Random images and texts, some of them padded."""
     config, specs = served.model.config, served.model.head_specs
-    pictures = specs[served.task].pictures if served.task in specs else 1
+    image_count = specs[served.task].images if served.task in specs else 1
     side = config.image_encoder.image_size
     generator = torch.Generator().manual_seed(rows)
-    images = torch.rand(rows, pictures, 3, side, side, generator=generator) * 2 - 1
+    images = torch.rand(rows, image_count, 3, side, side, generator=generator) * 2 - 1
     tokens = torch.randint(0, config.text_decoder.vocab_size, (rows, length), generator=generator)
     ends = torch.randint(1, length + 1, (rows, 1), generator=generator)
     pad = config.text_decoder.pad_id

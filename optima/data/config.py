@@ -1,4 +1,4 @@
-"""What a command may be told about its data: which, how it is loaded, how pictures become squares, how it is packed.
+"""What a command may be told about its data: which, how it is loaded, how images become squares, how it is packed.
 
 Imports the standard library alone, so that a command line is parsed before torch is loaded.
 """
@@ -26,16 +26,16 @@ ANSWERS = 3129
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """How pictures become squares.
+    """How images become squares.
 
     Attributes:
         image_size: Side of the square, pixels.
-        fit: Evaluation: "crop" takes the central square, "squash" the whole picture.
+        fit: Evaluation: "crop" takes the central square, "squash" the whole image.
         interpolation: Filter, antialiased; "bicubic" is what CLIP's and CoCa's weights were trained with.
-        least_area: Training: least share of a picture's area that a random crop takes; 1 trains on the evaluation's
+        least_area: Training: least share of an image's area that a random crop takes; 1 trains on the evaluation's
             window.
         most_stretch: Training: most that a crop's shape is stretched, width to height or height to width.
-        mirror: Training: mirror every other picture, where left and right do not matter: never for VQA and NLVR2, nor
+        mirror: Training: mirror every other image, where left and right do not matter: never for VQA and NLVR2, nor
             beside a text that names them.
     """
 
@@ -57,15 +57,15 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How pictures are loaded.
+    """How images are loaded.
 
     Attributes:
         engine: "torch", "dali", or "auto": DALI on a GPU where it is installed, else torch.
         workers: torch: processes that load ahead, 0 loads within the training process. DALI: its threads. -1 takes one
             for every CPU but one, at most 8.
         prefetch: Batches that are loaded ahead (torch: by each worker).
-        max_rejected: Share of the records, 0 to 1, whose pictures may turn out unusable before the run ends.
-        transform: From pictures to squares.
+        max_rejected: Share of the records, 0 to 1, whose images may turn out unusable before the run ends.
+        transform: From images to squares.
     """
 
     engine: EngineName = "auto"
@@ -89,10 +89,10 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures and texts.
+    """Which images and texts.
 
     Attributes:
-        name: "pictograms" needs no files; the others are official data sets as downloaded, "folder" one's own pictures
+        name: "pictograms" needs no files; the others are official data sets as downloaded, "folder" one's own images
             with captions, and "webdataset" tars of them. Each but pictograms serves one task.
         root: Data root of any but pictograms; `prepare` checks it.
         train: Split to train on.
@@ -105,7 +105,7 @@ class DataConfig:
             with the tokenizer "texts" those of the longest text, at most 64.
         max_unknown: Share of the words of the training texts, 0 to 1, that may be missing from the vocabulary.
         answers: Size of VQAv2's answer vocabulary, the most frequent ones of its training split.
-        loader: How pictures are loaded; transform.image_size is replaced by the teacher's picture size.
+        loader: How images are loaded; transform.image_size is replaced by the teacher's image size.
     """
 
     name: DataSetName = "pictograms"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from optima.data.config import LoaderConfig
-from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures, Ready, assemble
+from optima.data.engine import Engine, Fault, ImageBatch, ImageReader, Job, Ready, assemble
 from optima.data.record import Unusable
 from optima.data.torch_engine import load_job
 from optima.data.transform import resample
@@ -42,14 +42,14 @@ except ImportError as error:
         f"brings; engine torch works without it ({error})"
     ) from error
 
-Result = tuple[PictureBatch, tuple[Fault, ...]]
+Result = tuple[ImageBatch, tuple[Fault, ...]]
 
 _DEPTH = 2  # batches that DALI works on at a time
 
 
 @dataclass
 class _Batch:
-    """A job whose pictures are read: those for DALI, the squares of the others, and what was lost."""
+    """A job whose images are read: those for DALI, the squares of the others, and what was lost."""
 
     job: Job
     ready: list[Ready] = field(default_factory=list)
@@ -62,10 +62,10 @@ class DaliEngine(Engine):
     """Reads ahead in threads, and keeps DALI two batches ahead."""
 
     def __init__(
-        self, pictures: Pictures, config: LoaderConfig, device: torch.device, resample_in_dali: bool | None = None
+        self, reader: ImageReader, config: LoaderConfig, device: torch.device, resample_in_dali: bool | None = None
     ) -> None:
         """resample_in_dali: whether DALI resamples too; by default on a GPU only."""
-        self._pictures = pictures
+        self._reader = reader
         self._device = device
         self._gpu = device.type == "cuda"
         self._whole = self._gpu if resample_in_dali is None else resample_in_dali
@@ -95,7 +95,7 @@ class DaliEngine(Engine):
             except Exception as error:  # DALI raises the type of whatever its operator met
                 if "Critical error in pipeline" not in str(error):
                     raise
-                # A picture that DALI cannot decode ends its whole pipeline: the next batch starts another.
+                # An image that DALI cannot decode ends its whole pipeline: the next batch starts another.
                 results = self._rescue(decoding, error)
                 decoding.clear()
                 self._pipeline = None
@@ -109,18 +109,18 @@ class DaliEngine(Engine):
 
     def _read(self, job: Job) -> _Batch:
         batch = _Batch(job)
-        pictures = self._pictures
-        for (row, place), side in itertools.product(enumerate(job.places), range(pictures.sides)):
+        reader = self._reader
+        for (row, place), side in itertools.product(enumerate(job.places), range(reader.sides)):
             if row in batch.lost:
                 continue
             try:
-                ready = pictures.read(place, row, side, job.training)
+                ready = reader.read(place, row, side, job.training)
                 if ready.header.turbo and ready.header.orientation == 1:
                     batch.ready.append(ready)
                 else:
-                    batch.squares.append((row, side, pictures.square(ready)))
+                    batch.squares.append((row, side, reader.square(ready)))
             except Unusable as fault:
-                batch.faults.append(pictures.fault(place, side, fault))
+                batch.faults.append(reader.fault(place, side, fault))
                 batch.lost.add(row)
         return batch
 
@@ -128,7 +128,7 @@ class DaliEngine(Engine):
         """Gives a batch to DALI."""
         if not batch.ready:
             return
-        capacity = len(batch.job.places) * self._pictures.sides
+        capacity = len(batch.job.places) * self._reader.sides
         if self._pipeline is None:
             self._pipeline = self._build(capacity)
         windows = [ready.window for ready in batch.ready]
@@ -142,8 +142,8 @@ class DaliEngine(Engine):
 
     def _finish(self, batch: _Batch) -> Result:
         """Takes a batch from DALI."""
-        config = self._pictures.config
-        shape = (len(batch.job.places), self._pictures.sides, 3, config.image_size, config.image_size)
+        config = self._reader.config
+        shape = (len(batch.job.places), self._reader.sides, 3, config.image_size, config.image_size)
         output: Any = self._pipeline.share_outputs()[0] if batch.ready else None
         if self._gpu:
             images = self._from_gpu(output, batch, shape)
@@ -167,7 +167,7 @@ class DaliEngine(Engine):
         with torch.cuda.stream(stream):
             images = torch.empty(shape, dtype=torch.uint8, device=self._device)
             if batch.ready:
-                rows = torch.tensor([ready.row * self._pictures.sides + ready.side for ready in batch.ready])
+                rows = torch.tensor([ready.row * self._reader.sides + ready.side for ready in batch.ready])
                 squares = from_dlpack(output.as_tensor())
                 images.view(-1, *shape[2:]).index_copy_(0, rows.to(self._device), squares)
         stream.synchronize()
@@ -187,16 +187,16 @@ class DaliEngine(Engine):
         """The batches made by the torch engine. Raises OptimaError if it finds nothing that DALI can have failed at."""
         results, explained = [], False
         for batch in batches:
-            result, faults = load_job(self._pictures, batch.job)
+            result, faults = load_job(self._reader, batch.job)
             explained |= len(faults) > len(batch.faults)
             results.append((result._replace(images=result.images.to(self._device)), faults))
         if not explained:
             line = " ".join(str(error).split())[:300]
-            raise OptimaError(f"DALI failed at pictures that others can decode: {line}; take engine torch") from error
+            raise OptimaError(f"DALI failed at images that others can decode: {line}; take engine torch") from error
         return results
 
     def _build(self, capacity: int) -> Any:
-        size = self._pictures.config.image_size
+        size = self._reader.config.image_size
         filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
         @dali.pipeline_def(  # type: ignore[untyped-decorator]
@@ -223,7 +223,7 @@ class DaliEngine(Engine):
                 return pixels
             mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
             squares = fn.resize(
-                pixels, size=[size, size], interp_type=filters[self._pictures.config.interpolation], antialias=True
+                pixels, size=[size, size], interp_type=filters[self._reader.config.interpolation], antialias=True
             )
             return fn.crop_mirror_normalize(
                 squares, dtype=types.UINT8, output_layout="CHW", mirror=mirror, mean=[0.0], std=[1.0]

@@ -1,6 +1,7 @@
-"""What an engine of the loader is given, what it gives back, and what all of them share: reading pictures.
+"""What an engine of the loader is given, what it gives back, and what all of them share: reading images.
 
-An engine chooses nothing: a job names the places in the stream, `Pictures` reads their bytes and chooses their windows.
+An engine chooses nothing: a job names the places in the stream, `ImageReader` reads their bytes and chooses their
+windows.
 """
 
 import abc
@@ -17,11 +18,11 @@ from optima.data.draws import Draws
 from optima.data.images import Header, inspect
 from optima.data.order import Place
 from optima.data.record import ImageSource, Records, Unusable
-from optima.data.transform import Window, evaluation_window, mirror_allowed, picture, training_window
+from optima.data.transform import Window, evaluation_window, make_square, mirror_allowed, training_window
 
 
-class PictureBatch(NamedTuple):
-    """images: uint8 [B, pictures, 3, S, S], see `optima.data.normalise`. indices: int64 [B], into the records.
+class ImageBatch(NamedTuple):
+    """images: uint8 [B, images, 3, S, S], see `optima.data.normalise`. indices: int64 [B], into the records.
 
     epochs: int64 [B], the epoch in which each record comes, for `Record.text_at`.
     """
@@ -32,7 +33,7 @@ class PictureBatch(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A picture that could not be used: which record, where, and `Unusable`'s fields."""
+    """An image that could not be used: which record, where, and `Unusable`'s fields."""
 
     record: int
     where: str
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A picture whose bytes are read: its place in the batch (row, side), and what is to be made of it."""
+    """An image whose bytes are read: its place in the batch (row, side), and what is to be made of it."""
 
     row: int
     side: int
@@ -57,8 +58,8 @@ class Ready(NamedTuple):
     window: Window
 
 
-class Pictures:
-    """Reads the pictures of records and chooses their windows; cheap to copy into worker processes.
+class ImageReader:
+    """Reads the images of records and chooses their windows; cheap to copy into worker processes.
 
     The sources are kept in arrays, since a worker that touches Python objects copies the memory they lie in.
     """
@@ -78,12 +79,12 @@ class Pictures:
         self._mirror = np.array([mirror_allowed(records.task, record) for record in records.items]) & config.mirror
 
     def source(self, index: int, side: int) -> ImageSource:
-        """Where a picture of a record is."""
+        """Where an image of a record is."""
         path, offset, size = self._sources[index, side].tolist()
         return ImageSource(os.fsdecode(self._paths[self._ends[path] : self._ends[path + 1]].tobytes()), offset, size)
 
     def read(self, place: Place, row: int, side: int, training: bool) -> Ready:
-        """Reads a picture and chooses its window. Raises Unusable."""
+        """Reads an image and chooses its window. Raises Unusable."""
         data = self.source(place.record, side).read()
         header = inspect(data)
         if not training:
@@ -94,31 +95,31 @@ class Pictures:
         return Ready(row, side, data, header, window)
 
     def square(self, ready: Ready) -> Tensor:
-        """The square of a picture, uint8 [3, S, S]. Raises Unusable."""
-        return picture(ready.data, ready.header, ready.window, self.config)
+        """The square of an image, uint8 [3, S, S]. Raises Unusable."""
+        return make_square(ready.data, ready.header, ready.window, self.config)
 
     def fault(self, place: Place, side: int, fault: Unusable) -> Fault:
-        """What is reported of a picture."""
+        """What is reported of an image."""
         return Fault(place.record, str(self.source(place.record, side)), fault.kind, fault.reason)
 
 
 def assemble(
     places: Sequence[Place], images: Tensor, faults: Sequence[Fault], lost_rows: set[int]
-) -> tuple[PictureBatch, tuple[Fault, ...]]:
-    """The batch without its lost rows. images: uint8 [B, pictures, 3, S, S]."""
+) -> tuple[ImageBatch, tuple[Fault, ...]]:
+    """The batch without its lost rows. images: uint8 [B, images, 3, S, S]."""
     indices = torch.tensor([place.record for place in places], dtype=torch.int64)
     epochs = torch.tensor([place.epoch for place in places], dtype=torch.int64)
     if lost_rows:
         kept = torch.tensor([row for row in range(len(places)) if row not in lost_rows], dtype=torch.int64)
         images, indices, epochs = images[kept.to(images.device)], indices[kept], epochs[kept]
-    return PictureBatch(images, indices, epochs), tuple(faults)
+    return ImageBatch(images, indices, epochs), tuple(faults)
 
 
 class Engine(abc.ABC):
     """Runs jobs ahead of their use."""
 
     @abc.abstractmethod
-    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[PictureBatch, tuple[Fault, ...]]]:
+    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[ImageBatch, tuple[Fault, ...]]]:
         """The batches of the jobs, in order; jobs are drawn from the iterator ahead of their results."""
 
     @abc.abstractmethod

@@ -1,13 +1,13 @@
-"""Encoded pictures to pixels: what is taken, how it is decoded, and what is refused.
+"""Encoded images to pixels: what is taken, how it is decoded, and what is refused.
 
-A picture is looked at in two steps. `inspect` reads the header and refuses what no decoder should be given: nothing,
-no picture, a decompression bomb, an animation (GIF, PNG or WebP of several frames, a TIFF of several pages: which frame
+An image is looked at in two steps. `inspect` reads the header and refuses what no decoder should be given: nothing,
+no image, a decompression bomb, an animation (GIF, PNG or WebP of several frames, a TIFF of several pages: which frame
 a caption is about, nobody has said). `decode` makes upright 8-bit RGB of the rest, and refuses what breaks on
 the way. Nothing is guessed: a JPEG that ends early, or with a hole in it, or a PNG with rows missing, is refused, not
 filled with grey (Pillow, where simplejpeg is missing, does not notice holes).
 
 JPEGs, nearly all there is, go through libjpeg-turbo (simplejpeg) if it is installed, which also scales large ones down
-while it decodes; all else, CMYK and 16-bit pictures among it, through Pillow. Grey becomes RGB, EXIF's orientation is
+while it decodes; all else, CMYK and 16-bit images among it, through Pillow. Grey becomes RGB, EXIF's orientation is
 applied, 16 bits are scaled to 8, transparency is dropped (as `Image.convert("RGB")` does in published pipelines).
 """
 
@@ -33,7 +33,7 @@ except ImportError:
     simplejpeg = None
 
 REDUCING_GAP = 2
-"""How much larger than wanted a picture stays when it is scaled down while decoding, so that no difference shows."""
+"""How much larger than wanted an image stays when it is scaled down while decoding, so that no difference shows."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What Pillow may decode. It knows more, some of which start other programs."""
@@ -54,7 +54,7 @@ _MOST_PADDING = 16  # bytes; more of them are data that could not be read
 _MOST_SCRATCH = 2**26  # bytes of pixels that a thread keeps
 _memory = threading.local()
 
-# Larger pictures are refused by inspect; a warning beside the refusal would say it twice.
+# Larger images are refused by inspect; a warning beside the refusal would say it twice.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -80,15 +80,15 @@ class Header:
 
 
 def inspect(data: bytes) -> Header:
-    """Reads the header of an encoded picture. Raises Unusable if it is not to be decoded."""
+    """Reads the header of an encoded image. Raises Unusable if it is not to be decoded."""
     if not data:
-        raise Unusable("image-empty", "the picture has no bytes")
+        raise Unusable("image-empty", "the image has no bytes")
     header = _inspect_jpeg(data) if data[:3] == b"\xff\xd8\xff" and simplejpeg is not None else None
     header = header or _inspect_any(data)
     _refuse_above(header.width, header.height, 3)
     if min(header.width, header.height) < MIN_SIDE:
         raise Unusable(
-            "image-tiny", f"the picture is {header.width} x {header.height}; a side has at least {MIN_SIDE} pixels"
+            "image-tiny", f"the image is {header.width} x {header.height}; a side has at least {MIN_SIDE} pixels"
         )
     return header
 
@@ -96,10 +96,10 @@ def inspect(data: bytes) -> Header:
 def decode(
     data: bytes, header: Header, least: tuple[int, int] = (MAX_PIXELS, MAX_PIXELS), *, reuse: bool = False
 ) -> NDArray[np.uint8]:
-    """The picture, uint8 [height, width, 3], upright RGB.
+    """The image, uint8 [height, width, 3], upright RGB.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         header: what `inspect` said of it.
         least: (height, width) that the result must have at least; a larger JPEG may come scaled down to this size or
             above it. By default it keeps its size.
@@ -107,7 +107,7 @@ def decode(
             quarter of the time of decoding.
 
     Raises:
-        Unusable: if the picture is damaged.
+        Unusable: if the image is damaged.
     """
     height, width = least[::-1] if header.orientation in _TURNED else least
     if header.turbo:
@@ -161,7 +161,7 @@ def _inspect_any(data: bytes) -> Header:
 def _header_of(data: bytes, image: Image.Image) -> Header:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
-        raise Unusable("image-animated", f"the picture is a {image.format} of {frames} frames")
+        raise Unusable("image-animated", f"the image is a {image.format} of {frames} frames")
     traits = []
     if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
         traits.append("grayscale")
@@ -184,7 +184,7 @@ def _header_of(data: bytes, image: Image.Image) -> Header:
 def _refuse_above(width: int, height: int, bytes_a_pixel: int) -> None:
     most = min(MAX_PIXELS, MAX_DECODED_BYTES // bytes_a_pixel)
     if width * height > most:
-        raise Unusable("image-bomb", f"the picture is {width} x {height}; {most} pixels of its kind are the most")
+        raise Unusable("image-bomb", f"the image is {width} x {height}; {most} pixels of its kind are the most")
 
 
 def _header(name: str, width: int, height: int, orientation: int, turbo: bool, traits: list[str]) -> Header:
@@ -206,7 +206,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _scratch(header: Header) -> NDArray[np.uint8] | None:
-    """This thread's memory for pixels; None for pictures too large to keep memory for."""
+    """This thread's memory for pixels; None for images too large to keep memory for."""
     size = header.width * header.height * 3
     if size > _MOST_SCRATCH:
         return None
@@ -244,7 +244,7 @@ def _decode_any(data: bytes, header: Header, height: int, width: int) -> NDArray
         except Unusable:
             raise
         except MemoryError as error:
-            raise Unusable("image-bomb", f"no memory for a picture of {header.width} x {header.height}") from error
+            raise Unusable("image-bomb", f"no memory for an image of {header.width} x {header.height}") from error
         except Exception as error:  # decoders fed with broken bytes raise whatever their first mishap is
             kind = "image-truncated" if "truncated" in str(error) else "image-corrupt"
             raise Unusable(kind, f"the {image.format} is damaged: {error}") from error
@@ -266,7 +266,7 @@ def _eight_bits_of(band: Image.Image) -> NDArray[np.uint8]:
         values = np.asarray(band).astype(np.float64)
         top = 1.0 if mode == "F" else 65535.0
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
-            raise Unusable("image-depth", f"a {mode} picture holds values of 0 to {top:g}, got others")
+            raise Unusable("image-depth", f"a {mode} image holds values of 0 to {top:g}, got others")
         return np.rint(values * (255 / top)).astype(np.uint8)[:, :, None]
     return np.array(band.convert("RGB"))
 
@@ -276,9 +276,9 @@ def _opened(data: bytes) -> Any:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise Unusable("image-bomb", f"the picture is too large: {error}") from error
+        raise Unusable("image-bomb", f"the image is too large: {error}") from error
     except Exception as error:  # a broken header raises whatever its first mishap is
-        raise Unusable("image-unrecognised", f"no picture that can be decoded; it begins with {data[:12]!r}") from error
+        raise Unusable("image-unrecognised", f"no image that can be decoded; it begins with {data[:12]!r}") from error
     with image:
         yield image
 

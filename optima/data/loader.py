@@ -1,11 +1,11 @@
-"""Batches of pictures: `loader.load(step)` for training, `loader.once()` for an evaluation.
+"""Batches of images: `loader.load(step)` for training, `loader.once()` for an evaluation.
 
     records = open_records("vqav2", root, "train")
     with make_loader(records, LoaderConfig(), batch_size=32, seed=0) as loader:
         batch = loader.load(0)                      # images uint8 [32, 1, 3, S, S], indices, epochs
         texts = [records[i].text_at(e) for i, e in zip(batch.indices.tolist(), batch.epochs.tolist())]
 
-What belongs to step s, which records (`optima.data.order`) and which part of each picture (`optima.data.transform`), is
+What belongs to step s, which records (`optima.data.order`) and which part of each image (`optima.data.transform`), is
 a function of (seed, s, rank): `load` of consecutive steps comes from a pipeline that runs ahead, `load` of any other
 step starts that pipeline anew there, and gives what an uninterrupted run would have given. There is no state to save.
 
@@ -17,7 +17,7 @@ rounding:
 
 "auto" takes DALI on a GPU if it is installed, else torch: on a CPU torch's engine is the faster one.
 
-A picture that cannot be used leaves its batch one record smaller, is written to `rejected.jsonl` and counted; above
+An image that cannot be used leaves its batch one record smaller, is written to `rejected.jsonl` and counted; above
 `max_rejected` of all records the run ends with an OptimaError. `prepare` finds them before.
 """
 
@@ -29,7 +29,7 @@ from typing import Self
 import torch
 
 from optima.data.config import LoaderConfig
-from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures
+from optima.data.engine import Engine, Fault, ImageBatch, ImageReader, Job
 from optima.data.order import Order
 from optima.data.order import once as order_once
 from optima.data.record import Records, Rejection, RejectionLog
@@ -38,7 +38,7 @@ from optima_core.errors import OptimaError
 
 
 class Loader:
-    """Batches of one split's pictures on one rank; see the module's beginning.
+    """Batches of one split's images on one rank; see the module's beginning.
 
     Args:
         records: the split.
@@ -47,7 +47,7 @@ class Loader:
         seed: seed of order and windows.
         rank: this process.
         world_size: number of processes; together they see every record once an epoch.
-        report: rejected.jsonl, to which unusable pictures are appended; None reports nothing but counts.
+        report: rejected.jsonl, to which unusable images are appended; None reports nothing but counts.
         training: whether `load` gives the training's windows, or the evaluation's.
     """
 
@@ -72,22 +72,22 @@ class Loader:
         self._report = report or RejectionLog(None)
         self._training = training
         self._next = -1
-        self._running: Iterator[tuple[PictureBatch, tuple[Fault, ...]]] = iter(())
+        self._running: Iterator[tuple[ImageBatch, tuple[Fault, ...]]] = iter(())
 
-    def load(self, step: int) -> PictureBatch:
+    def load(self, step: int) -> ImageBatch:
         """The batch of a training step.
 
-        Raises OptimaError if too many pictures were unusable so far, or all of this batch.
+        Raises OptimaError if too many images were unusable so far, or all of this batch.
         """
         if step != self._next:
             self._running = self._engine.run(self._jobs_from(step))
         self._next = step + 1
         return self._accept(*next(self._running))
 
-    def once(self, batch_size: int | None = None) -> Iterator[PictureBatch]:
+    def once(self, batch_size: int | None = None) -> Iterator[ImageBatch]:
         """Every record of this rank once, in order, with the evaluation's windows; the last batch may be smaller.
 
-        Batches that lose all their pictures are passed over.
+        Batches that lose all their images are passed over.
         """
         self._next = -1
         order = self._order
@@ -115,7 +115,7 @@ class Loader:
             yield Job(self._order.step(step), self._training)
             step += 1
 
-    def _accept(self, batch: PictureBatch, faults: Sequence[Fault], may_be_empty: bool = False) -> PictureBatch:
+    def _accept(self, batch: ImageBatch, faults: Sequence[Fault], may_be_empty: bool = False) -> ImageBatch:
         for fault in faults:
             if fault.record not in self.rejected:
                 rejection = Rejection(self.records[fault.record].id, fault.where, fault.kind, fault.reason)
@@ -125,7 +125,7 @@ class Loader:
         if lost > self._config.max_rejected * total or (not may_be_empty and not len(batch.indices)):
             last = list(self.rejected.values())[-1]
             raise OptimaError(
-                f"{lost} of {total} records of {self.records.name} {self.records.split} have unusable pictures, more "
+                f"{lost} of {total} records of {self.records.name} {self.records.split} have unusable images, more "
                 f"than the share of {self._config.max_rejected:g} that is allowed, or a whole batch; the last: "
                 f"{last.where}: {last.reason}; find them with `python -m optima.run prepare`, or raise max_rejected"
             )
@@ -158,23 +158,23 @@ def make_loader(
         rank: this process.
         world_size: number of processes.
         device: where the batches' images are wanted; the torch engine gives them on the CPU (pinned for a GPU).
-        report: rejected.jsonl, to which unusable pictures are appended.
+        report: rejected.jsonl, to which unusable images are appended.
         training: whether `load` crops at random and mirrors.
 
     Raises:
-        OptimaError: if DALI is asked for and missing, or the records' pictures do not fit one loader.
+        OptimaError: if DALI is asked for and missing, or the records' images do not fit one loader.
     """
     if not len(records):
         raise OptimaError(f"{records.name} {records.split} has no records to load")
     device = device or torch.device("cpu")
-    pictures = Pictures(records, config.transform, seed)
+    reader = ImageReader(records, config.transform, seed)
     engine: Engine
     if config.engine == "dali" or (config.engine == "auto" and device.type == "cuda" and _has_dali()):
         from optima.data.dali_engine import DaliEngine  # an extra, refused in its first lines where it is missing
 
-        engine = DaliEngine(pictures, config, device)
+        engine = DaliEngine(reader, config, device)
     else:
-        engine = TorchEngine(pictures, config, pin=device.type == "cuda")
+        engine = TorchEngine(reader, config, pin=device.type == "cuda")
     return Loader(
         records,
         config,

@@ -18,11 +18,11 @@ def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
     """Raises Unusable if a PNG's pixel data are shorter than its size wants, or a chunk has not the checksum it gives.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         image: the same as Pillow has loaded it; where data were missing it is black.
     """
     pixels = [content for kind, content in _chunks(data) if kind == b"IDAT"]
-    # Rows are decoded in order, so a last one that is not black has been there. Interlaced pictures have several.
+    # Rows are decoded in order, so a last one that is not black has been there. Interlaced images have several.
     last = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
     if any(last) and data[28] == 0:
         return

@@ -1,6 +1,6 @@
 """One item of a data set, the set itself, and what could not be used of it.
 
-A record names its pictures, it does not hold them: a picture is a run of bytes in a file, be it the whole of a JPEG
+A record names its images, it does not hold them: an image is a run of bytes in a file, be it the whole of a JPEG
 or a member of a tar shard, so loaders read both alike. What is wrong with a data set is collected, not raised: every
 unusable item becomes a `Rejection` that says which, where and why, and `Records.refuse_above` stops a run that would
 lose too much.
@@ -18,21 +18,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from optima.limits import MAX_PICTURE_BYTES, MAX_TEXT_CHARACTERS
+from optima.limits import MAX_IMAGE_BYTES, MAX_TEXT_CHARACTERS
 from optima.task import Task
 from optima.untrusted import shown
 from optima_core.errors import OptimaError
 
 
 class ImageSource(NamedTuple):
-    """Where the bytes of a picture are: `size` bytes of the file from `offset` on; size -1 takes the whole file."""
+    """Where the bytes of an image are: `size` bytes of the file from `offset` on; size -1 takes the whole file."""
 
     path: str
     offset: int = 0
     size: int = -1
 
     def read(self) -> bytes:
-        """The encoded picture. Raises Unusable if there is none, it ends early, or it is too large to be one."""
+        """The encoded image. Raises Unusable if there is none, it ends early, or it is too large to be one."""
         name = shown(self.path)
         try:
             # A pipe that is opened without O_NONBLOCK waits for a writer.
@@ -41,15 +41,15 @@ class ImageSource(NamedTuple):
                 if not stat.S_ISREG(status.st_mode):
                     raise Unusable("image-unreadable", f"{name} is no file")
                 size = self.size if self.size >= 0 else status.st_size
-                if size > MAX_PICTURE_BYTES:
-                    raise Unusable("image-bomb", f"{name} has {size} bytes; {MAX_PICTURE_BYTES} are the most")
+                if size > MAX_IMAGE_BYTES:
+                    raise Unusable("image-bomb", f"{name} has {size} bytes; {MAX_IMAGE_BYTES} are the most")
                 data = os.pread(file.fileno(), size, self.offset)
         except FileNotFoundError as error:
             raise Unusable("image-missing", f"there is no {name}") from error
         except OSError as error:
             raise Unusable("image-unreadable", f"{name} cannot be read: {error.strerror or error}") from error
         if len(data) != size:
-            raise Unusable("image-truncated", f"{name} ends within the picture at byte {self.offset}")
+            raise Unusable("image-truncated", f"{name} ends within the image at byte {self.offset}")
         return data
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class Record:
     Attributes:
         id: The benchmark's own id, as its submission format wants it: COCO's image id, VQAv2's question id, NLVR2's
             identifier, SNLI-VE's pairID, a folder's file name.
-        images: The pictures, one, or two for NLVR2 (left, right).
-        texts: Captioning: all captions of the picture, the references of an evaluation. Otherwise one text: the
+        images: The images, one, or two for NLVR2 (left, right).
+        texts: Captioning: all captions of the image, the references of an evaluation. Otherwise one text: the
             question, the statement (by which NLVR2's consistency groups), the hypothesis.
         target: Class in `Records.classes`; -1 for captioning, and where the answer is unknown or not in the vocabulary.
         answers: VQAv2: the ten annotators' answers as they gave them.
@@ -108,7 +108,7 @@ class Rejection:
 
 
 class Unusable(Exception):
-    """Raised while a record is read or a picture decoded; becomes a `Rejection`."""
+    """Raised while a record is read or an image decoded; becomes a `Rejection`."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -230,14 +230,14 @@ class Collector:
 
 
 class ImageFolder:
-    """The pictures of a folder by their names; the folder is listed once, since a stat per picture is slow."""
+    """The images of a folder by their names; the folder is listed once, since a stat per image is slow."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._listed: dict[str, frozenset[str]] = {}
 
     def source(self, name: str) -> ImageSource:
-        """The picture of a name relative to the folder. Raises Unusable if it leaves the folder or is missing."""
+        """The image of a name relative to the folder. Raises Unusable if it leaves the folder or is missing."""
         relative = safe_name(name)
         parent, _, leaf = relative.rpartition("/")
         path = os.path.join(self.path, relative)

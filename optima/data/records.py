@@ -2,13 +2,13 @@
 
 | name | task | what it reads |
 |---|---|---|
-| `coco` | captioning | captions_*.json of the site, pictures of 2017 or 2014 |
+| `coco` | captioning | captions_*.json of the site, images of 2017 or 2014 |
 | `coco_karpathy` | captioning | dataset_coco.json |
-| `vqav2` | vqa | question and annotation files, pictures of 2014 and 2015 |
-| `nlvr2` | nlvr2 | the repository's JSONL, two pictures a record |
-| `snli_ve` | snli_ve | the repository's JSONL, pictures of Flickr30k |
-| `folder` | captioning | a folder of pictures with captions.tsv or .jsonl |
-| `webdataset` | captioning | tars of pictures with .txt or .json captions |
+| `vqav2` | vqa | question and annotation files, images of 2014 and 2015 |
+| `nlvr2` | nlvr2 | the repository's JSONL, two images a record |
+| `snli_ve` | snli_ve | the repository's JSONL, images of Flickr30k |
+| `folder` | captioning | a folder of images with captions.tsv or .jsonl |
+| `webdataset` | captioning | tars of images with .txt or .json captions |
 
 The readers are in `optima.data.formats`; each says in its first lines where it looks for which file. Instead of the
 official files, the root may hold the shards that `python -m optima.run prepare` packed from them.
@@ -67,7 +67,7 @@ def open_records(
     answers: int = ANSWERS,
     classes: Sequence[str] | None = None,
 ) -> Records:
-    """Reads the records of a split. Pictures are looked for, but not opened: that is `prepare`'s and the loader's work.
+    """Reads the records of a split. Images are looked for, but not opened: that is `prepare`'s and the loader's work.
 
     Args:
         name: the format.

@@ -4,11 +4,11 @@
     OUT/train-000000.tar        000000000.jpg (or .left.jpg and .right.jpg), .json and .tokens of each sample
     OUT/train-000000.idx        where each component lies, for DALI's `fn.readers.webdataset`
 
-A sample is a picture, or a pair of them, once, with all its records: `.json` lists them, `.tokens` holds one row of
+A sample is an image, or a pair of them, once, with all its records: `.json` lists them, `.tokens` holds one row of
 int32 token ids (little-endian, text_length of them) for each of their texts in turn. A folder with such a `.json` opens
 under the name of the data set that it was packed from.
 
-Tars of other origin open as `webdataset`: samples of one picture with a caption in `.txt` or `.json`. No tar is
+Tars of other origin open as `webdataset`: samples of one image with a caption in `.txt` or `.json`. No tar is
 trusted: members that are not plain files, or whose names would leave a folder, are rejected.
 """
 
@@ -35,7 +35,7 @@ from optima.data.record import (
 )
 from optima.data.tar_index import BLOCK, tar_members
 from optima.data.tokenizer import Tokenizer
-from optima.limits import MAX_LINE_BYTES, MAX_PICTURE_BYTES
+from optima.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES
 from optima.task import TASKS, Task
 from optima.untrusted import read_json, shown
 from optima_core.checkpoint import write_atomically
@@ -43,7 +43,7 @@ from optima_core.errors import OptimaError
 
 VERSION = 1
 SIDES = ("left", "right")
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"} | {
     name: name.lower() for name in FORMATS if name not in ("JPEG", "TIFF", "JPEG2000")
 }
@@ -70,7 +70,7 @@ def pack(records: Records, out: Path, shard_bytes: int, tokens: Tokens | None) -
     """Writes the shards of a split, and last its `.json`, so that a packing that was stopped is not taken for whole.
 
     Args:
-        records: what to pack; its pictures have been found usable.
+        records: what to pack; its images have been found usable.
         out: folder to write into.
         shard_bytes: a shard is closed when it has reached this size.
         tokens: how to make `.tokens`; None writes none.
@@ -146,7 +146,7 @@ def read_packed(root: Path, name: str, split: str) -> Records:
         for sample in _samples(tar, collector):
             try:
                 rows = _json(sample)
-                images = _pictures(sample)
+                images = _images(sample)
             except Unusable as fault:
                 collector.reject(sample.where, fault, sample.key)
                 continue
@@ -196,7 +196,7 @@ def _manifest(content: Any, name: str, path: Path) -> _Manifest:
 
 
 def read_webdataset(root: Path, split: str) -> Records:
-    """Captioned pictures from tars of any origin: ROOT/<split>-*.tar, or, for training, all tars of the folder."""
+    """Captioned images from tars of any origin: ROOT/<split>-*.tar, or, for training, all tars of the folder."""
     tars = sorted(root.glob(f"{split}*.tar"))
     if not tars and split == "train":
         tars = sorted(root.glob("*.tar"))
@@ -210,9 +210,9 @@ def read_webdataset(root: Path, split: str) -> Records:
 
 
 def _captioned(shard: str, sample: _Sample) -> Record:
-    images = _pictures(sample)
+    images = _images(sample)
     if len(images) != 1:
-        raise Unusable("image-several", f"a sample has one picture, got {', '.join(sorted(sample.parts))}")
+        raise Unusable("image-several", f"a sample has one image, got {', '.join(sorted(sample.parts))}")
     if "txt" in sample.parts:
         caption: Any = _words(sample, "txt").decode("utf-8-sig", "surrogateescape")
     else:
@@ -306,8 +306,8 @@ def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSourc
                     continue
                 if member.kind != "file":
                     raise Unusable("member-type", f"{shown(name)} is no plain file")
-                if member.size > MAX_PICTURE_BYTES:
-                    size = f"{member.size} bytes; {MAX_PICTURE_BYTES} are the most"
+                if member.size > MAX_IMAGE_BYTES:
+                    size = f"{member.size} bytes; {MAX_IMAGE_BYTES} are the most"
                     raise Unusable("image-bomb", f"{shown(name)} has {size}")
             except Unusable as fault:
                 collector.reject(f"{path.name}/{shown(member.name)}", fault)
@@ -319,19 +319,19 @@ def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSourc
         collector.reject(path.name, Unusable("shard-broken", f"the tar cannot be read: {error.strerror or error}"))
 
 
-def _pictures(sample: _Sample) -> tuple[ImageSource, ...]:
-    """One picture, or the left and the right one. Raises Unusable."""
+def _images(sample: _Sample) -> tuple[ImageSource, ...]:
+    """One image, or the left and the right one. Raises Unusable."""
     found: dict[str, ImageSource] = {}
     for ending, source in sample.parts.items():
         side, _, kind = ending.rpartition(".")
-        if kind in PICTURES:
+        if kind in IMAGES:
             if side in found:
-                raise Unusable("image-several", f"several pictures: {', '.join(sorted(sample.parts))}")
+                raise Unusable("image-several", f"several images: {', '.join(sorted(sample.parts))}")
             found[side] = source
     if set(found) == set(SIDES):
         return tuple(found[side] for side in SIDES)
     if len(found) != 1:
-        raise Unusable("image-missing", f"no picture among {', '.join(sorted(sample.parts)) or 'nothing'}")
+        raise Unusable("image-missing", f"no image among {', '.join(sorted(sample.parts)) or 'nothing'}")
     return tuple(found.values())
 
 

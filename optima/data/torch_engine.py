@@ -8,18 +8,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from optima.data.config import LoaderConfig
-from optima.data.engine import Engine, Fault, Job, PictureBatch, Pictures, assemble
+from optima.data.engine import Engine, Fault, ImageBatch, ImageReader, Job, assemble
 from optima.data.record import Unusable
 
-Result = tuple[PictureBatch, tuple[Fault, ...]]
+Result = tuple[ImageBatch, tuple[Fault, ...]]
 
 
 class TorchEngine(Engine):
     """Loads in worker processes, or, without any, in this one."""
 
-    def __init__(self, pictures: Pictures, config: LoaderConfig, pin: bool) -> None:
+    def __init__(self, reader: ImageReader, config: LoaderConfig, pin: bool) -> None:
         """pin: whether batches come in page-locked memory, from which a GPU copies without waiting."""
-        self._jobs = _Jobs(pictures)
+        self._jobs = _Jobs(reader)
         self._workers = config.worker_count()
         self._prefetch = config.prefetch
         self._pin = pin
@@ -44,26 +44,26 @@ class TorchEngine(Engine):
 class _Jobs(Dataset[Result]):
     """Maps a job to its batch."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
 
     def __getitem__(self, job: Job) -> Result:
-        return load_job(self._pictures, job)
+        return load_job(self._reader, job)
 
 
-def load_job(pictures: Pictures, job: Job) -> Result:
+def load_job(reader: ImageReader, job: Job) -> Result:
     """The batch of a job, made in this process."""
-    size = pictures.config.image_size
-    images = torch.empty(len(job.places), pictures.sides, 3, size, size, dtype=torch.uint8)
+    size = reader.config.image_size
+    images = torch.empty(len(job.places), reader.sides, 3, size, size, dtype=torch.uint8)
     faults: list[Fault] = []
     lost: set[int] = set()
-    for (row, place), side in itertools.product(enumerate(job.places), range(pictures.sides)):
+    for (row, place), side in itertools.product(enumerate(job.places), range(reader.sides)):
         if row in lost:
             continue
         try:
-            images[row, side] = pictures.square(pictures.read(place, row, side, job.training))
+            images[row, side] = reader.square(reader.read(place, row, side, job.training))
         except Unusable as fault:
-            faults.append(pictures.fault(place, side, fault))
+            faults.append(reader.fault(place, side, fault))
             lost.add(row)
     return assemble(job.places, images, faults, lost)
 

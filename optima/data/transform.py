@@ -1,9 +1,9 @@
-"""From a whole picture to the square that a model sees: which part of it, and how it is resampled.
+"""From a whole image to the square that a model sees: which part of it, and how it is resampled.
 
-Both transforms choose a *window* of the upright picture, in whole pixels, and resample it to S x S with an antialiased
+Both transforms choose a *window* of the upright image, in whole pixels, and resample it to S x S with an antialiased
 filter:
 
-- **evaluation**: the central square of the shorter side (`fit="crop"`), or the whole picture, its shape lost
+- **evaluation**: the central square of the shorter side (`fit="crop"`), or the whole image, its shape lost
   (`fit="squash"`);
 - **training**: a random part of the area, of a random shape (random resized crop), and, where it may, a mirror.
 
@@ -31,7 +31,7 @@ _SIDES = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|anticlockwise|c
 
 
 class Window(NamedTuple):
-    """A part of an upright picture, pixels, and whether it is mirrored."""
+    """A part of an upright image, pixels, and whether it is mirrored."""
 
     left: int
     top: int
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 
 def mirror_allowed(task: Task, record: Record) -> bool:
-    """Whether a mirrored picture still fits the record: not for questions and pairs, nor beside a word for a side."""
+    """Whether a mirrored image still fits the record: not for questions and pairs, nor beside a word for a side."""
     return TASKS[task].mirrors and not any(_SIDES.search(text) for text in record.texts)
 
 
@@ -54,7 +54,7 @@ def evaluation_window(width: int, height: int, config: TransformConfig) -> Windo
 
 
 def training_window(width: int, height: int, config: TransformConfig, draws: Draws, mirror: bool) -> Window:
-    """A random window: its area uniform in least_area..1 of the picture, its shape log-uniform, its place uniform.
+    """A random window: its area uniform in least_area..1 of the image, its shape log-uniform, its place uniform.
 
     As the usual random resized crop does, it tries ten times for a window that fits, then takes the evaluation's.
     """
@@ -78,10 +78,10 @@ def resample(pixels_HW3: NDArray[np.uint8], size: int, interpolation: Interpolat
     return square.flip(-1) if mirrored else square
 
 
-def picture(data: bytes, header: Header, window: Window, config: TransformConfig) -> Tensor:
-    """The square of a window of an encoded picture, uint8 [3, S, S]. Raises Unusable if the picture is damaged."""
+def make_square(data: bytes, header: Header, window: Window, config: TransformConfig) -> Tensor:
+    """The square of a window of an encoded image, uint8 [3, S, S]. Raises Unusable if the image is damaged."""
     size = config.image_size
-    # A window smaller than the gap asks for more than there is, and so keeps the picture's own size.
+    # A window smaller than the gap asks for more than there is, and so keeps the image's own size.
     least = (
         math.ceil(header.height * REDUCING_GAP * size / window.height),
         math.ceil(header.width * REDUCING_GAP * size / window.width),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def consistency(correct: Sequence[bool], identifiers: Sequence[str]) -> float:
-    """Share, 0 to 1, of the statements that were judged rightly for every pair of pictures they were shown with.
+    """Share, 0 to 1, of the statements that were judged rightly for every pair of images they were shown with.
 
     identifiers: `split-set-pair-sentence`; items that differ in nothing but the pair are of one statement.
 

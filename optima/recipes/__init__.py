@@ -28,9 +28,9 @@ def pictograms(task: str) -> Options:
 
 
 def own_images() -> Options:
-    """Captioning of one's own pictures: a folder with captions.tsv or captions.jsonl, checked by `prepare`.
+    """Captioning of one's own images: a folder with captions.tsv or captions.jsonl, checked by `prepare`.
 
-    The shipped teacher learns the captions' words and the pictures, and is distilled into the shipped student's sizes.
+    The shipped teacher learns the captions' words and the images, and is distilled into the shipped student's sizes.
     For a larger one, `import` open_clip's coca_ViT-B-32 or coca_ViT-L-14 and give --teacher and --student tiny12.
     """
     return {
@@ -55,7 +55,7 @@ def pretrain_teacher() -> Options:
         "model": _shipped(128, 128, (5, 2, 3)),
         "caption_steps": 1000,
         "task_steps": 19000,
-        "pictures": 32,
+        "images": 32,
         "questions": 4,
         "optimiser": {"learning_rate": 1e-3, "warmup": 0.03},
         "compile": True,

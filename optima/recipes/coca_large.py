@@ -50,7 +50,7 @@ def coca_large(student: str, benchmark: str) -> dict[str, Any]:
     """Where the options of `distill` differ from its defaults."""
     chosen = BENCHMARKS[benchmark]
     steps = EPOCHS[student][benchmark] * chosen.items // STEP
-    parts = 8 if benchmark == "nlvr2" else 4  # two pictures an item
+    parts = 8 if benchmark == "nlvr2" else 4  # two images an item
     transform = {"fit": "squash", "least_area": chosen.least_area, "mirror": benchmark in ("coco", "snli_ve")}
     return {
         "task": chosen.task,

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from optima.report import formatting, pictures, plots
+from optima.report import formatting, images, plots
 from optima.report.svg import ARM_COLOURS, HEAT_LEVELS, RISE_LEVELS, inline
 from optima.runs.reading import Run, read_run
 from optima.runs.rows import MODELS, Round, Sample, Summary
@@ -113,7 +113,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {
         name: getattr(formatting, name) for name in ("spelled", "plain", "count", "duration", "memory")
     }
-    environment.filters["data_uri"] = pictures.data_uri
+    environment.filters["data_uri"] = images.data_uri
     environment.globals |= {"arm_colours": ARM_COLOURS, "heat_levels": HEAT_LEVELS, "rise_levels": RISE_LEVELS}
     return environment.get_template(template).render(**values)
 
@@ -166,7 +166,7 @@ def facts(summary: Summary) -> list[Fact]:
         detail = f"{formatting.count(size['student'])} of {formatting.count(size['teacher'])} parameters"
         found.append(Fact("smaller", formatting.factor(size["teacher"] / size["student"]), detail))
     if speed.get("teacher") and speed.get("student"):
-        detail = f"{speed['student']:.0f} against {speed['teacher']:.0f} pictures a second, in turns"
+        detail = f"{speed['student']:.0f} against {speed['teacher']:.0f} images a second, in turns"
         found.append(Fact("faster", formatting.factor(speed["student"] / speed["teacher"]), detail))
     if math.isfinite(summary.peak_mib):
         found.append(Fact("peak memory", formatting.memory(summary.peak_mib), "of the whole run"))
@@ -328,9 +328,9 @@ def sample_groups(samples: Sequence[Sample]) -> list[SampleGroup]:
 
 @dataclass(frozen=True)
 class Attention:
-    """The picture a caption was read off, and the same picture lit by each word's attention."""
+    """The image a caption was read off, and the same image lit by each word's attention."""
 
-    picture: str
+    image: str
     caption: str
     words: Sequence[tuple[str, str]]
 
@@ -339,7 +339,7 @@ def _attention(run: Run) -> Attention | None:
     if run.cross_attention is None:
         return None
     return Attention(
-        picture=pictures.data_uri(run.cross_attention.image),
+        image=images.data_uri(run.cross_attention.image),
         caption=" ".join(run.cross_attention.caption),
-        words=pictures.spotlights(run.cross_attention),
+        words=images.spotlights(run.cross_attention),
     )

@@ -200,7 +200,7 @@ class SharedSample:
 
 
 def _samples(names: Sequence[str], runs: Sequence[Run]) -> list[SharedSample]:
-    """Samples all runs share but not all get right; equal place, prompt, reference and pictures make them the same."""
+    """Samples all runs share but not all get right; equal place, prompt, reference and images make them the same."""
     shared = []
     for samples in zip(*(run.samples for run in runs), strict=False):
         first = samples[0]

@@ -61,7 +61,7 @@ class DistillConfig:
 
     Attributes:
         task: What the student is to learn.
-        data: Which pictures and texts.
+        data: Which images and texts.
         run: Run directory, new or empty; see also resume.
         teacher: Teacher weights (.safetensors); null takes the shipped teacher.
         teach: How the teacher learns the data first, if it does.
@@ -137,7 +137,7 @@ class FinetuneConfig:
         model: Weights to start from (.safetensors), such as `import` writes. A head that the task needs and they lack
             is added, with random weights.
         task: What the model is to learn.
-        data: Which pictures and texts.
+        data: Which images and texts.
         run: Run directory, new or empty; see also resume. At the end it holds model.safetensors.
         steps: Optimiser steps.
         batch_size: Items a step.
@@ -192,10 +192,10 @@ class PretrainConfig:
         model: Sizes of the model.
         caption_steps: Optimiser steps on contrastive and captioning losses.
         task_steps: Optimiser steps on captioning, VQA, NLVR2 and SNLI-VE jointly, after the caption steps.
-        pictures: Pictures a step, an even number.
-        questions: VQA items a picture in the task steps.
-        hypotheses: SNLI-VE items a picture in the task steps.
-        statements: NLVR2 items a pair of pictures in the task steps.
+        images: Images a step, an even number.
+        questions: VQA items an image in the task steps.
+        hypotheses: SNLI-VE items an image in the task steps.
+        statements: NLVR2 items a pair of images in the task steps.
         contrastive: Weight of the contrastive loss beside a captioning loss of weight 1.
         optimiser: AdamW and its schedule over all steps.
         precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
@@ -213,7 +213,7 @@ class PretrainConfig:
     model: CoCaConfig = field(default_factory=CoCaConfig)
     caption_steps: int = 2000
     task_steps: int = 6000
-    pictures: int = 64
+    images: int = 64
     questions: int = 2
     hypotheses: int = 1
     statements: int = 1
@@ -229,10 +229,10 @@ class PretrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(2, self, "pictures")
+        refuse_below(2, self, "images")
         refuse_below(1, self, "checkpoint_every", "log_every", "questions", "hypotheses", "statements")
         refuse_below(0, self, "caption_steps", "task_steps", "seed", "threads")
-        if self.pictures % 2:
-            raise ValueError(f"pictures must be an even number, got {self.pictures}")
+        if self.images % 2:
+            raise ValueError(f"images must be an even number, got {self.images}")
         if not self.caption_steps + self.task_steps:
             raise ValueError("caption_steps and task_steps are both 0; give at least one step")

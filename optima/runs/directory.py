@@ -44,7 +44,7 @@ class RunDirectory:
     """A run's directory: new and empty, or, with `resume`, one that holds an earlier part of the same run.
 
     It is locked for as long as it is entered, or alive. Hidden files do not count, nor does what a run leaves that is
-    killed before it begins: unfinished files, a start, a list of rejected pictures. After an error before it begins the
+    killed before it begins: unfinished files, a start, a list of rejected images. After an error before it begins the
     directory is as it was, but for that list.
     """
 

@@ -23,7 +23,7 @@ SAMPLES, CROSS_ATTENTION = "samples.json", "cross_attention.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is shown of one run directory; pictures are full paths."""
+    """Everything that is shown of one run directory; images are full paths."""
 
     path: Path
     config: Mapping[str, Any]
@@ -133,7 +133,7 @@ def _samples(path: Path) -> tuple[Sample, ...]:
         for model in MODELS:
             if model not in sample.correct:
                 raise OptimaError(f"{where}, 'correct': no {model!r}; true or false is needed")
-        images = tuple(_picture(path.parent, name, where) for name in sample.images)
+        images = tuple(_image(path.parent, name, where) for name in sample.images)
         samples.append(dataclasses.replace(sample, images=images))
     return tuple(samples)
 
@@ -150,14 +150,14 @@ def _cross_attention(path: Path) -> CrossAttention | None:
     for word, table in zip(found.caption, found.maps, strict=True):
         if len(table) != rows or not all(len(row) == columns and all(map(math.isfinite, row)) for row in table):
             raise OptimaError(f"{path}: the map of {word!r} is not {rows} rows of {columns} numbers")
-    return dataclasses.replace(found, image=_picture(path.parent, found.image, str(path)))
+    return dataclasses.replace(found, image=_image(path.parent, found.image, str(path)))
 
 
-def _picture(root: Path, name: str, where: str) -> str:
+def _image(root: Path, name: str, where: str) -> str:
     """The PNG called `name`, which must lie inside the run directory: a report is passed on, other files are not."""
     path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()):
-        raise OptimaError(f"{where}: picture {name!r} lies outside the run directory")
+        raise OptimaError(f"{where}: image {name!r} lies outside the run directory")
     if not path.is_file():
-        raise OptimaError(f"{where}: picture {name!r} is not in the run directory")
+        raise OptimaError(f"{where}: image {name!r} is not in the run directory")
     return str(path)

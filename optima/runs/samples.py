@@ -1,4 +1,4 @@
-"""Sample predictions for the report: what teacher, old student and new student said of the same pictures."""
+"""Sample predictions for the report: what teacher, old student and new student said of the same images."""
 
 import io
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from optima_core.checkpoint import write_atomically
 
 
 def write_samples(directory: RunDirectory, data: TaskData, evaluations: Mapping[Model, Evaluation], count: int) -> None:
-    """Writes samples.json and the pictures: up to half of them mended by distillation, then the first others.
+    """Writes samples.json and the images: up to half of them mended by distillation, then the first others.
 
     The evaluations are those of "teacher", "before" and "after" on the test split.
     """
@@ -31,9 +31,9 @@ def write_samples(directory: RunDirectory, data: TaskData, evaluations: Mapping[
         index = evaluations["after"].indices[place]
         shown = data.shown("test", index)
         images = []
-        for side, picture in enumerate(shown.pictures):
+        for side, image in enumerate(shown.images):
             name = f"samples/{index:04d}-{side}.png"
-            _write_picture(directory.path / name, picture)
+            _write_image(directory.path / name, image)
             images.append(name)
         samples.append(
             Sample(
@@ -72,14 +72,14 @@ def write_cross_attention(directory: RunDirectory, model: CoCa, data: TaskData, 
     maps = scores.softmax(dim=-1)[0].mean(dim=0)
     side = model.config.image_encoder.image_size // model.config.image_encoder.patch_size
     name = f"samples/attention-{index:04d}.png"
-    picture = data.shown("test", index).pictures[0]
-    _write_picture(directory.path / name, picture)
+    image = data.shown("test", index).images[0]
+    _write_image(directory.path / name, image)
     table = maps[: len(words)].view(len(words), side, side).tolist()
     directory.write_json(CROSS_ATTENTION, CrossAttention(name, tuple(words), table, (side, side)))
 
 
-def _write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """picture: [3, H, W]."""
+def _write_image(path: Path, image: NDArray[np.uint8]) -> None:
+    """image: [3, H, W]."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(buffer, "PNG")
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())

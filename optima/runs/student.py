@@ -1,7 +1,7 @@
-"""What a distilled student is for: captions of one's own pictures, and answers about them.
+"""What a distilled student is for: captions of one's own images, and answers about them.
 
 >>> from optima import load_student
->>> load_student("runs/distill").caption(["picture.png"])  # doctest: +SKIP
+>>> load_student("runs/distill").caption(["image.png"])  # doctest: +SKIP
 ['two pizzas to the right of a dog']
 """
 
@@ -23,12 +23,12 @@ from optima.coca.generate import generate
 from optima.data.images import inspect
 from optima.data.normalise import normalise
 from optima.data.record import ImageSource, Unusable
-from optima.data.transform import evaluation_window, picture, resample
+from optima.data.transform import evaluation_window, make_square, resample
 from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 
-Picture = str | Path | bytes | Image.Image | Tensor
-"""A file, or its content; a PIL picture, or uint8 [3, H, W]."""
+ShownImage = str | Path | bytes | Image.Image | Tensor
+"""A file, or its content; a PIL image, or uint8 [3, H, W]."""
 
 
 class Student:
@@ -41,20 +41,20 @@ class Student:
 
     @overload
     def caption(  # type: ignore[overload-overlap]  # a str is a sequence of them
-        self, pictures: Picture, generation: GenerationConfig | None = None
+        self, images: ShownImage, generation: GenerationConfig | None = None
     ) -> str: ...
     @overload
-    def caption(self, pictures: Sequence[Picture], generation: GenerationConfig | None = None) -> list[str]: ...
+    def caption(self, images: Sequence[ShownImage], generation: GenerationConfig | None = None) -> list[str]: ...
     def caption(
-        self, pictures: Picture | Sequence[Picture], generation: GenerationConfig | None = None
+        self, images: ShownImage | Sequence[ShownImage], generation: GenerationConfig | None = None
     ) -> str | list[str]:
-        """The caption of a picture, or a list of them for a list.
+        """The caption of an image, or a list of them for a list.
 
-        Raises OptimaError if the student was not taught captioning, or something is no picture.
+        Raises OptimaError if the student was not taught captioning, or something is no image.
         """
         self._refuse_other_task(captioning=True)
         tokenizer = self.words.tokenizer
-        listed, single = _listed(pictures)
+        listed, single = _listed(images)
         tokens = generate(
             self.model,
             self._images(listed),
@@ -66,18 +66,18 @@ class Student:
         captions = tokenizer.decode(tokens)
         return captions[0] if single else captions
 
-    def answer(self, text: str, pictures: Picture | Sequence[Picture]) -> dict[str, float]:
-        """Probabilities of all answers to a question, statement or hypothesis about one picture (nlvr2: a list of two).
+    def answer(self, text: str, images: ShownImage | Sequence[ShownImage]) -> dict[str, float]:
+        """Probabilities of all answers to a question, statement or hypothesis about one image (nlvr2: a list of two).
 
         They are in descending order. Raises OptimaError if the student was taught captioning, the text is too long,
-        the number of pictures is wrong, or a file is no picture. Words that the student does not know are warned about.
+        the number of images is wrong, or a file is no image. Words that the student does not know are warned about.
         """
         self._refuse_other_task(captioning=False)
         task, tokenizer = self.words.task, self.words.tokenizer
-        shown, _ = _listed(pictures)
-        wanted = self.model.head_specs[task].pictures
+        shown, _ = _listed(images)
+        wanted = self.model.head_specs[task].images
         if len(shown) != wanted:
-            raise OptimaError(f"{task} takes {wanted} picture{'s' if wanted > 1 else ''} a text, got {len(shown)}")
+            raise OptimaError(f"{task} takes {wanted} image{'s' if wanted > 1 else ''} a text, got {len(shown)}")
         if unknown := tokenizer.unknown_words(text):
             warnings.warn(f"the student does not know {', '.join(unknown)}", stacklevel=2)
         try:
@@ -94,44 +94,44 @@ class Student:
             command = "answer" if captioning else "caption"
             raise OptimaError(f"this student was taught {self.words.task}; use `{command}`")
 
-    def _images(self, pictures: Sequence[Picture]) -> Tensor:
-        """Pictures -> normalised [pictures, 3, S, S]."""
-        squares = [self._square(found, f"number {place + 1}") for place, found in enumerate(pictures)]
+    def _images(self, images: Sequence[ShownImage]) -> Tensor:
+        """Images -> normalised [images, 3, S, S]."""
+        squares = [self._square(found, f"number {place + 1}") for place, found in enumerate(images)]
         return normalise(torch.stack(squares)).to(self.device)
 
-    def _square(self, given: Picture, name: str) -> Tensor:
-        """uint8 [3, S, S]. Raises OptimaError, calling a picture that is no file `name`."""
+    def _square(self, given: ShownImage, name: str) -> Tensor:
+        """uint8 [3, S, S]. Raises OptimaError, calling an image that is no file `name`."""
         config = self.words.transform
         if isinstance(given, str | Path | bytes):
             try:
                 content = given if isinstance(given, bytes) else ImageSource(str(given)).read()
                 header = inspect(content)
-                return picture(content, header, evaluation_window(header.width, header.height, config), config)
+                return make_square(content, header, evaluation_window(header.width, header.height, config), config)
             except Unusable as error:
-                raise OptimaError(f"picture {name if isinstance(given, bytes) else given}: {error}") from None
+                raise OptimaError(f"image {name if isinstance(given, bytes) else given}: {error}") from None
         pixels = _pixels(given, name)
         window = evaluation_window(pixels.shape[1], pixels.shape[0], config)
         part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
         return resample(part, config.image_size, config.interpolation, mirrored=False)
 
 
-def _listed(pictures: Picture | Sequence[Picture]) -> tuple[Sequence[Picture], bool]:
-    """The pictures in a list, and whether it was a single one."""
-    if isinstance(pictures, str | Path | bytes | Image.Image):
-        return [pictures], True
-    if isinstance(pictures, Tensor):
-        return ([pictures], True) if pictures.ndim == 3 else (list(pictures), False)
-    return pictures, False
+def _listed(images: ShownImage | Sequence[ShownImage]) -> tuple[Sequence[ShownImage], bool]:
+    """The images in a list, and whether it was a single one."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images], True
+    if isinstance(images, Tensor):
+        return ([images], True) if images.ndim == 3 else (list(images), False)
+    return images, False
 
 
 def _pixels(given: Any, name: str) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] of a picture in memory."""
+    """uint8 [height, width, 3] of an image in memory."""
     if isinstance(given, Image.Image):
         return np.asarray(ImageOps.exif_transpose(given).convert("RGB"))
     if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.ndim == 3 and given.shape[0] == 3:
         return given.permute(1, 2, 0).cpu().numpy()
     found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-    raise OptimaError(f"picture {name} must be a path, a PIL picture or a uint8 tensor [3, H, W], got {found}")
+    raise OptimaError(f"image {name} must be a path, a PIL image or a uint8 tensor [3, H, W], got {found}")
 
 
 def load_student(run: str | Path, device: str | torch.device | None = None) -> Student:
@@ -144,9 +144,7 @@ def load_student(run: str | Path, device: str | torch.device | None = None) -> S
     if not 2 <= words.text_length <= most:
         raise OptimaError(f"{run}: the student reads texts of {most} tokens, {NAME} says {words.text_length}")
     if words.transform.image_size != size:
-        raise OptimaError(
-            f"{run}: the student takes pictures of {size} pixels, {NAME} says {words.transform.image_size}"
-        )
+        raise OptimaError(f"{run}: the student takes images of {size} pixels, {NAME} says {words.transform.image_size}")
     spec, vocabulary = model.head_specs.get(words.task), model.config.text_decoder.vocab_size
     classes = 0 if spec is None else spec.classes
     if words.task != "captioning" and len(words.classes) != classes:

@@ -1,6 +1,6 @@
 """The words of a run: what its student reads and says, kept beside the student so that it can be used without the data.
 
-words.json holds the task, the tokenizer, the length of a text, the answers by class, and how a picture becomes the
+words.json holds the task, the tokenizer, the length of a text, the answers by class, and how an image becomes the
 square that the student was trained on.
 """
 
@@ -23,7 +23,7 @@ NAME = "words.json"
 
 @dataclass(frozen=True)
 class Words:
-    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its pictures."""
+    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its images."""
 
     task: Task
     tokenizer: Tokenizer
@@ -33,7 +33,7 @@ class Words:
 
 
 def write_words(directory: RunDirectory, data: TaskData, transform: TransformConfig) -> None:
-    """Writes words.json of a run on the data, whose pictures went through the transform."""
+    """Writes words.json of a run on the data, whose images went through the transform."""
     directory.write_json(
         NAME,
         {
@@ -41,7 +41,7 @@ def write_words(directory: RunDirectory, data: TaskData, transform: TransformCon
             "text_length": data.text_length,
             "classes": list(data.classes),
             "tokenizer": data.tokenizer.to_json(),
-            "transform": asdict(replace(transform, image_size=data.picture_size)),
+            "transform": asdict(replace(transform, image_size=data.image_size)),
         },
     )
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class TaskBatch(NamedTuple):
-    """images: float [B, pictures, 3, S, S] in -1..1. tokens: int64 [B, L].
+    """images: float [B, images, 3, S, S] in -1..1. tokens: int64 [B, L].
 
     targets: int64 [B], the class; -1 for captioning, and where it is not known.
     """

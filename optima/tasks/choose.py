@@ -41,12 +41,12 @@ def open_data(
     Args:
         config: which.
         task: the role.
-        model: the model to which pictures and texts of other data than pictograms are fitted.
+        model: the model to which images and texts of other data than pictograms are fitted.
         seed: of the training stream.
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training items.
-        report: file to which unusable pictures are appended.
+        report: file to which unusable images are appended.
         words: the tokenizer and the length of a text that the model was trained with, if they are known; they stand in
             for what the configuration leaves open, or would make of the texts.
 
@@ -68,7 +68,7 @@ def open_data(
         OfficialSplits(config.train, config.validation, test),
         config.loader,
         tokenizer,
-        picture_size=model.image_encoder.image_size,
+        image_size=model.image_encoder.image_size,
         text_length=config.text_length or text_length,
         max_unknown=config.max_unknown,
         answers=config.answers,

@@ -29,7 +29,7 @@ class Evaluation:
 
 
 class HeldBatch(NamedTuple):
-    """Items of a held-out split: their places in it, and the batch. Items whose pictures are unusable are not there."""
+    """Items of a held-out split: their places in it, and the batch. Items whose images are unusable are not there."""
 
     indices: list[int]
     batch: TaskBatch
@@ -39,11 +39,11 @@ class HeldBatch(NamedTuple):
 class Shown:
     """A held-out item as a person sees it.
 
-    pictures: uint8 [3, H, W] each. prompt: question, statement or hypothesis; None for captioning. reference: what
+    images: uint8 [3, H, W] each. prompt: question, statement or hypothesis; None for captioning. reference: what
     would be right.
     """
 
-    pictures: tuple[NDArray[np.uint8], ...]
+    images: tuple[NDArray[np.uint8], ...]
     prompt: str | None
     reference: str
 
@@ -53,7 +53,7 @@ class TaskData(Protocol):
 
     name: what messages call it.
     headline: the score that the task is judged by.
-    picture_size: side of the square pictures that batches hold, pixels.
+    image_size: side of the square images that batches hold, pixels.
     text_length: tokens in a row of text, start and end included.
     classes: the names of the classes by index; empty for captioning.
     """
@@ -67,7 +67,7 @@ class TaskData(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
-    def picture_size(self) -> int: ...
+    def image_size(self) -> int: ...
     @property
     def text_length(self) -> int: ...
     @property
@@ -108,7 +108,7 @@ def head_spec(data: TaskData) -> HeadSpec | None:
     """The classification head that the task wants of a CoCa; None for captioning, which uses the vocabulary."""
     if not data.classes:
         return None
-    return HeadSpec(len(data.classes), pictures=TASKS[data.task].images)
+    return HeadSpec(len(data.classes), images=TASKS[data.task].images)
 
 
 def percent(outcomes: Sequence[bool | float]) -> float:

@@ -1,4 +1,4 @@
-"""Whether a CoCa fits the pictures and texts of a data set, asked before a long run rather than in its first step."""
+"""Whether a CoCa fits the images and texts of a data set, asked before a long run rather than in its first step."""
 
 from optima.coca import CoCa
 from optima.data.config import Held
@@ -12,8 +12,8 @@ def refuse_misfit(model: CoCa, name: str, data: TaskData) -> None:
     A model without a head for the task is let through.
     """
     text, size = model.config.text_decoder, model.config.image_encoder.image_size
-    if size != data.picture_size:
-        raise OptimaError(f"{name} takes pictures of {size} pixels; those of {data.name} have {data.picture_size}")
+    if size != data.image_size:
+        raise OptimaError(f"{name} takes images of {size} pixels; those of {data.name} have {data.image_size}")
     if text.vocab_size < data.tokenizer.vocab_size:
         raise OptimaError(
             f"{name} has a vocabulary of {text.vocab_size} tokens; "

@@ -1,4 +1,4 @@
-"""Official data sets, and folders of one's own, in the role of one task: records, loaded pictures, and tokens."""
+"""Official data sets, and folders of one's own, in the role of one task: records, loaded images, and tokens."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optima.data.config import DataName, Held, LoaderConfig
-from optima.data.engine import Pictures
+from optima.data.engine import ImageReader
 from optima.data.loader import Loader, make_loader
 from optima.data.normalise import normalise
 from optima.data.order import Place
@@ -45,17 +45,17 @@ class OfficialTask:
         name: the format.
         root: the data root.
         splits: which split plays which role.
-        loader: how pictures are loaded; the size of the squares is `picture_size`.
+        loader: how images are loaded; the size of the squares is `image_size`.
         tokenizer: of the texts.
-        picture_size: side of the squares, pixels.
+        image_size: side of the squares, pixels.
         text_length: tokens in a row of text; longer texts are cut there.
         answers: size of VQAv2's answer vocabulary.
         max_unknown: share of the words of the training texts, 0 to 1, that the tokenizer may lack.
-        seed: of order and windows of the training pictures.
+        seed: of order and windows of the training images.
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training records.
-        report: rejected.jsonl, to which unusable rows and pictures are appended; None keeps no list.
+        report: rejected.jsonl, to which unusable rows and images are appended; None keeps no list.
 
     Raises OptimaError if the split or a file does not exist, or too many items are unusable.
     """
@@ -68,7 +68,7 @@ class OfficialTask:
         loader: LoaderConfig,
         tokenizer: Tokenizer,
         *,
-        picture_size: int,
+        image_size: int,
         text_length: int,
         answers: int,
         max_unknown: float,
@@ -82,13 +82,13 @@ class OfficialTask:
         self.task: Task = FORMATS[name].task
         self.headline = TASKS[self.task].headline
         self.tokenizer = tokenizer
-        self.picture_size = picture_size
+        self.image_size = image_size
         self.text_length = text_length
         self._format: DataName = name
         self._root = root
         self._splits = splits
         self._loader = dataclasses.replace(
-            loader, transform=dataclasses.replace(loader.transform, image_size=picture_size)
+            loader, transform=dataclasses.replace(loader.transform, image_size=image_size)
         )
         self._answers = answers
         self._max_unknown = max_unknown
@@ -218,13 +218,13 @@ class OfficialTask:
     def shown(self, split: Held, index: int) -> Shown:
         records = self._held(split)
         record = records[index]
-        pictures: tuple[NDArray[np.uint8], ...] = tuple(square.numpy() for square in self._squares(records, index))
+        images: tuple[NDArray[np.uint8], ...] = tuple(square.numpy() for square in self._squares(records, index))
         if self.task == "captioning":
-            return Shown(pictures, None, record.text or "(not published)")
+            return Shown(images, None, record.text or "(not published)")
         if self.task == "vqa" and record.answers:
-            return Shown(pictures, record.text, max(record.answers, key=record.answers.count))
+            return Shown(images, record.text, max(record.answers, key=record.answers.count))
         reference = records.classes[record.target] if record.target >= 0 else "(not published)"
-        return Shown(pictures, record.text, reference)
+        return Shown(images, record.text, reference)
 
     def close(self) -> None:
         if self._training is not None:
@@ -235,8 +235,8 @@ class OfficialTask:
         return self.records(self._splits.validation if split == "validation" else self._splits.test)
 
     def _squares(self, records: Records, index: int) -> Tensor:
-        """The pictures of an item with the evaluation's windows, uint8 [pictures, 3, S, S]. Raises Unusable."""
-        one = Pictures(dataclasses.replace(records, items=[records[index]]), self._loader.transform, self._seed)
+        """The images of an item with the evaluation's windows, uint8 [images, 3, S, S]. Raises Unusable."""
+        one = ImageReader(dataclasses.replace(records, items=[records[index]]), self._loader.transform, self._seed)
         return torch.stack([one.square(one.read(Place(0, 0), 0, side, training=False)) for side in range(one.sides)])
 
     def _of_records(self, records: Records, images: Tensor, indices: Sequence[int]) -> TaskBatch:

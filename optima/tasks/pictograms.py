@@ -17,14 +17,14 @@ from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.data import Evaluation, HeldBatch, Shown, percent
 
-PICTURE_SIZE = 64
-"""Side of the square pictures, pixels."""
+IMAGE_SIZE = 64
+"""Side of the square images, pixels."""
 
 TEXT_LENGTH = 14
 """Tokens in a row of text, start and end included; the longest pictogram text takes fewer."""
 
 HEADS: dict[str, HeadSpec] = {
-    task: HeadSpec(len(CLASSES[task]), pictures=spec.images) for task, spec in TASKS.items() if CLASSES[task]
+    task: HeadSpec(len(CLASSES[task]), images=spec.images) for task, spec in TASKS.items() if CLASSES[task]
 }
 """The classification heads of a CoCa that does all four tasks."""
 
@@ -41,7 +41,7 @@ class PictogramTask:
     """
 
     name = "pictograms"
-    picture_size = PICTURE_SIZE
+    image_size = IMAGE_SIZE
     text_length = TEXT_LENGTH
 
     def __init__(
@@ -97,10 +97,10 @@ class PictogramTask:
 
     def shown(self, split: Held, index: int) -> Shown:
         example = self._held[split].example(self.task, index)
-        pictures = tuple(render(scene) for scene in example.scenes)
+        images = tuple(render(scene) for scene in example.scenes)
         if self.task == "captioning":
-            return Shown(pictures, None, references(example.scenes[0])[0])
-        return Shown(pictures, example.text, example.answer)
+            return Shown(images, None, references(example.scenes[0])[0])
+        return Shown(images, example.text, example.answer)
 
     def close(self) -> None:
         pass

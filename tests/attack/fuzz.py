@@ -34,7 +34,7 @@ READER = {
     "pieces": ("vocabulary", "v.model"),
     "pairs": ("vocabulary", "v.txt.gz"),
     "yaml": ("config", "c.yaml"),
-    "png": ("picture", "thing"),
+    "png": ("image", "thing"),
 }
 """Target -> the corpus's reader of such things, and the file name that it goes by."""
 
@@ -72,7 +72,7 @@ def parser_of(target: str, folder: Path) -> Callable[[bytes], None]:
                 assert last < member.offset <= member.offset + member.size <= len(data)
                 last = member.offset
 
-    def picture(data: bytes) -> None:
+    def image(data: bytes) -> None:
         with contextlib.suppress(Unusable):
             decode(data, inspect(data))
 
@@ -98,7 +98,7 @@ def parser_of(target: str, folder: Path) -> Callable[[bytes], None]:
         "pieces": file(lambda: named_tokenizer(str(path))),
         "pairs": file(lambda: named_tokenizer(str(path))),
         "yaml": yaml,
-        "png": picture,
+        "png": image,
     }[target]
 
 

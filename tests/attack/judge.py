@@ -39,7 +39,7 @@ def judge(reader: str, path: Path) -> Verdict:
 
 
 def _of_records(records: Records) -> Verdict:
-    """What is lost of records when they are opened and when their pictures are decoded."""
+    """What is lost of records when they are opened and when their images are decoded."""
     rejected = check(records, workers=1).records.rejected
     kinds = sorted(found.kind for found in rejected)
     for found in rejected:
@@ -49,21 +49,21 @@ def _of_records(records: Records) -> Verdict:
     return Verdict("rejected", " ".join(kinds)) if kinds else Verdict("accepted")
 
 
-def _picture(path: Path) -> Verdict:
+def _image(path: Path) -> Verdict:
     fault = look(ImageSource(str(path))).fault
     return Verdict("accepted") if fault is None else Verdict("rejected", fault.kind)
 
 
-def _with_pictures(root: Path) -> None:
+def _with_images(root: Path) -> None:
     (root / "images").mkdir(exist_ok=True)
     for name in ("good.jpg", "other.jpg"):
         (root / "images" / name).write_bytes(encoded(scene()))
 
 
 def _captions(path: Path) -> Verdict:
-    """A captions file as that of a folder with two pictures, good.jpg and other.jpg."""
+    """A captions file as that of a folder with two images, good.jpg and other.jpg."""
     root = path.with_name(f"{path.name}-folder")
-    _with_pictures(root if root.exists() else (root.mkdir() or root))
+    _with_images(root if root.exists() else (root.mkdir() or root))
     path.rename(root / f"train{path.suffix}")
     return _of_records(open_records("folder", root, "train", max_rejected=1))
 
@@ -119,7 +119,7 @@ def _by(read: Callable[[Path], object]) -> Callable[[Path], Verdict]:
 
 
 READERS: dict[str, Callable[[Path], Verdict]] = {
-    "picture": _picture,
+    "image": _image,
     "captions": _captions,
     "row": _row,
     "tar": _tar,

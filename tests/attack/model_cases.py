@@ -139,7 +139,7 @@ MODELS: dict[str, tuple[str, Bytes]] = {
     "no heads": sized("image_encoder", heads=0),
     "heads below nothing": sized("text_decoder", heads=-1),
     "patches of no size": sized("image_encoder", patch_size=0),
-    "pictures of a world": sized("image_encoder", image_size=2**30, patch_size=2),
+    "images of a world": sized("image_encoder", image_size=2**30, patch_size=2),
     "a width of a world": sized("image_encoder", width=2**40),
     "a width of words": sized("image_encoder", width="wide"),
     "a width of half": sized("image_encoder", width=8.5),
@@ -158,9 +158,9 @@ MODELS: dict[str, tuple[str, Bytes]] = {
     "a head that is a number": ("no configuration", lambda _: model_file(heads='{"vqa": 7}')),
     "a head of classes below nothing": ("no configuration", lambda _: model_file(heads='{"vqa": {"classes": -7}}')),
     "a head of a world": ("no configuration", lambda _: model_file(heads='{"vqa": {"classes": 1152921504606846976}}')),
-    "a head of seven pictures": (
+    "a head of seven images": (
         "no configuration",
-        lambda _: model_file(heads='{"vqa": {"classes": 7, "pictures": 7}}'),
+        lambda _: model_file(heads='{"vqa": {"classes": 7, "images": 7}}'),
     ),
     "a head with a dot": ("describes no model", lambda _: model_file(heads='{"a.b": {"classes": 7}}')),
     "a thousand heads": (

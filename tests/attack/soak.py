@@ -75,7 +75,7 @@ def jobs() -> list[Job]:
         ),
         Job(
             "pretrain",
-            f"--caption_steps 4 --task_steps 4 --pictures 2 --threads 1 --checkpoint_every 1 --log_every 1 {SIZES}",
+            f"--caption_steps 4 --task_steps 4 --images 2 --threads 1 --checkpoint_every 1 --log_every 1 {SIZES}",
             "--run",
             ("model.safetensors",),
             True,
@@ -89,7 +89,7 @@ def jobs() -> list[Job]:
         ),
         Job(
             "prepare",
-            "--data folder --root {ground}/pictures --workers 1 --shard_mib 1 --tokenizer words --text_length 9",
+            "--data folder --root {ground}/images --workers 1 --shard_mib 1 --tokenizer words --text_length 9",
             "--out",
             ("*.tar", "*.idx", "*.json"),
             False,
@@ -173,10 +173,10 @@ class Soak:
             os.killpg(process.pid, signal.SIGKILL)
 
     def prepare_ground(self) -> None:
-        """Pictures, models, and each command's results undisturbed."""
-        write_pictures(self.ground / "pictures")
+        """Images, models, and each command's results undisturbed."""
+        write_images(self.ground / "images")
         for name, more in (("teacher", "--task_steps 1"), ("student", "--task_steps 0 --seed 1")):
-            words = f"pretrain --caption_steps 1 --pictures 2 --threads 1 --run {name} {SIZES} {more}"
+            words = f"pretrain --caption_steps 1 --images 2 --threads 1 --run {name} {SIZES} {more}"
             status, error = self.finish(self.start(words.split()), name)
             if status:
                 raise SystemExit(f"{name} cannot be made: {error}")
@@ -309,8 +309,8 @@ def small_disk(path: Path, size: int) -> "contextlib.AbstractContextManager[Call
         subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
 
-def write_pictures(root: Path) -> None:
-    """A folder of pictures with captions, some of them broken."""
+def write_images(root: Path) -> None:
+    """A folder of images with captions, some of them broken."""
     import numpy as np
     from PIL import Image
 

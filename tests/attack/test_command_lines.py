@@ -23,7 +23,7 @@ from optima.commands import COMMANDS
 from optima.commands.parse import _option_names
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
-from optima.tasks.pictograms import HEADS, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.pictograms import HEADS, IMAGE_SIZE, TEXT_LENGTH
 
 CASES = int(os.environ.get("OPTIMA_FUZZ_CASES", "150"))
 MORE_BYTES = 3 * 2**30
@@ -38,7 +38,7 @@ FIRST = {
     "distill": BRIEF,
     "compare": " ".join(f"--distill.{word[2:]}" if word.startswith("--") else word for word in BRIEF.split())
     + " --seeds [0] --tasks [captioning]",
-    "pretrain": "--caption_steps 1 --task_steps 0 --pictures 2 --threads 1 --model.image_encoder.width 8 "
+    "pretrain": "--caption_steps 1 --task_steps 0 --images 2 --threads 1 --model.image_encoder.width 8 "
     "--model.text_decoder.width 8 --model.multimodal_decoder.width 8",
     "finetune": "--model student.safetensors --steps 1 --batch_size 2 --threads 1 --test_items 4",
     "evaluate": "--model teacher.safetensors --items 2 --tasks [captioning]",
@@ -90,7 +90,7 @@ def command_line(draws: Random) -> list[str]:
 
 def tiny_model(layers: int, heads: dict[str, HeadSpec]) -> CoCa:
     """A model of random weights that fits pictograms."""
-    image = ImageEncoderConfig(PICTURE_SIZE, 16, 16, layers, 2, 2.0)
+    image = ImageEncoderConfig(IMAGE_SIZE, 16, 16, layers, 2, 2.0)
     text = TextDecoderConfig(word_tokenizer().vocab_size, TEXT_LENGTH, 16, layers, 2, 2.0)
     return CoCa(CoCaConfig(8, image, text, MultimodalDecoderConfig(16, layers, 2, 2.0)), heads)
 

@@ -69,7 +69,7 @@ LINES: dict[str, tuple[str, bytes]] = {
     "with more than is asked for": ("", b'{"file_name": "good.jpg", "text": "a cat", "url": "http://x", "n": [1]}'),
     "with a carriage return": ("", b'{"file_name": "good.jpg", "text": "a cat"}\r'),
     "without a caption": ("text-missing", b'{"file_name": "good.jpg"}'),
-    "of a picture that is not there": ("image-missing", b'{"file_name": "none.jpg", "text": "a cat"}'),
+    "of an image that is not there": ("image-missing", b'{"file_name": "none.jpg", "text": "a cat"}'),
     "of a folder": ("image-unreadable", b'{"file_name": "images/", "text": "a cat"}'),
     "of the root": ("image-missing", b'{"file_name": ".", "text": "a cat"}'),
     "of a dot and a name": ("", b'{"file_name": "./images/good.jpg", "text": "a cat"}'),

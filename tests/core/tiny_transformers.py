@@ -18,7 +18,7 @@ _LANGUAGE: dict[str, Any] = {**_SIZES, "vocab_size": WORDS, "num_key_value_heads
 _VISION: dict[str, Any] = {**_SIZES, "image_size": 32, "patch_size": 8}
 _TEXT: dict[str, Any] = {**_SIZES, "vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _IMAGE = 98
-"""The word that stands for a token of a picture."""
+"""The word that stands for a token of an image."""
 
 
 class Case(NamedTuple):
@@ -32,13 +32,13 @@ class Case(NamedTuple):
     refused: str = ""
 
 
-def words(length: int = 12, pictures: int = 0) -> dict[str, Tensor]:
-    """Two samples; of the second the first tokens are padding. The first `pictures` others stand for a picture."""
+def words(length: int = 12, images: int = 0) -> dict[str, Tensor]:
+    """Two samples; of the second the first tokens are padding. The first `images` others stand for an image."""
     ids = torch.randint(3, WORDS - 1, (2, length))
     valid = torch.ones(2, length, dtype=torch.long)
     valid[1, :3] = 0
-    ids[0, :pictures] = _IMAGE
-    ids[1, 3 : 3 + pictures] = _IMAGE
+    ids[0, :images] = _IMAGE
+    ids[1, 3 : 3 + images] = _IMAGE
     return {"input_ids": ids.masked_fill(valid == 0, 0), "attention_mask": valid}
 
 
@@ -48,16 +48,16 @@ def words_padded_behind(length: int = 12) -> dict[str, Tensor]:
     return {name: tensor.flip(1) for name, tensor in found.items()}
 
 
-def pictures() -> dict[str, Tensor]:
+def images() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
 def captioned(count: int) -> dict[str, Tensor]:
-    return words(8 + count, count) | pictures()
+    return words(8 + count, count) | images()
 
 
 def two_sizes() -> dict[str, Tensor]:
-    """Two pictures of different sizes, their patches packed, and the words that stand for them."""
+    """Two images of different sizes, their patches packed, and the words that stand for them."""
     grids = ((1, 4, 4), (1, 8, 4))
     texts = words(16)
     for row, (_, height, width) in enumerate(grids):
@@ -230,7 +230,7 @@ def _language(model: type, config: type, **options: Any) -> Callable[[int], nn.M
     return lambda layers: model(config(**{**_LANGUAGE, "num_hidden_layers": layers, **options}))
 
 
-def _picture_encoder(model: type, config: type) -> Callable[[int], nn.Module]:
+def _image_encoder(model: type, config: type) -> Callable[[int], nn.Module]:
     return lambda layers: model(config(**{**_VISION, "num_hidden_layers": layers}))
 
 
@@ -238,7 +238,7 @@ _OF_LANGUAGE = {"language": "attentions"}
 
 CASES: dict[str, Case] = {
     "CLIP": Case(
-        _clip, lambda: words_padded_behind() | pictures(), ("text", "vision"),
+        _clip, lambda: words_padded_behind() | images(), ("text", "vision"),
         {"text": "text_model_output.attentions", "vision": "vision_model_output.attentions"},
     ),
     "SigLIP 2": Case(
@@ -265,8 +265,8 @@ CASES: dict[str, Case] = {
         ("encoder", "decoder"),
         {"encoder": "encoder_attentions", "decoder": "decoder_attentions"},
     ),
-    "ViT": Case(_picture_encoder(hf.ViTModel, hf.ViTConfig), pictures, ("vision",), {"vision": "attentions"}),
-    "DINOv2": Case(_picture_encoder(hf.Dinov2Model, hf.Dinov2Config), pictures, ("vision",), {"vision": "attentions"}),
+    "ViT": Case(_image_encoder(hf.ViTModel, hf.ViTConfig), images, ("vision",), {"vision": "attentions"}),
+    "DINOv2": Case(_image_encoder(hf.Dinov2Model, hf.Dinov2Config), images, ("vision",), {"vision": "attentions"}),
     "BERT": Case(_language(hf.BertModel, hf.BertConfig), words_padded_behind, ("encoder",), {"encoder": "attentions"}),
     "Llama": Case(_language(hf.LlamaForCausalLM, hf.LlamaConfig), words, ("language",), _OF_LANGUAGE),
     "Qwen3": Case(_language(hf.Qwen3ForCausalLM, hf.Qwen3Config), words, ("language",), _OF_LANGUAGE),

@@ -90,7 +90,7 @@ def make_distiller(
 
 
 def random_batch(device: torch.device | str = "cpu", size: int = 3) -> TaskBatch:
-    """Pictures and texts; the last text is half padding. Drawn on the CPU, so that any device sees the same, and what
+    """Images and texts; the last text is half padding. Drawn on the CPU, so that any device sees the same, and what
     is drawn after it, such as the projections of the hidden loss, is the same beside every device."""
     tokens = torch.randint(1, 40, (size, 7))
     tokens[-1, 4:] = 0

@@ -10,7 +10,7 @@ import torch
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.checkpoint import save_coca
 from optima.data.tokenizer import word_tokenizer
-from optima.tasks.pictograms import HEADS, PICTURE_SIZE, TEXT_LENGTH
+from optima.tasks.pictograms import HEADS, IMAGE_SIZE, TEXT_LENGTH
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from open_clip_oracle import ...` under --import-mode=importlib
 sys.path.insert(0, str(Path(__file__).parent / "data"))  # for `from miniatures import ...`
@@ -24,7 +24,7 @@ def _make_coca(
     heads: dict[str, HeadSpec] | None = HEADS,
     *,
     vocab_size: int | None = None,
-    image_size: int = PICTURE_SIZE,
+    image_size: int = IMAGE_SIZE,
     context_length: int = TEXT_LENGTH,
     pooler_queries: int = 0,
 ) -> CoCa:

@@ -136,7 +136,7 @@ def outputs(model: nn.Module, pixels: Tensor, tokens: Tensor, mean: Any, std: An
 
 @contextlib.contextmanager
 def _torchvision() -> Iterator[None]:
-    """Stands in for torchvision while open_clip is imported, if it is missing: its pictures are not needed here."""
+    """Stands in for torchvision while open_clip is imported, if it is missing: its images are not needed here."""
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return

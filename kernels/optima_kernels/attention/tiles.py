@@ -54,7 +54,8 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     measured = target.startswith("sm_9") and dtype != torch.float32
     if tiles is None or measured or not target.startswith("sm_"):
         return tiles
-    return Tiles(*(None if tiling is None else tiling._replace(registers=REGISTERS) for tiling in tiles))
+    lse, query, key = (tiling._replace(registers=REGISTERS) for tiling in tiles[:3])
+    return Tiles(lse, query, key, None if tiles.mean is None else tiles.mean._replace(registers=REGISTERS))
 
 
 def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:

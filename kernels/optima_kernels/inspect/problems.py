@@ -2,7 +2,7 @@
 
 Every problem calls a public function with tensors on the meta device, forward and backward; under
 `fake_driver.launches_on` its kernels are compiled for a GPU. Sizes: the CoCa teachers and students of the recipes
-(16 pictures a step of 257 or 577 tokens, 76 tokens of text, 256 of the pooler), language models, and edges.
+(16 images a step of 257 or 577 tokens, 76 tokens of text, 256 of the pooler), language models, and edges.
 """
 
 import functools

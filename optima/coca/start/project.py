@@ -37,23 +37,23 @@ def project_teacher(
 ) -> None:
     """Overwrites the student's weights by a projection of its teacher's, see `optima.coca.start`.
 
-    images: [B, pictures, 3, S, S] and tokens: int64 [B, L], a batch as the teacher takes it, on any device; some
+    images: [B, images, 3, S, S] and tokens: int64 [B, L], a batch as the teacher takes it, on any device; some
     thousand tokens describe a stream well. A head that the teacher lacks stays as it is; one for other numbers of
-    pictures is cut.
+    images is cut.
     rotate: project streams of equal widths, too: other weights for the same function.
-    Raises ValueError if the student is wider or deeper anywhere, or if pictures become other tokens.
+    Raises ValueError if the student is wider or deeper anywhere, or if images become other tokens.
     """
     _refuse_wider(student, teacher)
     truncate_teacher(student, teacher, layer_map)
     device = teacher.logit_scale.device
     images, tokens = images.to(device), tokens.to(device)
     statistics = Statistics()
-    pictures = images.shape[1]
-    valid = tokens.repeat_interleave(pictures, dim=0) != teacher.config.text_decoder.pad_id
+    image_count = images.shape[1]
+    valid = tokens.repeat_interleave(image_count, dim=0) != teacher.config.text_decoder.pad_id
     with statistics.watching(teacher, valid):
         output = teacher(images, tokens, with_class=True)
         for task, spec in teacher.head_specs.items():
-            if task in student.head_specs and spec.pictures == pictures:
+            if task in student.head_specs and spec.images == image_count:
                 teacher.class_logits(task, output)
     _Projection(student, teacher, counterparts(student, teacher, layer_map), statistics, rotate).run(
         output.image_feature.double(), output.text_feature.double()
@@ -81,7 +81,7 @@ def _refuse_wider(student: CoCa, teacher: CoCa) -> None:
 
 
 class _Projection:
-    """Writes the student's modules one after the other, from the pictures to the heads."""
+    """Writes the student's modules one after the other, from the images to the heads."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class _Projection:
         pooled = self._pooler(ours.pooler, theirs.pooler, states, theirs.norm, ours.norm)
         layers, its_layers = _linears(ours.classifier), _linears(theirs.classifier)
         bias = its_layers[0].bias.double()
-        weight = its_layers[0].weight.double().view(len(bias), theirs.pictures, -1) @ pooled.back.T
+        weight = its_layers[0].weight.double().view(len(bias), theirs.images, -1) @ pooled.back.T
         if len(layers) == 2:
             strength = its_layers[0].weight.norm(dim=1) * its_layers[1].weight.norm(dim=0)
             kept = strongest(strength, layers[0].out_features)

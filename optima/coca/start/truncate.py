@@ -18,9 +18,9 @@ LAYERS = {"image_encoder": "blocks", "text_decoder": "blocks", "multimodal_decod
 def truncate_teacher(student: CoCa, teacher: CoCa, layer_map: str | Mapping[str, Sequence[int]] = "uniform") -> None:
     """Overwrites the student's weights by the leading parts of its teacher's; what the teacher lacks stays as it is.
 
-    Raises ValueError if a module of the student is deeper than the teacher's, or if pictures become other tokens.
+    Raises ValueError if a module of the student is deeper than the teacher's, or if images become other tokens.
     """
-    refuse_other_pictures(student, teacher)
+    refuse_other_images(student, teacher)
     theirs = dict(teacher.named_parameters())
     counterpart = counterparts(student, teacher, layer_map)
     for name, target in student.named_parameters():
@@ -60,7 +60,7 @@ def _copy_leading(target: Tensor, source: Tensor) -> None:
 
 
 def _by_head(model: CoCa, name: str, tensor: Tensor) -> Tensor:
-    """A view of a projection that shows its parts (q, k, v), heads and pictures as dimensions; others as they are."""
+    """A view of a projection that shows its parts (q, k, v), heads and images as dimensions; others as they are."""
     parent, _, kind = name.rpartition(".")
     grandparent, _, role = parent.rpartition(".")
     owner = model.get_submodule(grandparent)
@@ -70,16 +70,16 @@ def _by_head(model: CoCa, name: str, tensor: Tensor) -> Tensor:
         return tensor.view(len(role), owner.heads, -1, *tensor.shape[1:])  # "qkv", "q" and "kv" name their parts
     head = model.get_submodule(grandparent.rpartition(".")[0]) if role == "0" else None
     if isinstance(head, ClassificationHead) and kind == "weight":
-        return tensor.view(len(tensor), head.pictures, -1)
+        return tensor.view(len(tensor), head.images, -1)
     return tensor
 
 
-def refuse_other_pictures(student: CoCa, teacher: CoCa) -> None:
-    """Raises ValueError if pictures become other tokens in the student."""
+def refuse_other_images(student: CoCa, teacher: CoCa) -> None:
+    """Raises ValueError if images become other tokens in the student."""
     ours, theirs = student.config.image_encoder, teacher.config.image_encoder
     for name in ("mean", "std", "norm_input", "norm_tokens"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
                 f"image_encoder.{name}: the student's {getattr(ours, name)} differs from the teacher's "
-                f"{getattr(theirs, name)}; its weights would see other pictures"
+                f"{getattr(theirs, name)}; its weights would see other images"
             )

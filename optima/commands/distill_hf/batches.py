@@ -19,7 +19,7 @@ class Batches:
         rows: All rows; every `held_every`-th is held out.
         processor: The teacher's processor or tokenizer.
         model: The student, which says what kind of arguments are needed: a causal language model with or without
-            pictures gets labels; a model of picture and text (CLIP's kin) is asked for its own loss; any other model
+            images gets labels; a model of image and text (CLIP's kin) is asked for its own loss; any other model
             gets its inputs alone, and is distilled without labels.
     """
 
@@ -84,12 +84,12 @@ class Batches:
         options = {"padding": True, "truncation": True, "max_length": self._max_length, "return_tensors": "pt"}
         # A prompt begins with what texts begin with, and would otherwise get it twice.
         options |= {"add_special_tokens": not self._generates}
-        pictures = [list(row.images) for row in rows]
-        if any(pictures):
-            if not all(pictures):
-                raise OptimaError("some rows have pictures and others have none; a batch must be of one kind")
-            given = pictures if self._generates else [picture for (picture,) in pictures]
-            # Cutting a row could cut its picture's tokens, which processors refuse.
+        images = [list(row.images) for row in rows]
+        if any(images):
+            if not all(images):
+                raise OptimaError("some rows have images and others have none; a batch must be of one kind")
+            given = images if self._generates else [image for (image,) in images]
+            # Cutting a row could cut its image's tokens, which processors refuse.
             if self._generates:
                 options = {name: x for name, x in options.items() if name not in ("truncation", "max_length")}
             return dict(self._processor(images=given, text=texts, **options))
@@ -101,9 +101,9 @@ class Batches:
             messages = list(row.asked) if row.images else [_as_text(message) for message in row.asked]
             return str(self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         start = self._tokenizer.bos_token or ""
-        picture = getattr(self._processor, "image_token", "")
+        image = getattr(self._processor, "image_token", "")
         parts = [part for message in row.asked for part in message["content"]]
-        return start + "".join(picture if part["type"] == "image" else f"{part['text']}\n" for part in parts)
+        return start + "".join(image if part["type"] == "image" else f"{part['text']}\n" for part in parts)
 
     def _shuffled(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)

@@ -11,7 +11,7 @@ from optima_core.config import DistillerConfig
 
 @dataclass(frozen=True)
 class DistillHfConfig:
-    """Distils one model of transformers into another, on rows of texts and pictures.
+    """Distils one model of transformers into another, on rows of texts and images.
 
     Needs the extra `hf`. Both models read what the teacher's processor (or tokenizer) makes of a row. Rows have one of
     these shapes: messages (a chat whose last message is the assistant's), question and answer, caption, text; each with
@@ -21,7 +21,7 @@ class DistillHfConfig:
         teacher: Folder or name on the Hub of the teacher, with its processor.
         student: The same of the student; a folder that holds a config.json and no weights is a student that starts
             from random numbers.
-        data: JSON Lines or parquet file, or a folder of pictures with metadata.jsonl.
+        data: JSON Lines or parquet file, or a folder of images with metadata.jsonl.
         run: Run directory, new or empty; see also resume. At the end its folder "student" holds what from_pretrained
             loads.
         modules: The modules to distil, by the names that are printed; none named takes all that both models have.

@@ -1,4 +1,4 @@
-"""Rows of a data set as conversations: what is asked, with which pictures, and what is to be said."""
+"""Rows of a data set as conversations: what is asked, with which images, and what is to be said."""
 
 import io
 from pathlib import Path
@@ -47,17 +47,17 @@ class Rows:
         row = self._rows[number]
         where = f"data {self.path}, row {number}"
         images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
-        pictures = tuple(_picture(image, self.path, where) for image in images)
+        images = tuple(_image(image, self.path, where) for image in images)
         if row.get("messages"):
-            return _chat(row["messages"], pictures, where)
-        shown = [{"type": "image"} for _ in pictures]
+            return _chat(row["messages"], images, where)
+        shown = [{"type": "image"} for _ in images]
         if row.get("question") is not None:
             asked = [*shown, {"type": "text", "text": str(row["question"])}]
-            return Row(({"role": "user", "content": asked},), str(row["answer"]), pictures)
+            return Row(({"role": "user", "content": asked},), str(row["answer"]), images)
         text = row.get("caption") if row.get("caption") is not None else row.get("text")
         if not isinstance(text, str):
             raise OptimaError(f"{where}: has neither messages, nor a question, nor a caption, nor a text")
-        return Row(({"role": "user", "content": shown},) if pictures else (), text, pictures)
+        return Row(({"role": "user", "content": shown},) if images else (), text, images)
 
 
 def _open(path: Path) -> Any:
@@ -65,14 +65,14 @@ def _open(path: Path) -> Any:
 
     disable_progress_bars()
     if not path.exists():
-        raise OptimaError(f"data {path} does not exist; give a JSON Lines or parquet file, or a folder of pictures")
+        raise OptimaError(f"data {path} does not exist; give a JSON Lines or parquet file, or a folder of images")
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     if path.is_dir():
         kind, given = "imagefolder", {"data_dir": str(path)}
     elif path.suffix in kinds:
         kind, given = kinds[path.suffix], {"data_files": str(path)}
     else:
-        raise OptimaError(f"data {path} is neither .jsonl nor .parquet nor a folder of pictures")
+        raise OptimaError(f"data {path} is neither .jsonl nor .parquet nor a folder of images")
     try:
         return load_dataset(kind, split="train", **given)
     except Exception as error:  # the library raises many kinds of what is wrong with a file
@@ -80,7 +80,7 @@ def _open(path: Path) -> Any:
         raise OptimaError(f"data {path} cannot be read: {lines[0] if lines else type(error).__name__}") from error
 
 
-def _picture(image: Any, path: Path, where: str) -> Any:
+def _image(image: Any, path: Path, where: str) -> Any:
     try:
         if isinstance(image, str):
             image = Image.open(path.parent / image)
@@ -92,7 +92,7 @@ def _picture(image: Any, path: Path, where: str) -> Any:
         raise OptimaError(f"{where}: the image cannot be read: {error}") from error
 
 
-def _chat(messages: list[Message], pictures: tuple[Any, ...], where: str) -> Row:
+def _chat(messages: list[Message], images: tuple[Any, ...], where: str) -> Row:
     *asked, last = messages
     if last.get("role") != "assistant":
         raise OptimaError(f"{where}: the last message must be the assistant's, whose words are learnt")
@@ -103,10 +103,10 @@ def _chat(messages: list[Message], pictures: tuple[Any, ...], where: str) -> Row
         parts = [{name: value for name, value in part.items() if value is not None} for part in parts]
         found.append({"role": message["role"], "content": parts})
     named = sum(part["type"] == "image" for message in found for part in message["content"])
-    if named == 0 and pictures and found:
+    if named == 0 and images and found:
         user = next(message for message in found if message["role"] == "user")
-        user["content"] = [*({"type": "image"} for _ in pictures), *user["content"]]
-    elif named != len(pictures):
-        raise OptimaError(f"{where}: the messages name {named} images, and {len(pictures)} are given")
+        user["content"] = [*({"type": "image"} for _ in images), *user["content"]]
+    elif named != len(images):
+        raise OptimaError(f"{where}: the messages name {named} images, and {len(images)} are given")
     answer = last["content"] if isinstance(last["content"], str) else "".join(x["text"] for x in last["content"])
-    return Row(tuple(found), answer, pictures)
+    return Row(tuple(found), answer, images)

@@ -134,13 +134,13 @@ def measure_needs(
 
     Raises ValueError if the two models cannot be paired or the losses refuse their heads.
     """
-    pictures = TASKS[task].images
-    heads: dict[str, HeadSpec] = {task: HeadSpec(classes, pictures)} if classes else {}
+    images = TASKS[task].images
+    heads: dict[str, HeadSpec] = {task: HeadSpec(classes, images)} if classes else {}
     size = student_config.image_encoder.image_size
 
     def load(items: int) -> TaskBatch:
         return TaskBatch(
-            torch.empty(items, pictures, 3, size, size),
+            torch.empty(items, images, 3, size, size),
             torch.ones(items, text_length, dtype=torch.int64),
             torch.zeros(items, dtype=torch.int64),
         )

@@ -1,13 +1,13 @@
 """COCO captions, from the annotation files of the site or from Karpathy's split of them.
 
     ROOT/annotations/captions_{train,val}{2017,2014}.json   (the files may lie in ROOT itself)
-    ROOT/annotations/{image_info_test,instances_val}{2017,2014}.json   pictures without captions: predictions only
+    ROOT/annotations/{image_info_test,instances_val}{2017,2014}.json   images without captions: predictions only
     ROOT/{train,val,test}{2017,2014}/*.jpg                  (or under ROOT/images)
 
     ROOT/dataset_coco.json                                  Karpathy: train takes "train" and "restval"
     ROOT/{train,val}2014/*.jpg
 
-A record is a picture with all its captions.
+A record is an image with all its captions.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def read_coco(root: Path, split: str) -> Records:
 
 
 def read_coco_karpathy(root: Path, split: str) -> Records:
-    """Karpathy's split: 113,287 pictures to train on, 5,000 each to validate and test."""
+    """Karpathy's split: 113,287 images to train on, 5,000 each to validate and test."""
     path = find_or_refuse(root, ["dataset_coco.json", "annotations/dataset_coco.json"], "Karpathy's split")
     collector = Collector()
     images: dict[str, ImageFolders] = {}

@@ -74,7 +74,7 @@ def text_lines(path: Path, collector: Collector) -> Iterator[tuple[str, str]]:
 
 
 class ImageFolders:
-    """The pictures of several folders, tried in turn; those that do not exist are passed over.
+    """The images of several folders, tried in turn; those that do not exist are passed over.
 
     Raises OptimaError if none exists.
     """
@@ -83,10 +83,10 @@ class ImageFolders:
         names = list(candidates)
         self._folders = [ImageFolder(root / name) for name in names if (root / name).is_dir()]
         if not self._folders:
-            raise OptimaError(f"{root} lacks the pictures: folder {' or '.join(names)}")
+            raise OptimaError(f"{root} lacks the images: folder {' or '.join(names)}")
 
     def source(self, *names: Any) -> ImageSource:
-        """The picture of the first name that is in any folder. Raises Unusable for the first name if there is none."""
+        """The image of the first name that is in any folder. Raises Unusable for the first name if there is none."""
         fault: Unusable | None = None
         for folder in self._folders:
             for name in names:

@@ -1,12 +1,12 @@
-"""A plain folder of pictures with their captions in a TSV or JSONL file.
+"""A plain folder of images with their captions in a TSV or JSONL file.
 
     ROOT/captions.{tsv,jsonl}, or ROOT/{train,validation,test}.{tsv,jsonl}; also metadata.jsonl
     ROOT/**/*.{jpg,png,...}      file names in the captions are relative to ROOT or ROOT/images
 
 TSV: file name, tab, caption; a heading is recognised by its words (file_name, filename, filepath, image; caption,
 text, title). JSONL: objects with such fields; `captions` may give several. Lines that name the same file are captions
-of one picture. If there is one file for all, every twentieth picture (by a hash of its name) is validation and every
-next one test, so that a picture never changes sides when others are added; rows that name no picture count as train's.
+of one image. If there is one file for all, every twentieth image (by a hash of its name) is validation and every
+next one test, so that an image never changes sides when others are added; rows that name no image count as train's.
 """
 
 import zlib
@@ -25,7 +25,7 @@ HELD_OUT_OF = 20
 
 
 def read_folder(root: Path, split: str) -> Records:
-    """The split's pictures."""
+    """The split's images."""
     own = find(root, [f"{split}.tsv", f"{split}.jsonl"])
     path = own or find_or_refuse(root, SHARED, f"the captions ({split}.tsv, {split}.jsonl, or for all splits)")
     folders = ImageFolders(root, [".", "images"])
@@ -41,7 +41,7 @@ def read_folder(root: Path, split: str) -> Records:
             name = safe_name(name)
             usable = [clean_text(text, "a caption") for text in texts]
             if not usable:
-                raise Unusable("text-missing", f"picture {name} has no caption")
+                raise Unusable("text-missing", f"image {name} has no caption")
         except Unusable as fault:
             collector.reject(where, fault, name if isinstance(name, str) else "")
         else:
@@ -58,12 +58,12 @@ def read_folder(root: Path, split: str) -> Records:
 
 
 def side(name: str) -> str:
-    """The split of a picture where one file holds the captions of all."""
+    """The split of an image where one file holds the captions of all."""
     return HELD_OUT.get(zlib.crc32(name.encode("utf-8", "replace")) % HELD_OUT_OF, "train")
 
 
 def _side_of_row(name: Any) -> str:
-    """The split of a row, by the picture that it names; of none, a row is train's, so that it is lost once."""
+    """The split of a row, by the image that it names; of none, a row is train's, so that it is lost once."""
     try:
         return side(safe_name(name))
     except Unusable:

@@ -3,7 +3,7 @@
     ROOT/data/{train,dev,test1,test2}.json       (or in ROOT itself)
     ROOT/images/train/<directory>/<set>-img{0,1}.png, ROOT/{dev,test1,test2}/<set>-img{0,1}.png   (or under ROOT/images)
 
-A record is a statement about two pictures, left and right. Its text groups the pairs for NLVR2's consistency.
+A record is a statement about two images, left and right. Its text groups the pairs for NLVR2's consistency.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""SNLI-VE, from the JSONL files that its repository builds, with the pictures of Flickr30k.
+"""SNLI-VE, from the JSONL files that its repository builds, with the images of Flickr30k.
 
     ROOT/snli_ve_{train,dev,test}.jsonl          (or in ROOT/data)
     ROOT/flickr30k-images/<Flickr30K_ID>.jpg     (or flickr30k_images, images)
 
-A record is a hypothesis about a picture. Pairs without a gold label ("-") are left out, as the benchmark does.
+A record is a hypothesis about an image. Pairs without a gold label ("-") are left out, as the benchmark does.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ from optima.data.record import Collector, Record, Records, Unusable, clean_text,
 from optima.task import LABELS
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
-PICTURE_FIELDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")
-"""Spellings of the field that names the picture; the repository's releases do not agree."""
+IMAGE_FIELDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")
+"""Spellings of the field that names the image; the repository's releases do not agree."""
 
 
 def read_snli_ve(root: Path, split: str) -> Records:
@@ -35,9 +35,9 @@ def read_snli_ve(root: Path, split: str) -> Records:
             return None
         if label not in LABELS:
             raise Unusable("label-unknown", f"gold_label must be one of {', '.join(LABELS)}, got {label!r:.80}")
-        field = next((field for field in PICTURE_FIELDS if field in row), PICTURE_FIELDS[0])
-        picture = identifier(entry(row, field), field).removesuffix(".jpg")
-        source = folders.source(f"{picture}.jpg")
+        field = next((field for field in IMAGE_FIELDS if field in row), IMAGE_FIELDS[0])
+        image = identifier(entry(row, field), field).removesuffix(".jpg")
+        source = folders.source(f"{image}.jpg")
         text = clean_text(entry(row, "sentence2"), "a hypothesis")
         return Record(name, (source,), (text,), LABELS.index(label))
 

@@ -30,7 +30,7 @@ def read_vqav2(root: Path, split: str, answers: int, classes: Sequence[str] | No
         classes: the answer vocabulary, if it is known already.
     """
     official = SPLITS[split]
-    pictures = official.replace("-dev", "")
+    images = official.replace("-dev", "")
     questions = _find(root, f"v2_OpenEnded_mscoco_{official}_questions.json", f"the {split} questions")
     collector = Collector()
     given = _answers(root, official, collector) if split in ("train", "validation") else {}
@@ -38,7 +38,7 @@ def read_vqav2(root: Path, split: str, answers: int, classes: Sequence[str] | No
         trained = given if split == "train" else _answers(root, SPLITS["train"], Collector())
         classes = answer_vocabulary(chain.from_iterable(trained.values()), answers)
     vocabulary = {answer: target for target, answer in enumerate(classes)}
-    folders = ImageFolders(root, [pictures, f"images/{pictures}"])
+    folders = ImageFolders(root, [images, f"images/{images}"])
 
     def make(row: Any) -> Record | None:
         name = identifier(entry(row, "question_id"), "question_id")
@@ -48,7 +48,7 @@ def read_vqav2(root: Path, split: str, answers: int, classes: Sequence[str] | No
             raise Unusable("id-type", f"image_id must be a whole number, got {image!r:.80}")
         if given and name not in given:
             raise Unusable("answers-missing", f"question {name} has no annotation")
-        source = folders.source(f"COCO_{pictures}_{image:012d}.jpg", f"{image:012d}.jpg")
+        source = folders.source(f"COCO_{images}_{image:012d}.jpg", f"{image:012d}.jpg")
         said = given.get(name, ())
         target = agreed_answer(said, vocabulary)
         if split == "train" and target < 0:

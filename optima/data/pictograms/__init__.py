@@ -4,7 +4,7 @@
     >>> Pictograms("test").example("captioning", 0).text  # doctest: +SKIP
     'two pizzas to the right of a dog'
 
-`stream` is the data set; `scene` and `render` make pictures; `captions`, `questions`, `hypotheses` and `statements`
+`stream` is the data set; `scene` and `render` make images; `captions`, `questions`, `hypotheses` and `statements`
 are the four tasks' languages and truths; `combinations` keeps the splits apart.
 """
 

@@ -31,7 +31,7 @@ _NOUN = {word: "noun" for kind in KINDS for word in (kind.name, kind.plural)} | 
 
 @dataclass(frozen=True)
 class Balance:
-    """Accuracies in 0..1 of guessers that see no picture, on `items` items."""
+    """Accuracies in 0..1 of guessers that see no image, on `items` items."""
 
     items: int
     chance: float

@@ -1,6 +1,6 @@
-"""Captions: what is true of a whole picture, as text and back.
+"""Captions: what is true of a whole image, as text and back.
 
-A picture of one group has one caption, "three cats". A picture of two groups has two, one for either order of naming
+An image of one group has one caption, "three cats". An image of two groups has two, one for either order of naming
 them: "a dog to the left of two pizzas", "two pizzas to the right of a dog".
 """
 

@@ -1,6 +1,6 @@
-"""Visual entailment: does a picture prove a hypothesis, disprove it, or leave it open?
+"""Visual entailment: does an image prove a hypothesis, disprove it, or leave it open?
 
-The picture shows a small world in which each kind stands together, in one group on one side of the others. A cover
+The image shows a small world in which each kind stands together, in one group on one side of the others. A cover
 may hide anything at all: more of a kind that is seen, another kind, or nothing. Where it is and how large it is does
 not matter. Without a cover, what is seen is all there is. So, with n the objects of the kind that are seen:
 
@@ -99,7 +99,7 @@ def snli_ve(scene: Scene) -> tuple[JudgedHypothesis, ...]:
 def draw_hypothesis(stock: Stock, draws: Draws) -> tuple[Hypothesis, Content]:
     """A hypothesis and a content to judge it by: the text, then the label, then a content that gives it.
 
-    Whether there is a cover says as little about the label as it can: half the pictures that need none have one.
+    Whether there is a cover says as little about the label as it can: half the images that need none have one.
     """
     template = draws.pick(HYPOTHESIS_TEMPLATES)
     label = draws.below(3)

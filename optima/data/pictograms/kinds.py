@@ -1,4 +1,4 @@
-"""The 48 kinds of object a picture can show.
+"""The 48 kinds of object an image can show.
 
 Each kind is one emoji. Its noun is the emoji's CLDR name or one of its CLDR keywords (`build_atlas` checks this),
 chosen so that every noun is a single word; the kinds were picked by eye to stay apart at 14 pixels.

@@ -1,7 +1,7 @@
 """Draws a scene into 64 x 64 RGB pixels, on the CPU, without being the bottleneck of a training step.
 
 Everything that can be is computed once: resized sprites, ramps for gradients, patterns, the cover's hatching. What is
-left for a picture is a blend of two colours and one small window per object, in integers.
+left for an image is a blend of two colours and one small window per object, in integers.
 """
 
 from functools import cache
@@ -14,19 +14,19 @@ from optima.data.pictograms.scene import PATTERNS, SIDE, SLOPES, Scene
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """The picture as uint8 [3, 64, 64], channels red, green, blue."""
-    picture = _ground(scene)
+    """The image as uint8 [3, 64, 64], channels red, green, blue."""
+    image = _ground(scene)
     for thing in scene.things:
         ink, clear = sprite(thing.kind, thing.size)
         box = thing.box
-        window = picture[:, box.top : box.bottom, box.left : box.right]
+        window = image[:, box.top : box.bottom, box.left : box.right]
         window *= clear
         window += ink
         window >>= 8
     if scene.cover is not None:
         left, top, right, bottom = scene.cover
-        picture[:, top:bottom, left:right] = _frame(right - left, bottom - top)
-    return picture.astype(np.uint8)
+        image[:, top:bottom, left:right] = _frame(right - left, bottom - top)
+    return image.astype(np.uint8)
 
 
 def _ground(scene: Scene) -> NDArray[np.uint16]:

@@ -1,7 +1,7 @@
-"""What a picture shows: groups of objects, where each object stands, the cover and the background.
+"""What an image shows: groups of objects, where each object stands, the cover and the background.
 
 A scene has one or two groups. A group is one to four objects of one kind, and a scene has one to four objects. Two
-groups stand in opposite halves of the picture, and along the other axis they overlap: exactly one of "to the left
+groups stand in opposite halves of the image, and along the other axis they overlap: exactly one of "to the left
 of", "to the right of", "above" and "below" holds. A cover is an opaque panel over a spot where no object stands:
 something could be behind it, and that is what makes a hypothesis neutral.
 """
@@ -13,7 +13,7 @@ from optima.data.draws import Draws
 from optima.data.pictograms.atlas import LARGEST, SMALLEST, extent
 
 SIDE = 64
-"""Width and height of a picture in pixels."""
+"""Width and height of an image in pixels."""
 
 Axis = Literal["horizontal", "vertical"]
 
@@ -49,7 +49,7 @@ class Content:
     """What is to be seen, without where exactly.
 
     With two groups, `axis` says how they are arranged and `groups[0]` is the left or the upper one. With one group
-    `axis` is None. `covered` says whether a cover hides a part of the picture.
+    `axis` is None. `covered` says whether a cover hides a part of the image.
     """
 
     groups: tuple[Group, ...]
@@ -77,7 +77,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """How the picture's ground is painted; see `render` for the patterns."""
+    """How the image's ground is painted; see `render` for the patterns."""
 
     colours: tuple[tuple[int, int, int], tuple[int, int, int]]
     slope: int
@@ -87,7 +87,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture before it is drawn."""
+    """An image before it is drawn."""
 
     content: Content
     things: tuple[Thing, ...]

@@ -1,4 +1,4 @@
-"""Statements about two pictures, true or false, as in NLVR2. They speak of what can be seen.
+"""Statements about two images, true or false, as in NLVR2. They speak of what can be seen.
 
 | template      | statement                                                    |
 |---------------|--------------------------------------------------------------|
@@ -55,7 +55,7 @@ class Statement(NamedTuple):
                 return "both pictures show the same number of objects"
 
     def truth(self, left: Content, right: Content) -> bool:
-        """Whether the statement is true of the two pictures."""
+        """Whether the statement is true of the two images."""
         counts = left.count(self.kind), right.count(self.kind)
         totals = left.total, right.total
         match self.template:
@@ -105,7 +105,7 @@ def draw_statement(stock: Stock, draws: Draws) -> tuple[Statement, Content, Cont
 
 
 def _draw_groups(statement: Statement, stock: Stock, draws: Draws) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """Groups for two pictures, such that both truth values are likely."""
+    """Groups for two images, such that both truth values are likely."""
     if statement.template in ("more", "same"):
         return stock.any(draws), stock.any(draws)
     chance = 0.75 if statement.template in ("in_all", "more_kind") else 0.5
@@ -134,7 +134,7 @@ def state(left: Content, right: Content, draws: Draws) -> Statement:
 
 _ABOUT_PRESENCE = ("both", "exactly_one", "neither")
 _SELDOM_TRUE: dict[str, float] = {"both": 0.5, "same": 0.6, "in_all": 0.6}
-"""Share of false statements passed over in `state`, because few pairs of pictures make such a statement true."""
+"""Share of false statements passed over in `state`, because few pairs of images make such a statement true."""
 
 
 def related(stock: Stock, content: Content, draws: Draws) -> Content:

@@ -51,7 +51,7 @@ class Example:
 class Batch(NamedTuple):
     """Consecutive items of one task."""
 
-    images: Tensor  # uint8 [items, pictures, 3, 64, 64], two pictures for nlvr2, else one
+    images: Tensor  # uint8 [items, images, 3, 64, 64], two images for nlvr2, else one
     texts: list[str]
     targets: Tensor  # int64 [items]
     examples: tuple[Example, ...]
@@ -66,13 +66,13 @@ class SceneItems(NamedTuple):
 
 
 class TrainingBatch(NamedTuple):
-    """Pictures with several texts each, so that encoding a picture is paid for once.
+    """Images with several texts each, so that encoding an image is paid for once.
 
-    Texts about one picture are consecutive: text i of `questions` is about picture i // (questions per picture). Pair
-    p of `statements` is (picture 2 p, picture 2 p + 1), and statement i is about pair i // (statements per pair).
+    Texts about one image are consecutive: text i of `questions` is about image i // (questions per image). Pair
+    p of `statements` is (image 2 p, image 2 p + 1), and statement i is about pair i // (statements per pair).
     """
 
-    images: Tensor  # uint8 [pictures, 3, 64, 64]
+    images: Tensor  # uint8 [images, 3, 64, 64]
     captions: list[str]
     questions: list[str]
     answers: Tensor  # int64, class in ANSWERS
@@ -84,7 +84,7 @@ class TrainingBatch(NamedTuple):
 
 
 class Pictograms:
-    """Pictures of emoji with ground truth for captioning, VQA, NLVR2-shaped and SNLI-VE-shaped tasks.
+    """Images of emoji with ground truth for captioning, VQA, NLVR2-shaped and SNLI-VE-shaped tasks.
 
     Args:
         split: "train" is endless; "validation" and "test" show combinations of kinds and counts that train never does.
@@ -116,7 +116,7 @@ class Pictograms:
         return compose(arrange(self._stock.any(draws), draws), draws)
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
-        """The picture of `scene(index)`, uint8 [3, 64, 64]."""
+        """The image of `scene(index)`, uint8 [3, 64, 64]."""
         return render(self.scene(index))
 
     def example(self, task: Task, index: int) -> Example:
@@ -147,36 +147,36 @@ class Pictograms:
         return Example(task, scenes, statement.text, truth, TRUTHS[truth], statement.template)
 
     def batch(self, task: Task, start: int, size: int) -> Batch:
-        """Items start, ..., start + size - 1 of the task, with their pictures drawn."""
+        """Items start, ..., start + size - 1 of the task, with their images drawn."""
         return collate([self.example(task, index) for index in range(start, start + size)])
 
     def training_batch(
-        self, start: int, pictures: int, questions: int = 2, hypotheses: int = 2, statements: int = 2
+        self, start: int, images: int, questions: int = 2, hypotheses: int = 2, statements: int = 2
     ) -> TrainingBatch:
-        """Pictures start, ..., start + pictures - 1 of the training stream, each with several texts.
+        """Images start, ..., start + images - 1 of the training stream, each with several texts.
 
         Args:
-            start: an even number, the first picture.
-            pictures: an even number; pictures 2 p and 2 p + 1 are a pair, and half of the pairs share a kind.
-            questions: VQA items per picture.
-            hypotheses: SNLI-VE items per picture.
+            start: an even number, the first image.
+            images: an even number; images 2 p and 2 p + 1 are a pair, and half of the pairs share a kind.
+            questions: VQA items per image.
+            hypotheses: SNLI-VE items per image.
             statements: NLVR2 items per pair.
         """
-        if start % 2 or pictures % 2:
-            raise ValueError(f"start, pictures: even numbers, because pictures come in pairs, got {start}, {pictures}")
-        images = np.empty((pictures, 3, 64, 64), dtype=np.uint8)
+        if start % 2 or images % 2:
+            raise ValueError(f"start, images: even numbers, because images come in pairs, got {start}, {images}")
+        pixels = np.empty((images, 3, 64, 64), dtype=np.uint8)
         captions: list[str] = []
         asked: list[tuple[str, int]] = []
         proposed: list[tuple[str, int]] = []
         stated: list[tuple[str, int]] = []
         shown: list[Scene] = []
-        for place in range(0, pictures, 2):
+        for place in range(0, images, 2):
             draws = self._draws("training", start + place)
             left = arrange(self._stock.any(draws), draws)
             right = related(self._stock, left, draws)
             scenes = (compose(left, draws), compose(right, draws))
             for offset, scene in enumerate(scenes):
-                images[place + offset] = render(scene)
+                pixels[place + offset] = render(scene)
                 items = training_scene_items(scene, draws, questions, hypotheses)
                 captions.append(items.caption)
                 asked += items.questions
@@ -184,7 +184,7 @@ class Pictograms:
             stated += training_pair_items(scenes, draws, statements)
             shown += scenes
         return TrainingBatch(
-            torch.from_numpy(images),
+            torch.from_numpy(pixels),
             captions,
             *_columns(asked),
             *_columns(proposed),
@@ -203,10 +203,10 @@ class Pictograms:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Draws the pictures of examples of one task and puts them into one batch."""
-    pictures = [[render(scene) for scene in example.scenes] for example in examples]
+    """Draws the images of examples of one task and puts them into one batch."""
+    images = [[render(scene) for scene in example.scenes] for example in examples]
     return Batch(
-        torch.from_numpy(np.array(pictures, dtype=np.uint8)),
+        torch.from_numpy(np.array(images, dtype=np.uint8)),
         [example.text for example in examples],
         torch.tensor([example.target for example in examples], dtype=torch.int64),
         tuple(examples),

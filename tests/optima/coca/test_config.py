@@ -16,7 +16,7 @@ SIZES = {
     TextDecoderConfig: ("vocab_size", "context_length", "width", "layers", "heads"),
     MultimodalDecoderConfig: ("width", "layers", "heads"),
     CoCaConfig: ("embed_dim",),
-    HeadSpec: ("classes", "pictures"),
+    HeadSpec: ("classes", "images"),
 }
 
 

@@ -22,7 +22,7 @@ STRATEGIES = [
 ]
 
 
-def pictures(count: int) -> Tensor:
+def random_images(count: int) -> Tensor:
     return torch.rand(count, 3, 64, 64, dtype=torch.float64) * 2 - 1
 
 
@@ -42,7 +42,7 @@ def log_probabilities(model: CoCa, image: Tensor, text: list[int]) -> Tensor:
 
 @torch.no_grad()
 def test_captions_are_the_step_by_step_argmax_and_stop_at_the_end(make_coca, seed: int) -> None:
-    model, images = make_coca(16, 1, vocab_size=12).double(), pictures(24)
+    model, images = make_coca(16, 1, vocab_size=12).double(), random_images(24)
     captions = generate(model, images, start_id=START, end_id=END, length=LENGTH)
     assert captions.shape == (24, LENGTH)
     ended_early = 0
@@ -71,7 +71,7 @@ def test_every_caption_stops_at_once_when_the_end_is_all_a_model_says(make_coca,
 @pytest.mark.parametrize("pooler_queries", [0, 5])
 def test_cached_captions_are_the_uncached_ones(make_coca, seed: int, config, pooler_queries: int) -> None:
     model = sharp(make_coca(32, 3, vocab_size=40, context_length=24, pooler_queries=pooler_queries).double())
-    images, ids = pictures(5), {"start_id": START, "end_id": END, "length": 24}
+    images, ids = random_images(5), {"start_id": START, "end_id": END, "length": 24}
     cached = generate(model, images, config=config, **ids)
     uncached = generate(model, images, config=config, cached=False, **ids)
     assert cached.tolist() == uncached.tolist()
@@ -80,7 +80,7 @@ def test_cached_captions_are_the_uncached_ones(make_coca, seed: int, config, poo
 @pytest.mark.parametrize("config", STRATEGIES, ids=["greedy", "beam3", "beam4", "sample"])
 def test_asking_whether_all_have_ended_changes_no_caption(make_coca, seed: int, config: GenerationConfig) -> None:
     model = sharp(make_coca(16, 2, vocab_size=6).double(), 3.0)
-    images = pictures(4)
+    images = random_images(4)
     captions = [
         generate(
             model,
@@ -125,7 +125,7 @@ def every_text(model: CoCa, image: Tensor, length: int, penalty: float) -> dict[
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 1.7])
 def test_a_beam_of_four_finds_the_best_of_all_texts_where_it_can_hold_them(make_coca, seed: int, penalty) -> None:
     """Two words, start and another, beside the end: two live texts after one token, four after two."""
-    model, images = sharp(make_coca(16, 1, vocab_size=4).double(), 3.0), pictures(4)
+    model, images = sharp(make_coca(16, 1, vocab_size=4).double(), 3.0), random_images(4)
     config = GenerationConfig("beam", beams=4, length_penalty=penalty)
     found = beam_search(model, images, start_id=START, end_id=END, length=4, config=config)
     for image, tokens, scores in zip(images, found.tokens.tolist(), found.scores, strict=True):
@@ -151,7 +151,7 @@ def beam_by_hand(model: CoCa, image: Tensor, length: int, beams: int, penalty: f
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_pruned_beam_search_is_the_one_written_out_by_hand(make_coca, seed: int, penalty: float) -> None:
-    model, images = sharp(make_coca(16, 1, vocab_size=7).double(), 4.0), pictures(3)
+    model, images = sharp(make_coca(16, 1, vocab_size=7).double(), 4.0), random_images(3)
     config = GenerationConfig("beam", beams=4, length_penalty=penalty, check_every=2)
     found = beam_search(model, images, start_id=START, end_id=END, length=8, config=config)
     others = 0
@@ -166,7 +166,7 @@ def test_a_pruned_beam_search_is_the_one_written_out_by_hand(make_coca, seed: in
 
 @torch.no_grad()
 def test_one_beam_without_penalty_for_length_finds_the_greedy_text_or_a_better_one(make_coca, seed: int) -> None:
-    model, images = sharp(make_coca(16, 2, vocab_size=9).double()), pictures(6)
+    model, images = sharp(make_coca(16, 2, vocab_size=9).double()), random_images(6)
     ids = {"start_id": START, "end_id": END, "length": 9}
     config = GenerationConfig("beam", beams=1, length_penalty=0.0)
     scores = beam_search(model, images, config=config, **ids).scores[:, 0]
@@ -197,14 +197,14 @@ def test_draws_follow_the_distribution_after_temperature_top_k_and_top_p(seed: i
 
 
 def test_samples_repeat_with_their_seed_and_differ_without(make_coca, seed: int) -> None:
-    model, image = make_coca(16, 1).double(), pictures(1)
+    model, image = make_coca(16, 1).double(), random_images(1)
     ids = {"start_id": START, "end_id": END, "length": LENGTH}
     images = image.expand(6, -1, -1, -1)
     first, again, other = (
         generate(model, images, config=GenerationConfig("sample", seed=number), **ids).tolist() for number in (3, 3, 4)
     )
     assert first == again != other
-    assert len({tuple(row) for row in first}) == 6, "rows over the same picture draw different numbers"
+    assert len({tuple(row) for row in first}) == 6, "rows over the same image draw different numbers"
     fewer = generate(model, images[:2], config=GenerationConfig("sample", seed=3), **ids).tolist()
     assert fewer == first[:2]
     most_probable = GenerationConfig("sample", top_k=1, seed=8)

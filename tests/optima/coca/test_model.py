@@ -25,7 +25,7 @@ def model(make_coca, seed: int) -> CoCa:
     return make_coca(16, 2).double()
 
 
-def pictures(count: int, each: int = 1) -> Tensor:
+def random_images(count: int, each: int = 1) -> Tensor:
     return torch.rand(count, each, 3, 64, 64, dtype=torch.float64) * 2 - 1
 
 
@@ -38,7 +38,7 @@ def padded(tokens: Tensor, length: int) -> Tensor:
 
 
 def test_states_do_not_depend_on_later_tokens(model: CoCa) -> None:
-    images, tokens = pictures(2), words(2, 10)
+    images, tokens = random_images(2), words(2, 10)
     changed = tokens.clone()
     changed[:, 6:] = words(2, 4)
     ours, theirs = model(images, tokens).states, model(images, changed).states
@@ -48,14 +48,14 @@ def test_states_do_not_depend_on_later_tokens(model: CoCa) -> None:
 
 @pytest.mark.parametrize("with_class", [False, True])
 def test_states_do_not_depend_on_padding(model: CoCa, with_class: bool) -> None:
-    images, tokens = pictures(2), words(2, 6)
+    images, tokens = random_images(2), words(2, 6)
     short = model(images, tokens, with_class=with_class).states
     long = model(images, padded(tokens, 13), with_class=with_class).states
     torch.testing.assert_close(short, long[:, :6])
 
 
 def test_states_do_not_depend_on_the_class_token(model: CoCa) -> None:
-    images, tokens = pictures(2), padded(words(2, 6), 9)
+    images, tokens = random_images(2), padded(words(2, 6), 9)
     without, with_class = model(images, tokens), model(images, tokens, with_class=True)
     torch.testing.assert_close(without.states[without.valid], with_class.states[without.valid])
     assert without.text_feature is None
@@ -63,7 +63,7 @@ def test_states_do_not_depend_on_the_class_token(model: CoCa) -> None:
 
 
 def test_the_contrastive_feature_reads_every_token_but_no_padding(model: CoCa) -> None:
-    images, tokens = pictures(2), words(2, 6)
+    images, tokens = random_images(2), words(2, 6)
     feature = model(images, tokens, with_class=True).text_feature
     for length in (7, 10, 14):
         torch.testing.assert_close(feature, model(images, padded(tokens, length), with_class=True).text_feature)
@@ -74,22 +74,22 @@ def test_the_contrastive_feature_reads_every_token_but_no_padding(model: CoCa) -
         assert not torch.allclose(feature, other), f"token {place} is not read"
 
 
-def test_states_depend_on_the_picture_and_the_text_feature_does_not(model: CoCa) -> None:
+def test_states_depend_on_the_image_and_the_text_feature_does_not(model: CoCa) -> None:
     tokens = words(2, 6)
-    first, second = (model(pictures(2), tokens, with_class=True) for _ in range(2))
+    first, second = (model(random_images(2), tokens, with_class=True) for _ in range(2))
     assert not torch.allclose(first.states, second.states)
     torch.testing.assert_close(first.text_feature, second.text_feature)
 
 
 def test_a_classification_does_not_depend_on_padding(model: CoCa) -> None:
-    images, tokens = pictures(3), words(3, 6)
+    images, tokens = random_images(3), words(3, 6)
     short = model.class_logits("vqa", model(images, tokens))
     long = model.class_logits("vqa", model(images, padded(tokens, 12)))
     torch.testing.assert_close(short, long)
 
 
-def test_two_pictures_are_read_with_the_same_text_and_judged_side_by_side(model: CoCa) -> None:
-    images, tokens = pictures(3, 2), words(3, 6)
+def test_two_images_are_read_with_the_same_text_and_judged_side_by_side(model: CoCa) -> None:
+    images, tokens = random_images(3, 2), words(3, 6)
     logits = model.class_logits("nlvr2", model(images, tokens))
     assert logits.shape == (3, 2)
     head = model.heads["nlvr2"]
@@ -130,7 +130,7 @@ def test_contrastive_loss_by_hand(seed: int) -> None:
 def test_heads_are_made_as_specified(make_coca) -> None:
     model = make_coca(heads={"mood": HeadSpec(7)})
     assert list(model.heads) == ["mood"]
-    output = model(pictures(2).float(), words(2, 5))
+    output = model(random_images(2).float(), words(2, 5))
     assert model.class_logits("mood", output).shape == (2, 7)
 
 
@@ -152,12 +152,12 @@ def test_sizes_that_do_not_fit_are_refused(config, complaint: str) -> None:
         config()
 
 
-def test_pictures_are_shifted_to_the_statistics_a_model_was_trained_with(model: CoCa) -> None:
+def test_images_are_shifted_to_the_statistics_a_model_was_trained_with(model: CoCa) -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     image = dataclasses.replace(model.config.image_encoder, mean=mean, std=std)
     other = CoCa(dataclasses.replace(model.config, image_encoder=image), model.head_specs).double()
     other.load_state_dict(model.state_dict())
-    images, tokens = pictures(2), words(2, 6)
+    images, tokens = random_images(2), words(2, 6)
     mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
     shifted = ((images + 1) / 2 - mean_C11) / std_C11
     torch.testing.assert_close(other(images, tokens).states, model(shifted, tokens).states, rtol=1e-5, atol=1e-6)

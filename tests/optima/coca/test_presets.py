@@ -54,12 +54,12 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_task_heads_fit_every_size_and_any_number_of_answers(name: str) -> None:
-    heads = {"vqa": HeadSpec(3129), "nlvr2": HeadSpec(2, pictures=2), "snli_ve": HeadSpec(3)}
+    heads = {"vqa": HeadSpec(3129), "nlvr2": HeadSpec(2, images=2), "snli_ve": HeadSpec(3)}
     with torch.device("meta"):
         model = CoCa(PRESETS[name], heads)
         size = PRESETS[name].image_encoder.image_size
         for task, spec in heads.items():
-            images = torch.zeros(2, spec.pictures, 3, size, size)
+            images = torch.zeros(2, spec.images, 3, size, size)
             output = model(images, torch.ones(2, 9, dtype=torch.int64))
             assert model.class_logits(task, output).shape == (2, spec.classes)
         assert model.caption_logits(output.states).shape == (2, 9, PRESETS[name].text_decoder.vocab_size)

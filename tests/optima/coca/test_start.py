@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
 from optima.coca.start import project_teacher, truncate_teacher
 
-HEADS = {"vqa": HeadSpec(9), "nlvr2": HeadSpec(2, pictures=2)}
+HEADS = {"vqa": HeadSpec(9), "nlvr2": HeadSpec(2, images=2)}
 
 
 def make_model(
@@ -43,10 +43,10 @@ def trained(model: CoCa, gains_between_norms: bool = False) -> CoCa:
     return model
 
 
-def make_batch(pictures: int = 1, size: int = 40) -> tuple[Tensor, Tensor]:
+def make_batch(images: int = 1, size: int = 40) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(1, 30, (size, 9))
     tokens[::3, 5:] = 0
-    return torch.randn(size, pictures, 3, 32, 32, dtype=torch.float64), tokens
+    return torch.randn(size, images, 3, 32, 32, dtype=torch.float64), tokens
 
 
 def said(model: CoCa, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -90,10 +90,10 @@ def test_layers_of_equal_widths_are_the_teachers_of_the_layer_map(seed: int, how
     )
 
 
-@pytest.mark.parametrize(("pooler", "pictures"), [(0, 1), (5, 1), (0, 2)])
-def test_a_projection_that_loses_nothing_computes_what_the_teacher_does(seed: int, pooler: int, pictures: int) -> None:
+@pytest.mark.parametrize(("pooler", "images"), [(0, 1), (5, 1), (0, 2)])
+def test_a_projection_that_loses_nothing_computes_what_the_teacher_does(seed: int, pooler: int, images: int) -> None:
     teacher, student = trained(make_model(pooler=pooler)), make_model(pooler=pooler)
-    batch = make_batch(pictures)
+    batch = make_batch(images)
     project_teacher(student, teacher, *batch, rotate=True)
     assert error(student.image_encoder.blocks[0].mlp[0].weight, teacher.image_encoder.blocks[0].mlp[0].weight) > 0.5
     theirs = said(teacher, *batch)
@@ -164,13 +164,13 @@ def test_every_size_that_can_be_narrower_may_be(seed: int, how: str) -> None:
         {"heads": 4, "mlp_ratio": 1.0},
         {"embed": 8, "width": 16},
     ):
-        for pictures in (1, 2):
+        for images in (1, 2):
             student = make_model(layers=2, pooler=5, **options)
             if how == "truncate":
                 truncate_teacher(student, teacher)
             else:
-                project_teacher(student, teacher, *make_batch(pictures))
-            shown = said(student, *make_batch(pictures, 3))
+                project_teacher(student, teacher, *make_batch(images))
+            shown = said(student, *make_batch(images, 3))
             assert all(bool(found.isfinite().all()) for found in shown.values())
 
 

@@ -128,7 +128,7 @@ def test_a_layer_map_of_an_unknown_module_is_refused(
     assert "layer_map names the module 'texts'; there are image_encoder" in capsys.readouterr().err
 
 
-def test_samples_name_pictures_that_exist(finished: Path) -> None:
+def test_samples_name_images_that_exist(finished: Path) -> None:
     samples = json.loads((finished / "samples.json").read_text())
     assert len(samples) == 4
     for sample in samples:
@@ -316,17 +316,15 @@ def test_the_student_before_is_the_one_that_was_trained(
         assert all(torch.equal(before[name], tensor) for name, tensor in made[0].items())
 
 
-def test_an_unusable_picture_that_the_start_meets_is_named_and_the_run_goes_on(
-    brief: list[str], tmp_path: Path
-) -> None:
+def test_an_unusable_image_that_the_start_meets_is_named_and_the_run_goes_on(brief: list[str], tmp_path: Path) -> None:
     root = make_coco(tmp_path / "data", 24)
-    picture = next(path for path in sorted(root.rglob("*.jpg")) if "train" in str(path))
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = next(path for path in sorted(root.rglob("*.jpg")) if "train" in str(path))
+    image.write_bytes(image.read_bytes()[:200])
     words = f"--data.name coco --data.root {root} --data.loader.workers 0 --data.loader.max_rejected 0.2".split()
     run = tmp_path / "run"
     options = [*brief, "--run", str(run), *words, "--init", "teacher_pca", "--evaluate_every", "0", "--test_items", "2"]
     assert main([*options, "--engine.rounds", "1"]) == 0
-    assert picture.name in (run / "rejected.jsonl").read_text()
+    assert image.name in (run / "rejected.jsonl").read_text()
 
 
 def test_the_learning_curve_ends_with_the_run(brief: list[str], tmp_path: Path) -> None:
@@ -447,7 +445,7 @@ def test_event_files_hold_every_round(brief: list[str], tmp_path: Path) -> None:
 def test_a_student_is_chosen_by_the_name_of_a_preset(
     brief: list[str], student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    # Full-size presets take pictures of other sizes than pictograms have, so a small one stands in.
+    # Full-size presets take images of other sizes than pictograms have, so a small one stands in.
     small = load_coca(student_file).config
     monkeypatch.setitem(PRESETS, "tiny6-16", small)
     place = brief.index("--student")
@@ -458,6 +456,6 @@ def test_a_student_is_chosen_by_the_name_of_a_preset(
     assert load_coca(tmp_path / "run" / "student.safetensors").config == small
     options[-1] = str(tmp_path / "other")
     assert main([*options, "--init", "scratch", "--student", "tiny6-32"]) == 2
-    assert "takes pictures of 224 pixels" in capsys.readouterr().err
+    assert "takes images of 224 pixels" in capsys.readouterr().err
     assert main([*options, "--student", "tiny12"]) == 2
     assert "student tiny12 has patches of 14, 32, 18 pixels, the teacher's have 16" in capsys.readouterr().err

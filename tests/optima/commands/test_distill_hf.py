@@ -170,9 +170,9 @@ def test_what_is_to_be_said_is_labelled(template: bool, tmp_path: Path) -> None:
         assert labelled(made(chat), 0) == ["the", "dog", "</s>"]
 
 
-def test_pictures_and_captions_of_a_folder(tmp_path: Path) -> None:
+def test_images_and_captions_of_a_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(20):
         Image.new("RGB", (20, 24), (12 * i, 0, 99)).save(folder / f"{i}.png")
@@ -191,7 +191,7 @@ def test_pictures_and_captions_of_a_folder(tmp_path: Path) -> None:
     assert hf.AutoProcessor.from_pretrained(tmp_path / "run" / "student").tokenizer.vocab_size == len(WORDS)
 
 
-def test_questions_about_pictures_go_through_a_vision_language_model(tmp_path: Path) -> None:
+def test_questions_about_images_go_through_a_vision_language_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for i in range(20):
         Image.new("RGB", (16, 16), (12 * i, 0, 99)).save(tmp_path / f"{i}.png")

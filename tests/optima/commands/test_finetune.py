@@ -22,7 +22,7 @@ from optima_core import OptimaError, OptimiserConfig
 
 @pytest.fixture
 def imported(tmp_path: Path) -> Path:
-    """An open_clip checkpoint of the pictograms' picture and vocabulary sizes, imported by the command."""
+    """An open_clip checkpoint of the pictograms' image and vocabulary sizes, imported by the command."""
     case = CASES["no_pooler"]
     shape = case | {
         "vision_cfg": case["vision_cfg"] | {"image_size": 64},
@@ -99,14 +99,14 @@ def test_a_new_head_leaves_the_rest_alone_and_an_old_one_stays(make_coca) -> Non
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in grown.state_dict().items())
 
 
-def test_a_model_for_other_pictures_is_refused(tmp_path: Path, make_coca, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_for_other_images_is_refused(tmp_path: Path, make_coca, capsys: pytest.CaptureFixture[str]) -> None:
     save_coca(make_coca(image_size=32), tmp_path / "m.safetensors")
-    with pytest.raises(OptimaError, match="takes pictures of 32 pixels; those of pictograms have 64"):
+    with pytest.raises(OptimaError, match="takes images of 32 pixels; those of pictograms have 64"):
         finetune(config(tmp_path / "run", tmp_path / "m.safetensors"), silent)
     assert not (tmp_path / "run").exists()
     options = ["--model", str(tmp_path / "m.safetensors"), "--run", str(tmp_path / "run")]
     assert main(["finetune", *options]) == 2
-    assert "takes pictures of 32 pixels" in capsys.readouterr().err
+    assert "takes images of 32 pixels" in capsys.readouterr().err
     assert main(["finetune", *options, "--steps", "0"]) == 2
     assert "steps must be at least 1" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""From a folder of captioned pictures to a student that captions them: `optima --config own_images`."""
+"""From a folder of captioned images to a student that captions them: `optima --config own_images`."""
 
 import json
 from pathlib import Path
@@ -21,18 +21,18 @@ SHAPES = ("ellipse", "rectangle", "triangle")
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 108 PNG files of a coloured shape each, and their captions: words that no pictogram has."""
-    root = tmp_path_factory.mktemp("own pictures")
+    root = tmp_path_factory.mktemp("own images")
     lines = ["filename\tcaption"]
     for number in range(108):
         colour, shape = COLOURS[number % 6], SHAPES[number // 6 % 3]
-        picture = Image.new("RGB", (80 + number % 7, 64), "white")
-        pencil = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (80 + number % 7, 64), "white")
+        pencil = ImageDraw.Draw(image)
         box = (10 + number % 5, 10, 60, 50)
         if shape == "triangle":
             pencil.polygon([(box[0], 50), (60, 50), (35, 10)], fill=colour)
         else:
             getattr(pencil, shape)(box, fill=colour)
-        picture.save(root / f"{number:03}.png")
+        image.save(root / f"{number:03}.png")
         lines.append(f"{number:03}.png\tA drawn {colour} {shape}.")
     (root / "captions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root

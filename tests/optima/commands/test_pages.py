@@ -107,7 +107,7 @@ def test_mistakes_are_a_line(running: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_demo_says_what_student_and_teacher_say(finished: Path, teacher_file: Path) -> None:
     samples = json.loads((finished / "samples.json").read_text())
-    picture = (finished / samples[0]["images"][0]).read_bytes()
+    image = (finished / samples[0]["images"][0]).read_bytes()
     with make_demo(DemoConfig([finished], port=0, device="cpu")) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -116,21 +116,21 @@ def test_the_demo_says_what_student_and_teacher_say(finished: Path, teacher_file
             status, _, page = asked(port)
             assert status == 200
             assert page.count("data:image/png") == len(samples)
-            said = posted(port, [base64.b64encode(picture).decode()])
-            assert said["student"]["lines"] == [[load_student(finished, "cpu").caption(picture), None]]
+            said = posted(port, [base64.b64encode(image).decode()])
+            assert said["student"]["lines"] == [[load_student(finished, "cpu").caption(image), None]]
             assert said["teacher"]["lines"] == [[samples[0]["teacher"], None]]
-            assert "error" in posted(port, ["no picture"])
-            assert "error" in posted(port, [base64.b64encode(b"no picture").decode()])
+            assert "error" in posted(port, ["no image"])
+            assert "error" in posted(port, [base64.b64encode(b"no image").decode()])
             assert posted(port, [], origin="http://evil.example") == {}
         finally:
             server.shutdown()
             thread.join()
 
 
-def posted(port: int, pictures: list[str], origin: str | None = None) -> dict[str, Any]:
+def posted(port: int, images: list[str], origin: str | None = None) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Origin": origin} if origin else {}
-    connection.request("POST", "/say?text=", json.dumps(pictures), headers)
+    connection.request("POST", "/say?text=", json.dumps(images), headers)
     answer = connection.getresponse()
     found: dict[str, Any] = json.loads(answer.read()) if answer.status == 200 else {}
     return found

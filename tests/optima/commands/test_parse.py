@@ -56,7 +56,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["evaluate", "--model", "x", "--tasks", "[vqa]", "--items", "-1"], ["items must be at least 0"]),
         (["evaluate", "--model", "nowhere.safetensors", "--tasks", "[vqa]"], ["nowhere.safetensors does not exist"]),
         (["report", "--run", "nowhere"], ["nowhere", "does not exist"]),
-        (["pretrain", "--pictures", "3"], ["pictures must be an even number, got 3"]),
+        (["pretrain", "--images", "3"], ["images must be an even number, got 3"]),
         (["pretrain", "--checkpoint_every", "0"], ["checkpoint_every must be at least 1, got 0"]),
         (["pretrain", "--model.image_encoder.width", "33"], ["image_encoder.width 33"]),
         (["simulate", "--policies", "[foo]"], ["policies", "foo"]),

@@ -28,7 +28,7 @@ MODEL = CoCaConfig(
 
 def config(run: Path, **changes: object) -> PretrainConfig:
     values: dict[str, object] = {
-        "run": run, "model": MODEL, "caption_steps": 2, "task_steps": 2, "pictures": 4, "precision": "fp32",
+        "run": run, "model": MODEL, "caption_steps": 2, "task_steps": 2, "images": 4, "precision": "fp32",
         "stored": "fp32", "checkpoint_every": 1, "log_every": 1, "threads": 1,
     }  # fmt: skip
     return PretrainConfig(**(values | changes))  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def test_a_student_start_that_saw_no_task_has_no_heads(tmp_path: Path) -> None:
 def test_the_losses_fall(tmp_path: Path) -> None:
     said: list[str] = []
     optimiser = OptimiserConfig(learning_rate=1e-2, warmup=0.0)
-    pretrain(config(tmp_path / "run", caption_steps=25, task_steps=0, pictures=8, optimiser=optimiser), said.append)
+    pretrain(config(tmp_path / "run", caption_steps=25, task_steps=0, images=8, optimiser=optimiser), said.append)
     losses = [float(line.split("caption ")[1].split()[0]) for line in said]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -85,8 +85,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     pretrain(config(tmp_path / "run"), silent)
-    with pytest.raises(OptimaError, match="pictures was 4 there and is 6 now"):
-        pretrain(config(tmp_path / "run", pictures=6, resume=True), silent)
+    with pytest.raises(OptimaError, match="images was 4 there and is 6 now"):
+        pretrain(config(tmp_path / "run", images=6, resume=True), silent)
     with pytest.raises(OptimaError, match="is not empty"):
         pretrain(config(tmp_path / "run"), silent)
 
@@ -128,7 +128,7 @@ def test_the_command_trains_and_its_model_can_be_evaluated(tmp_path: Path, capsy
     run = str(tmp_path / "run")
     tower = {"width": 16, "layers": 1}
     model = {"image_encoder": tower | {"patch_size": 16}, "text_decoder": tower, "multimodal_decoder": tower}
-    values = {"model": model, "caption_steps": 1, "task_steps": 1, "pictures": 4, "threads": 1}
+    values = {"model": model, "caption_steps": 1, "task_steps": 1, "images": 4, "threads": 1}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     assert main(["pretrain", "--run", run, "--config", str(tmp_path / "tiny.yaml")]) == 0
     assert "model.safetensors" in capsys.readouterr().out

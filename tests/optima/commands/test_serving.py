@@ -30,11 +30,11 @@ from optima_core.errors import OptimaError
 LENGTH = 7
 
 
-@pytest.mark.parametrize(("task", "pictures"), [("captioning", 1), ("nlvr2", 2)])
-def test_a_torch_program_equals_the_model(task: str, pictures: int, make_coca: Callable[..., CoCa]) -> None:
+@pytest.mark.parametrize(("task", "image_count"), [("captioning", 1), ("nlvr2", 2)])
+def test_a_torch_program_equals_the_model(task: str, image_count: int, make_coca: Callable[..., CoCa]) -> None:
     served = Served(make_coca(), task).eval()
     program = torch.export.load(io.BytesIO(torch_program(served, LENGTH))).module()
-    images, tokens = torch.randn(4, pictures, 3, 64, 64), torch.randint(0, 20, (4, LENGTH))
+    images, tokens = torch.randn(4, image_count, 3, 64, 64), torch.randint(0, 20, (4, LENGTH))
     torch.testing.assert_close(program(images, tokens), served(images, tokens), rtol=1e-5, atol=1e-6)
 
 
@@ -120,4 +120,4 @@ def test_a_torch_program_carries_the_same_facts(make_coca: Callable[..., CoCa]) 
     torch.export.load(program, extra_files=files)
     facts = json.loads(files["optima.json"])
     assert facts["value_range"] == [normalise(torch.tensor(value)).item() for value in (0, 255)]
-    assert (facts["image_size"], facts["text_length"], facts["pictures"]) == (64, LENGTH, 1)
+    assert (facts["image_size"], facts["text_length"], facts["images"]) == (64, LENGTH, 1)

@@ -1,4 +1,4 @@
-"""Things that come with real data: pictures, texts, rows and tars that cannot be used, and odd ones that can."""
+"""Things that come with real data: images, texts, rows and tars that cannot be used, and odd ones that can."""
 
 import gzip
 import io
@@ -92,7 +92,7 @@ def _huge(path: Path) -> None:
         file.truncate(300 * 2**20)
 
 
-BROKEN_PICTURES: dict[str, tuple[str, Make]] = {
+BROKEN_IMAGES: dict[str, tuple[str, Make]] = {
     "zero-bytes": ("image-empty", _written(lambda: b"")),
     "html-page": ("image-unrecognised", _written(lambda: b"<!DOCTYPE html><html><body>404</body></html>")),
     "plain-text": ("image-unrecognised", _written(lambda: b"not found\n")),
@@ -156,7 +156,7 @@ def _sixteen_bit_grey() -> bytes:
     return encoded(Image.fromarray(np.asarray(scene("L")).astype(np.uint16) * 257), "PNG")
 
 
-ODD_PICTURES: dict[str, tuple[set[str], Callable[[], bytes]]] = {
+ODD_IMAGES: dict[str, tuple[set[str], Callable[[], bytes]]] = {
     "grey.jpg": ({"grayscale"}, lambda: encoded(scene("L"))),
     "cmyk.jpg": ({"cmyk"}, lambda: encoded(scene("CMYK"))),
     "bits.png": ({"grayscale"}, lambda: encoded(scene("1"), "PNG")),
@@ -211,7 +211,7 @@ BROKEN_LINES: dict[str, tuple[str, bytes]] = {
 
 def make_tar(path: Path) -> dict[str, str]:
     """A shard with one good sample and one of each fault -> the kind of rejection by what it must be named after."""
-    picture = encoded(scene())
+    image = encoded(scene())
     with tarfile.open(path, "w") as tar:
 
         def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
@@ -219,26 +219,26 @@ def make_tar(path: Path) -> dict[str, str]:
             info.size, info.type, info.linkname = len(data), kind, link
             tar.addfile(info, io.BytesIO(data))
 
-        add("good.jpg", picture)
+        add("good.jpg", image)
         add("good.txt", "ein K\u00e4tzchen".encode())
-        add("../escape.jpg", picture)
-        add("/etc/absolute.jpg", picture)
+        add("../escape.jpg", image)
+        add("/etc/absolute.jpg", image)
         add("link.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")
         add("hard.jpg", kind=tarfile.LNKTYPE, link="good.jpg")
         add("device.jpg", kind=tarfile.CHRTYPE)
-        add("twice.jpg", picture)
-        add("twice.jpg", picture)
+        add("twice.jpg", image)
+        add("twice.jpg", image)
         add("twice.txt", b"a cat")
-        add("lonely.jpg", picture)
+        add("lonely.jpg", image)
         add("blind.txt", b"a cat")
-        add("two.jpg", picture)
-        add("two.png", picture)
+        add("two.jpg", image)
+        add("two.png", image)
         add("two.txt", b"a cat")
-        add("bad-json.jpg", picture)
+        add("bad-json.jpg", image)
         add("bad-json.json", b"{")
-        add("latin.jpg", picture)
+        add("latin.jpg", image)
         add("latin.txt", "K\u00e4tzchen".encode("latin-1"))
-        add("last.jpg", picture)
+        add("last.jpg", image)
         add("last.txt", b"a cat")
     return {
         "../escape.jpg": "unsafe-name",

@@ -1,4 +1,4 @@
-"""Miniature data sets in the official formats, with pictograms for pictures: real JPEGs and PNGs of several shapes."""
+"""Miniature data sets in the official formats, with pictograms for images: real JPEGs and PNGs of several shapes."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from optima.data.pictograms.stream import Pictograms
 from optima.task import Task
 
 
-def save_picture(path: Path, scene: Any, size: tuple[int, int], **options: Any) -> None:
+def save_image(path: Path, scene: Any, size: tuple[int, int], **options: Any) -> None:
     """Saves a scene stretched to size (width, height); the ending says the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(render(scene).transpose(1, 2, 0)).resize(size, Image.Resampling.BICUBIC)
@@ -24,7 +24,7 @@ def save_picture(path: Path, scene: Any, size: tuple[int, int], **options: Any) 
 
 
 def shape(index: int) -> tuple[int, int]:
-    """A size (width, height) that differs from picture to picture, as it does in real sets."""
+    """A size (width, height) that differs from image to image, as it does in real sets."""
     draws = random.Random(index)
     return draws.randrange(64, 160), draws.randrange(64, 160)
 
@@ -45,14 +45,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def make_coco(root: Path, count: int = 12, year: str = "2017") -> Path:
-    """train and val of the site, each with `count` pictures of up to three captions, and test without captions."""
+    """train and val of the site, each with `count` images of up to three captions, and test without captions."""
     for short, first in (("train", 0), ("val", 1000), ("test", 2000)):
         images, annotations = [], []
         for index, example in enumerate(examples("captioning", count)):
             image_id = first + index
             name = f"{image_id:012d}.jpg" if year == "2017" else f"COCO_{short}{year}_{image_id:012d}.jpg"
             width, height = shape(image_id)
-            save_picture(root / f"{short}{year}" / name, example.scenes[0], (width, height), quality=90)
+            save_image(root / f"{short}{year}" / name, example.scenes[0], (width, height), quality=90)
             images.append({"id": image_id, "file_name": name, "width": width, "height": height})
             for place, text in enumerate(references(example.scenes[0])[: 1 + index % 3]):
                 annotations.append({"id": 10 * image_id + place, "image_id": image_id, "caption": text})
@@ -71,7 +71,7 @@ def make_karpathy(root: Path, count: int = 12) -> Path:
     for index, example in enumerate(examples("captioning", count)):
         folder = "train2014" if index % 2 else "val2014"
         name = f"COCO_{folder}_{index:012d}.jpg"
-        save_picture(root / folder / name, example.scenes[0], shape(index), quality=90)
+        save_image(root / folder / name, example.scenes[0], shape(index), quality=90)
         sentences = [{"raw": text, "tokens": text.split(), "sentid": 1} for text in references(example.scenes[0])]
         images.append(
             {"filepath": folder, "filename": name, "cocoid": index, "split": splits[index % 4], "sentences": sentences}
@@ -87,7 +87,7 @@ def make_vqav2(root: Path, count: int = 12) -> Path:
             image_id, question_id = first + index // 2, 10 * (first + index)
             if index % 2 == 0:
                 name = f"COCO_{official}_{image_id:012d}.jpg"
-                save_picture(root / official / name, example.scenes[0], shape(image_id), quality=90)
+                save_image(root / official / name, example.scenes[0], shape(image_id), quality=90)
             questions.append({"image_id": image_id, "question": example.text, "question_id": question_id})
             answers = [example.answer] * 7 + ["Unsure."] * 3
             annotations.append(
@@ -116,7 +116,7 @@ def make_nlvr2(root: Path, count: int = 12) -> Path:
             pair = f"{official}-{index // 2}-{index % 2}"
             folder = f"images/train/{index % 3}" if official == "train" else official
             for side, scene in enumerate(example.scenes):
-                save_picture(root / folder / f"{pair}-img{side}.png", scene, shape(10 * index + side))
+                save_image(root / folder / f"{pair}-img{side}.png", scene, shape(10 * index + side))
             row = {"identifier": f"{pair}-0", "sentence": example.text, "label": str(bool(example.target))}
             rows.append(row | ({"directory": index % 3} if official == "train" else {}))
         write_lines(root / f"data/{official}.json", rows)
@@ -127,16 +127,16 @@ def make_snli_ve(root: Path, count: int = 12) -> Path:
     for official, first in (("train", 0), ("dev", 1000), ("test", 2000)):
         rows = []
         for index, example in enumerate(examples("snli_ve", count)):
-            picture = str(first + index)
-            save_picture(root / f"flickr30k-images/{picture}.jpg", example.scenes[0], shape(first + index), quality=90)
+            image = str(first + index)
+            save_image(root / f"flickr30k-images/{image}.jpg", example.scenes[0], shape(first + index), quality=90)
             label = "-" if index == 5 else example.answer
             rows.append(
                 {
-                    "pairID": f"{picture}.jpg#0r1{label[0]}",
-                    "captionID": f"{picture}.jpg#0",
-                    "Flickr30K_ID": picture,
+                    "pairID": f"{image}.jpg#0r1{label[0]}",
+                    "captionID": f"{image}.jpg#0",
+                    "Flickr30K_ID": image,
                     "gold_label": label,
-                    "sentence1": "a picture",
+                    "sentence1": "an image",
                     "sentence2": example.text,
                 }
             )
@@ -147,8 +147,8 @@ def make_snli_ve(root: Path, count: int = 12) -> Path:
 def make_folder(root: Path, count: int = 12, ending: str = "tsv") -> Path:
     rows = []
     for index, example in enumerate(examples("captioning", count)):
-        name = f"pictures/{index}.{'jpg' if index % 2 else 'png'}"
-        save_picture(root / name, example.scenes[0], shape(index))
+        name = f"images/{index}.{'jpg' if index % 2 else 'png'}"
+        save_image(root / name, example.scenes[0], shape(index))
         rows += [(name, text) for text in references(example.scenes[0])[:2]]
     for split in ("train", "validation", "test"):
         if ending == "tsv":
@@ -160,7 +160,7 @@ def make_folder(root: Path, count: int = 12, ending: str = "tsv") -> Path:
 
 
 def make_webdataset(root: Path, count: int = 12) -> Path:
-    """Two tars a split, as other programs write them: a picture, and its caption in .txt or in .json."""
+    """Two tars a split, as other programs write them: an image, and its caption in .txt or in .json."""
     root.mkdir(parents=True, exist_ok=True)
     for split, first in (("train", 0), ("validation", 1000), ("test", 2000)):
         for shard in range(2):

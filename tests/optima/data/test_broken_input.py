@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from broken import BROKEN_LINES, BROKEN_PICTURES, BROKEN_TEXTS, ODD_PICTURES, encoded, make_tar, scene
+from broken import BROKEN_IMAGES, BROKEN_LINES, BROKEN_TEXTS, ODD_IMAGES, encoded, make_tar, scene
 from miniatures import make_coco, make_nlvr2, make_snli_ve, make_vqav2, write_json
 from PIL import Image, ImageOps
 
@@ -29,16 +29,16 @@ UNNOTICED_WITHOUT_SIMPLEJPEG = {"jpeg-hole"}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of everything, and ten good pictures."""
+    """A folder with one of everything, and ten good images."""
     root = tmp_path_factory.mktemp("corpus")
     lines = []
     for number in range(10):
         (root / f"good-{number}.jpg").write_bytes(encoded(scene()))
         lines.append(json.dumps({"file_name": f"good-{number}.jpg", "text": "a cat"}))
-    for name, (_, make) in broken_pictures().items():
+    for name, (_, make) in broken_images().items():
         make(root / f"{name}.jpg")
         lines.append(json.dumps({"file_name": f"{name}.jpg", "text": name}))
-    for name, (_, data) in ODD_PICTURES.items():
+    for name, (_, data) in ODD_IMAGES.items():
         (root / name).write_bytes(data())
         lines.append(json.dumps({"file_name": name, "text": name}))
     for name, (_, text) in BROKEN_TEXTS.items():
@@ -49,9 +49,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def broken_pictures() -> dict[str, tuple[str, Callable[[Path], None]]]:
+def broken_images() -> dict[str, tuple[str, Callable[[Path], None]]]:
     unnoticed = UNNOTICED_WITHOUT_SIMPLEJPEG if images.simplejpeg is None else set()
-    return {name: found for name, found in BROKEN_PICTURES.items() if name not in unnoticed}
+    return {name: found for name, found in BROKEN_IMAGES.items() if name not in unnoticed}
 
 
 def test_every_broken_thing_is_named_with_its_kind_and_the_rest_is_kept(
@@ -61,19 +61,19 @@ def test_every_broken_thing_is_named_with_its_kind_and_the_rest_is_kept(
     (report,) = prepare(config)
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     kinds = {row["id"]: row["kind"] for row in rejected}
-    expected = {f"{name}.jpg": kind for name, (kind, _) in broken_pictures().items()}
+    expected = {f"{name}.jpg": kind for name, (kind, _) in broken_images().items()}
     expected |= {f"text-{name}.jpg": kind for name, (kind, _) in BROKEN_TEXTS.items()}
     assert {name: kinds.get(name) for name in expected} == expected
     of_lines = Counter(kind for kind, _ in BROKEN_LINES.values())
     assert Counter(row["kind"] for row in rejected) == Counter(expected.values()) + of_lines
-    assert len(rejected) == len(broken_pictures()) + len(BROKEN_TEXTS) + len(BROKEN_LINES) >= 40
+    assert len(rejected) == len(broken_images()) + len(BROKEN_TEXTS) + len(BROKEN_LINES) >= 40
     assert all(row["reason"] and row["where"] for row in rejected)
     kept = {record.id for record in report.records.items}
-    assert kept == {f"good-{number}.jpg" for number in range(10)} | set(ODD_PICTURES)
+    assert kept == {f"good-{number}.jpg" for number in range(10)} | set(ODD_IMAGES)
 
     converted = [json.loads(line) for line in (tmp_path / "converted.jsonl").read_text().splitlines()]
     found = {Path(row["where"]).name: set(row["traits"]) for row in converted}
-    assert found == {name: traits for name, (traits, _) in ODD_PICTURES.items() if traits}
+    assert found == {name: traits for name, (traits, _) in ODD_IMAGES.items() if traits}
     printed = capsys.readouterr().out
     assert f"image-unrecognised {Counter(expected.values())['image-unrecognised']}" in printed
 
@@ -95,7 +95,7 @@ def test_loading_what_was_not_prepared_survives_it_too(corpus: Path, tmp_path: P
     with make_loader(records, config, batch_size=8, report=RejectionLog(report)) as loader:
         loaded = torch.cat([batch.indices for batch in loader.once()])
     rejected = {json.loads(line)["id"]: json.loads(line)["kind"] for line in report.read_text().splitlines()}
-    expected = {f"{name}.jpg": kind for name, (kind, _) in broken_pictures().items() if name != "missing"}
+    expected = {f"{name}.jpg": kind for name, (kind, _) in broken_images().items() if name != "missing"}
     if engine == "dali":
         expected = {name: kind for name, kind in expected.items() if name[:-4] not in UNNOTICED_WITHOUT_SIMPLEJPEG}
     assert rejected == expected
@@ -107,9 +107,9 @@ def _reference(data: bytes) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("name", ODD_PICTURES)
-def test_odd_pictures_look_as_pillow_shows_them(name: str) -> None:
-    data = ODD_PICTURES[name][1]()
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images_look_as_pillow_shows_them(name: str) -> None:
+    data = ODD_IMAGES[name][1]()
     header = inspect(data)
     pixels = decode(data, header)
     expected = np.asarray(scene("L").convert("RGB")).astype(int) if name == "grey-16-bit.png" else _reference(data)

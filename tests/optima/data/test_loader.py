@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from miniatures import make_coco, make_nlvr2, make_snli_ve, save_picture
+from miniatures import make_coco, make_nlvr2, make_snli_ve, save_image
 from PIL import Image
 
 from optima.data.config import LoaderConfig, TransformConfig
@@ -161,12 +161,12 @@ def test_both_engines_see_the_same_in_an_evaluation(coco: Records, nlvr2: Record
 def test_dali_resamples_as_torch_does(coco: Records) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is optional")
     from optima.data.dali_engine import DaliEngine
-    from optima.data.engine import Job, Pictures
+    from optima.data.engine import ImageReader, Job
 
     config = LoaderConfig(workers=1, transform=SMALL)
-    pictures = Pictures(coco, SMALL, 0)
+    reader = ImageReader(coco, SMALL, 0)
     jobs = [Job(Order(13, 4).step(step), training=True) for step in range(3)]
-    by = [DaliEngine(pictures, config, torch.device("cpu"), resample_in_dali=whole) for whole in (True, False)]
+    by = [DaliEngine(reader, config, torch.device("cpu"), resample_in_dali=whole) for whole in (True, False)]
     for (ours, _), (theirs, _) in zip(by[0].run(iter(jobs)), by[1].run(iter(jobs)), strict=True):
         difference = (ours.images.float() - theirs.images.float()).abs()
         assert difference.mean() < 0.5
@@ -187,7 +187,7 @@ def test_the_evaluation_takes_the_central_square(tmp_path: Path) -> None:
     from optima.data.pictograms.stream import Pictograms
 
     path = tmp_path / "wide.png"
-    save_picture(path, Pictograms("train").example("captioning", 0).scenes[0], (150, 90))
+    save_image(path, Pictograms("train").example("captioning", 0).scenes[0], (150, 90))
     records = Records("folder", "test", "captioning", [Record("wide", (ImageSource(str(path)),), ("a",))])
     with loader_of(records, training=False) as loader:
         square = next(loader.once()).images[0, 0]
@@ -197,14 +197,14 @@ def test_the_evaluation_takes_the_central_square(tmp_path: Path) -> None:
 
 
 def test_training_crops_at_random_and_mirrors_only_where_sides_do_not_matter(tmp_path: Path) -> None:
-    picture = tmp_path / "sides.png"
+    path = tmp_path / "sides.png"
     image = Image.new("RGB", (64, 64), (0, 0, 255))
     image.paste((255, 0, 0), (0, 0, 32, 64))
-    image.save(picture)
+    image.save(path)
     config = LoaderConfig(engine="torch", workers=0, transform=TransformConfig(image_size=16, least_area=0.9))
 
     def mirrored(task: str, text: str) -> set[bool]:
-        sources = (ImageSource(str(picture)),) * (2 if task == "nlvr2" else 1)
+        sources = (ImageSource(str(path)),) * (2 if task == "nlvr2" else 1)
         items = [Record(str(number), sources, (text,), 0) for number in range(40)]
         records = Records("made", "train", task, items)  # type: ignore[arg-type]
         with make_loader(records, config, batch_size=40) as loader:
@@ -219,7 +219,7 @@ def test_training_crops_at_random_and_mirrors_only_where_sides_do_not_matter(tmp
     assert mirrored("nlvr2", "one is red") == {False}
 
 
-def test_an_unusable_picture_is_reported_once_and_not_replaced(tmp_path: Path, engine: str) -> None:
+def test_an_unusable_image_is_reported_once_and_not_replaced(tmp_path: Path, engine: str) -> None:
     root = make_snli_ve(tmp_path / "data")
     records = open_records("snli_ve", root, "train")
     broken = Path(records[2].images[0].path)
@@ -240,7 +240,7 @@ def test_an_unusable_picture_is_reported_once_and_not_replaced(tmp_path: Path, e
     assert "image-truncated" in line
 
 
-def test_a_run_ends_when_too_many_pictures_are_unusable(tmp_path: Path, engine: str) -> None:
+def test_a_run_ends_when_too_many_images_are_unusable(tmp_path: Path, engine: str) -> None:
     records = open_records("snli_ve", make_snli_ve(tmp_path), "train")
     for record in records.items[:6]:
         Path(record.images[0].path).write_bytes(b"not found")

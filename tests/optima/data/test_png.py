@@ -59,7 +59,7 @@ def png(size: tuple[int, int], colour: int, bits: int, interlaced: bool, rows: b
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("colour", "bits"), KINDS)
-def test_whole_pictures_are_kept_black_ones_too_and_short_ones_refused(
+def test_whole_images_are_kept_black_ones_too_and_short_ones_refused(
     colour: int, bits: int, interlaced: bool, seed: int
 ) -> None:
     draws = random.Random(seed)
@@ -86,7 +86,7 @@ def test_a_chunk_with_another_checksum_is_refused(seed: int) -> None:
 
 
 def test_pixel_data_that_unpack_without_end_are_not_unpacked() -> None:
-    """A bomb behind the last row: a black picture is looked at closer, but only as far as its rows go."""
+    """A bomb behind the last row: a black image is looked at closer, but only as far as its rows go."""
     rows = bytes(20 * 61) + bytes(2**26)
     bomb = png((20, 20), 2, 8, False, rows)
     assert decode(bomb, inspect(bomb)).shape == (20, 20, 3)

@@ -1,4 +1,4 @@
-"""From a data root to shards and back: the same records, the same pictures, in DALI's own reader too."""
+"""From a data root to shards and back: the same records, the same images, in DALI's own reader too."""
 
 import json
 import tarfile
@@ -20,7 +20,7 @@ from optima_core.errors import OptimaError
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_packed_shards_hold_the_same_records_and_pictures(name: DataName, tmp_path: Path) -> None:
+def test_packed_shards_hold_the_same_records_and_images(name: DataName, tmp_path: Path) -> None:
     root, out = MAKERS[name](tmp_path / "root"), tmp_path / "out"
     reports = prepare(PrepareConfig(name, root, out=out, workers=1))
     assert {report.records.split for report in reports} == set(FORMATS[name].splits) - {"test-dev", "test2"}
@@ -52,7 +52,7 @@ def test_every_format_is_loaded_from_files_and_from_shards_alike(name: DataName,
                 assert torch.equal(ours, theirs)
 
 
-def test_a_picture_with_several_records_is_packed_once(tmp_path: Path) -> None:
+def test_a_image_with_several_records_is_packed_once(tmp_path: Path) -> None:
     root, out = make_vqav2(tmp_path / "root"), tmp_path / "out"
     prepare(PrepareConfig("vqav2", root, ["train"], out, workers=1))
     with tarfile.open(out / "train-000000.tar") as tar:
@@ -89,7 +89,7 @@ def test_shards_are_closed_at_their_size_and_hold_tokens_as_int32(tmp_path: Path
 
 
 def test_dalis_own_reader_reads_the_shards_by_their_indices(tmp_path: Path) -> None:
-    """Pictures and tokens come out of `fn.readers.webdataset` as they went in."""
+    """Images and tokens come out of `fn.readers.webdataset` as they went in."""
     dali = pytest.importorskip("nvidia.dali", reason="DALI is optional")
     from nvidia.dali import fn, types
 
@@ -98,17 +98,17 @@ def test_dalis_own_reader_reads_the_shards_by_their_indices(tmp_path: Path) -> N
 
     @dali.pipeline_def(batch_size=6, num_threads=1, device_id=None)
     def graph() -> tuple[object, ...]:
-        pictures, tokens = fn.readers.webdataset(
+        images, tokens = fn.readers.webdataset(
             paths=[str(out / "train-000000.tar")],
             index_paths=[str(out / "train-000000.idx")],
             ext=["jpg", "tokens"],
             dtypes=[types.UINT8, types.INT32],
         )
-        return pictures, tokens
+        return images, tokens
 
-    pictures, tokens = graph().run()
+    images, tokens = graph().run()
     for place, record in enumerate(open_records("coco", root, "train").items):
-        assert np.array(pictures.at(place)).tobytes() == record.images[0].read()
+        assert np.array(images.at(place)).tobytes() == record.images[0].read()
         expected = word_tokenizer().encode(record.texts, 14, truncate=True).numpy()
         assert np.array_equal(np.array(tokens.at(place)).reshape(-1, 14), expected)
 
@@ -168,7 +168,7 @@ def test_the_command_checks_and_packs_what_is_there(tmp_path: Path, capsys: pyte
     assert main(["prepare", "--data", "coco", "--root", str(root), "--out", str(out), "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "test: not there:" in printed
-    assert "lacks the pictures: folder test2017" in printed
+    assert "lacks the images: folder test2017" in printed
     assert "packed 2 shards" in printed
     assert sorted(path.name for path in out.iterdir()) == [
         "converted.jsonl",

@@ -25,7 +25,7 @@ def test_every_split_of_every_format_is_read_without_loss(name: DataName, tmp_pa
             assert all(len(source.read()) > 100 for source in record.images)
 
 
-def test_coco_gives_a_picture_all_its_captions_and_every_epoch_another_one(tmp_path: Path) -> None:
+def test_coco_gives_a_image_all_its_captions_and_every_epoch_another_one(tmp_path: Path) -> None:
     records = open_records("coco", make_coco(tmp_path), "train")
     for index, (record, example) in enumerate(zip(records.items, examples("captioning", 12), strict=True)):
         texts = tuple(references(example.scenes[0])[: 1 + index % 3])
@@ -40,7 +40,7 @@ def test_coco_of_2014_is_found_by_its_names_and_test_has_no_references(tmp_path:
     assert open_records("coco", tmp_path, "test")[0].texts == ()
 
 
-def test_coco_without_captions_takes_the_pictures_of_the_instances_file(tmp_path: Path) -> None:
+def test_coco_without_captions_takes_the_images_of_the_instances_file(tmp_path: Path) -> None:
     make_coco(tmp_path, 3)
     captions = tmp_path / "annotations/captions_val2017.json"
     captions.rename(captions.with_name("instances_val2017.json"))
@@ -106,7 +106,7 @@ def test_a_folder_of_jsonl_reads_as_one_of_tsv(tmp_path: Path) -> None:
         assert record.texts == tuple(dict.fromkeys(references(example.scenes[0])[:2]))
 
 
-def test_one_file_of_captions_is_split_by_the_names_of_the_pictures(tmp_path: Path) -> None:
+def test_one_file_of_captions_is_split_by_the_names_of_the_images(tmp_path: Path) -> None:
     make_folder(tmp_path, 40)
     lines = (tmp_path / "train.tsv").read_text()
     for split in ("train", "validation", "test"):
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptimaError, match=r"lacks the train annotations: annotations/captions_train2017.json or "):
         open_records("coco", tmp_path, "train")
     write_json(tmp_path / "annotations/captions_train2017.json", {"images": [], "annotations": []})
-    with pytest.raises(OptimaError, match=r"lacks the pictures: folder train2017 or images/train2017"):
+    with pytest.raises(OptimaError, match=r"lacks the images: folder train2017 or images/train2017"):
         open_records("coco", tmp_path, "train")
     (tmp_path / "train2017").mkdir()
     with pytest.raises(OptimaError, match="the split is empty"):

@@ -59,12 +59,12 @@ def test_what_follows_the_end_of_an_archive_is_read_on(tmp_path: Path, seed: int
 def test_two_shards_in_one_file_lose_nothing(tmp_path: Path) -> None:
     from broken import encoded, scene
 
-    picture = encoded(scene())
+    image = encoded(scene())
     parts = []
     for name in ("one", "two"):
         target = io.BytesIO()
         with tarfile.open(fileobj=target, mode="w") as tar:
-            for ending, data in (("jpg", picture), ("txt", b"a cat")):
+            for ending, data in (("jpg", image), ("txt", b"a cat")):
                 info = tarfile.TarInfo(f"{name}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

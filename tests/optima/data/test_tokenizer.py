@@ -30,9 +30,9 @@ def test_rows_hold_start_words_end_and_padding() -> None:
 
 def test_every_text_of_the_data_set_is_known_and_comes_back_and_fits_twelve_tokens(seed: int) -> None:
     tokenizer = word_tokenizer()
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for task in TASKS:
-        texts = [pictures.example(task, index).text for index in range(1000)]
+        texts = [images.example(task, index).text for index in range(1000)]
         rows = tokenizer.encode(texts, 12)
         assert not rows.eq(3).any()
         assert tokenizer.decode(rows) == texts

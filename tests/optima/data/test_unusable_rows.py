@@ -47,7 +47,7 @@ def test_an_overlong_path_in_coco_costs_its_own_item(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_a_folder_that_may_not_be_read_costs_its_own_items(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    (tmp_path / "pictures").chmod(0)
+    (tmp_path / "images").chmod(0)
     with pytest.raises(OptimaError, match="image-unreadable"):
         open_records("folder", tmp_path, "train")
 
@@ -64,7 +64,7 @@ def test_a_broken_row_of_a_shared_file_is_counted_once(tmp_path: Path) -> None:
     assert Counter(lost.kind for lost in found[0].rejected) == {"row-type": 1, "unsafe-name": 2, "row-encoding": 1}
 
 
-def test_a_row_with_a_name_counts_for_the_split_of_its_picture(tmp_path: Path) -> None:
+def test_a_row_with_a_name_counts_for_the_split_of_its_image(tmp_path: Path) -> None:
     make_folder(tmp_path, 60)
     names = [line.split("\t")[0] for line in (tmp_path / "train.tsv").read_text().splitlines()[1:]]
     for split in ("train", "validation", "test"):
@@ -130,7 +130,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("form", LARGE)
-def test_a_picture_above_the_bytes_of_its_kind_is_a_bomb(form: str) -> None:
+def test_a_image_above_the_bytes_of_its_kind_is_a_bomb(form: str) -> None:
     mode, cost = LARGE[form]
     width = 12_000
     height = MAX_DECODED_BYTES // cost // width + 1
@@ -152,7 +152,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.parametrize("form", ["TIFF", "WEBP"])
-def test_a_picture_just_below_the_limit_costs_little_more_than_the_limit(form: str, tmp_path: Path) -> None:
+def test_a_image_just_below_the_limit_costs_little_more_than_the_limit(form: str, tmp_path: Path) -> None:
     """The decoder's pixels, and ours, which are three bytes each."""
     mode, cost = LARGE[form]
     image = Image.new(mode, (4096, MAX_DECODED_BYTES // cost // 4096))

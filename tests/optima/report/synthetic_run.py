@@ -25,16 +25,16 @@ def loss_names() -> list[str]:
 
 
 def shapes(rng: random.Random) -> tuple[Image.Image, str]:
-    """A 64 x 64 picture of two shapes, and a caption of it."""
-    picture = Image.new("RGB", (64, 64), rng.choice(["#f3ead9", "#dbe7f0", "#23303d"]))
-    draw = ImageDraw.Draw(picture)
+    """A 64 x 64 image of two shapes, and a caption of it."""
+    image = Image.new("RGB", (64, 64), rng.choice(["#f3ead9", "#dbe7f0", "#23303d"]))
+    draw = ImageDraw.Draw(image)
     names = []
     for left in (4, 36):
         name, colour, top = rng.choice(SHAPES), rng.choice(COLOURS), rng.randrange(4, 36)
         box = (left, top, left + 23, top + (23 if name != "bar" else 8))
         (draw.ellipse if name == "circle" else draw.rectangle)(box, fill=colour)
         names.append(name)
-    return picture, f"a {names[0]} to the left of a {names[1]}"
+    return image, f"a {names[0]} to the left of a {names[1]}"
 
 
 def write_run(
@@ -158,9 +158,9 @@ def _samples(rng: random.Random, path: Path, task: str, paint: Painter, count: i
     for number in range(count):
         images, captions = [], []
         for side in range(2 if task == "nlvr2" else 1):
-            picture, caption = paint(rng)
+            image, caption = paint(rng)
             name = f"samples/{number:03d}_{side}.png"
-            picture.save(path / name)
+            image.save(path / name)
             images.append(name)
             captions.append(caption)
         right = {"teacher": rng.random() < 0.9, "before": rng.random() < 0.15, "after": rng.random() < 0.75}
@@ -168,7 +168,7 @@ def _samples(rng: random.Random, path: Path, task: str, paint: Painter, count: i
         said = {model: captions[0] if right[model] else wrong for model in right}
         prompt = None
         if task != "captioning":
-            prompt = "is there a circle in the picture?"
+            prompt = "is there a circle in the image?"
             said = {model: "yes" if right[model] else "no" for model in right}
         reference = captions[0] if task == "captioning" else "yes"
         entries.append({"images": images, "prompt": prompt, "reference": reference, **said, "correct": right})

@@ -156,7 +156,7 @@ def test_samples_are_grouped_by_what_distillation_did(run_dir: Path) -> None:
     assert places == sorted(places)
 
 
-def test_pairs_of_pictures_are_both_shown(tmp_path: Path, seed: int) -> None:
+def test_pairs_of_images_are_both_shown(tmp_path: Path, seed: int) -> None:
     path = write_run(tmp_path / "pairs", seed=seed, rounds=4, task="nlvr2", samples=3)
     (path / "cross_attention.json").unlink()
     assert len(Page(write_report(path)).all("img")) == 6
@@ -274,10 +274,10 @@ def test_unknown_headline_metric_is_named_with_the_known_ones(run_dir: Path) -> 
         write_report(run_dir)
 
 
-def test_pictures_outside_the_run_directory_are_refused(run_dir: Path) -> None:
+def test_images_outside_the_run_directory_are_refused(run_dir: Path) -> None:
     (run_dir.parent / "secret.png").write_bytes((run_dir / "samples/000_0.png").read_bytes())
     edit_json(run_dir / "samples.json", lambda rows: rows[0].update(images=["../secret.png"]))
-    with pytest.raises(OptimaError, match=r"entry 0: picture '\.\./secret\.png' lies outside the run directory"):
+    with pytest.raises(OptimaError, match=r"entry 0: image '\.\./secret\.png' lies outside the run directory"):
         write_report(run_dir)
 
 
@@ -301,7 +301,7 @@ def test_attention_maps_that_do_not_fit_are_refused(run_dir: Path, change: dict,
         write_report(run_dir)
 
 
-def test_attended_part_of_the_picture_is_the_bright_one(run_dir: Path) -> None:
+def test_attended_part_of_the_image_is_the_bright_one(run_dir: Path) -> None:
     Image.new("RGB", (64, 64), "white").save(run_dir / "white.png")
     left = [[1.0, 0.0]] * 2
     write_json(

@@ -1,4 +1,4 @@
-"""Captions and answers about picture files: the same as evaluation gives, and one line for what cannot be done."""
+"""Captions and answers about image files: the same as evaluation gives, and one line for what cannot be done."""
 
 import json
 import shutil
@@ -29,15 +29,15 @@ ITEMS = 6
 
 @pytest.fixture(scope="module")
 def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory a task, as far as `use` looks at it, and the test split's first pictures as files."""
+    """A run directory a task, as far as `use` looks at it, and the test split's first images as files."""
     root = tmp_path_factory.mktemp("runs")
     for task in get_args(Task):
         directory = RunDirectory(root / task, resume=False, keep=1)
         (root / task / "student.safetensors").write_bytes(teacher_file.read_bytes())
         write_words(directory, PictogramTask(task, 0, torch.device("cpu")), TransformConfig())
         images = Pictograms("test").batch(task, 0, ITEMS).images
-        for number, pictures in enumerate(images):
-            for side, pixels in enumerate(pictures):
+        for number, pair in enumerate(images):
+            for side, pixels in enumerate(pair):
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / task / f"{number}-{side}.png")
     return root
 
@@ -52,12 +52,12 @@ def test_captions_are_those_of_the_evaluation(runs: Path, capsys: pytest.Capture
     assert lines == [f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)]
 
 
-def test_a_picture_may_be_a_path_a_name_pixels_or_a_pil_picture(runs: Path, tmp_path: Path) -> None:
+def test_a_image_may_be_a_path_a_name_pixels_or_a_pil_image(runs: Path, tmp_path: Path) -> None:
     student = load_student(runs / "captioning", device="cpu")
     files = [runs / "captioning" / f"{number}-0.png" for number in range(3)]
     expected = student.caption(files)
     opened = [Image.open(file) for file in files]
-    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in opened]
+    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in opened]
     assert student.caption(opened) == student.caption(pixels) == student.caption(torch.stack(pixels)) == expected
     for single in (files[0], str(files[0]), opened[0], pixels[0]):
         assert student.caption(single) == expected[0]
@@ -66,10 +66,8 @@ def test_a_picture_may_be_a_path_a_name_pixels_or_a_pil_picture(runs: Path, tmp_
 
 
 @pytest.mark.parametrize("given", [3, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)])
-def test_what_is_no_picture_is_refused_by_what_it_is(given: object, runs: Path) -> None:
-    with pytest.raises(
-        OptimaError, match=r"picture number 1 must be a path, a PIL picture or a uint8 tensor \[3, H, W]"
-    ):
+def test_what_is_no_image_is_refused_by_what_it_is(given: object, runs: Path) -> None:
+    with pytest.raises(OptimaError, match=r"image number 1 must be a path, a PIL image or a uint8 tensor \[3, H, W]"):
         load_student(runs / "captioning", device="cpu").caption([given])  # type: ignore[list-item]
 
 
@@ -89,7 +87,7 @@ def test_answers_are_those_of_the_evaluation(task: Task, runs: Path) -> None:
 
 
 @pytest.mark.parametrize(("fit", "edge"), [("crop", (0, 255, 0)), ("squash", (255, 0, 0))])
-def test_a_picture_is_shown_as_the_student_was_trained_to_see_it(
+def test_a_image_is_shown_as_the_student_was_trained_to_see_it(
     fit: Literal["crop", "squash"], edge: tuple[int, int, int], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs / fit
@@ -136,12 +134,12 @@ def test_a_word_the_student_does_not_know_is_named(runs: Path, capsys: pytest.Ca
     [
         (["caption", "0-0.png", "--run", "vqa"], "taught vqa; use `answer`"),
         (["answer", "0-0.png", "--run", "captioning", "--text", "a dog"], "taught captioning; use `caption`"),
-        (["answer", "0-0.png", "--run", "nlvr2", "--text", "a dog"], "nlvr2 takes 2 pictures a text, got 1"),
+        (["answer", "0-0.png", "--run", "nlvr2", "--text", "a dog"], "nlvr2 takes 2 images a text, got 1"),
         (["answer", "0-0.png", "--run", "vqa", "--text", "is there a dog " * 9], "the text is too long"),
         (["caption", "missing.png", "--run", "captioning"], "there is no "),
         (["caption", "words.json", "--run", "captioning"], "words.json: "),
         (["caption", "0-0.png", "--run", "nowhere"], "nowhere/student.safetensors does not exist"),
-        (["caption", "--run", "captioning"], "picture"),
+        (["caption", "--run", "captioning"], "image"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(

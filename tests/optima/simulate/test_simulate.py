@@ -73,8 +73,8 @@ def test_simulation_prints_tables_and_writes_plots_and_numbers(tmp_path):
     assert "Regret after 30 rounds" in text
     assert "closed by round 10" in text
     assert "gamma=0.9,nu=0.5" in text
-    for picture in ("regret.png", "choices.png"):
-        assert (config.output / picture).read_bytes().startswith(b"\x89PNG")
+    for image in ("regret.png", "choices.png"):
+        assert (config.output / image).read_bytes().startswith(b"\x89PNG")
     results = json.loads((config.output / "simulation.json").read_text())["results"]
     assert results["abrupt"]["uniform"]["regret"] == trials["abrupt"].final_regret[2].mean().item()
 

@@ -50,7 +50,7 @@ def test_the_reference_captions_score_everything(make_coca, monkeypatch: pytest.
     assert found.correct == [True] * 20
 
 
-def test_captions_of_other_pictures_and_nonsense_score_little(make_coca, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_of_other_images_and_nonsense_score_little(make_coca, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Pictograms("test")
     said = ["a a a" if i % 2 else data.example("captioning", 500 + i).text for i in range(20)]
     captions_said(make_coca(), monkeypatch, said)

@@ -19,7 +19,7 @@ def test_a_model_that_fits_is_let_through(make_coca) -> None:
 @pytest.mark.parametrize(
     ("sizes", "complaint"),
     [
-        ({"image_size": 32}, "teacher x takes pictures of 32 pixels"),
+        ({"image_size": 32}, "teacher x takes images of 32 pixels"),
         ({"vocab_size": 20}, "teacher x has a vocabulary of 20 tokens"),
         ({"context_length": 5}, "teacher x reads texts of 5 tokens"),
         ({"heads": {"vqa": HeadSpec(3)}}, "teacher x has a head for vqa"),

@@ -14,7 +14,7 @@ from optima_core import LinearPrediction, LogitPrediction, Objective, ObjectiveC
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_batch_holds_pictures_in_range_and_fixed_length_texts(task: Task) -> None:
+def test_a_batch_holds_images_in_range_and_fixed_length_texts(task: Task) -> None:
     tokenizer = word_tokenizer()
     batch = PictogramTask(task).held_batch("validation", range(3, 8))
     assert batch.images.shape == (5, 2 if task == "nlvr2" else 1, 3, 64, 64)
@@ -75,7 +75,7 @@ def test_every_module_can_be_distilled_on_every_task(make_coca, task: Task, seed
     assert not any(".blocks." in name or ".layers." in name for name in unused)
 
 
-def test_models_that_cut_pictures_differently_are_refused(make_coca) -> None:
+def test_models_that_cut_images_differently_are_refused(make_coca) -> None:
     with pytest.raises(ValueError, match="the student has 4 x 4 patches and 5 pooler queries, the teacher 4 x 4 and 0"):
         module_pairs(make_coca(pooler_queries=5), make_coca())
     with pytest.raises(ValueError, match="the student has 2 x 2 patches"):

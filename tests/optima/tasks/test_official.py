@@ -34,8 +34,8 @@ def options(name: DataName, root: Path, engine: str = "torch") -> list[str]:
 def distilled(name: DataName, root: Path, run: Path, make_coca, student: Path, engine: str) -> None:
     """Distils from a data root, official files or shards, that has been made."""
     records = open_records(name, root, "validation")
-    pictures = 2 if name == "nlvr2" else 1
-    heads = {records.task: HeadSpec(len(records.classes), pictures)} if records.classes else None
+    images = 2 if name == "nlvr2" else 1
+    heads = {records.task: HeadSpec(len(records.classes), images)} if records.classes else None
     torch.manual_seed(3)
     teacher = run.with_suffix(".teacher.safetensors")
     save_coca(make_coca(32, 2, heads), teacher)
@@ -136,7 +136,7 @@ def official(name: DataName, root: Path, rank: int = 0, world_size: int = 1, max
         OfficialSplits(),
         LoaderConfig(engine="torch", workers=0, max_rejected=max_rejected),
         word_tokenizer(),
-        picture_size=32,
+        image_size=32,
         text_length=9,
         answers=3129,
         max_unknown=1.0,
@@ -159,22 +159,22 @@ def test_training_batches_are_a_function_of_their_number_and_ranks_share_them(tm
         assert torch.equal(whole, torch.cat(parts))
 
 
-def test_an_unusable_picture_is_left_out_of_an_evaluation_and_named(tmp_path: Path) -> None:
+def test_an_unusable_image_is_left_out_of_an_evaluation_and_named(tmp_path: Path) -> None:
     MAKERS["folder"](tmp_path)
-    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    (tmp_path / "images/3.jpg").write_bytes(b"no image")
     data = official("folder", tmp_path, max_rejected=0.2)
     seen = [index for batch in data.held_batches("validation", 5) for index in batch.indices]
     assert seen == [index for index in range(12) if index != 3]
     assert len(data.probe_batch(12).tokens) == 11
     (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["id"] == "pictures/3.jpg"
+    assert json.loads(line)["id"] == "images/3.jpg"
 
 
 def test_rows_that_cannot_be_used_are_named_once_and_counted(tmp_path: Path) -> None:
     MAKERS["folder"](tmp_path)
     with open(tmp_path / "validation.tsv", "a") as file:
         file.write("no tab\n../up.jpg\ta cat\n")
-    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    (tmp_path / "images/3.jpg").write_bytes(b"no image")
     for rank in (0, 1, 0):
         data = official("folder", tmp_path, rank, 2, max_rejected=0.2)
         if rank == 0:
@@ -191,7 +191,7 @@ def test_evaluate_says_how_many_items_its_score_leaves_out(
     student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     MAKERS["folder"](tmp_path)
-    (tmp_path / "pictures/3.jpg").write_bytes(b"no picture")
+    (tmp_path / "images/3.jpg").write_bytes(b"no image")
     with open(tmp_path / "test.tsv", "a") as file:
         file.write("no tab\n")
     words = ["evaluate", "--model", str(student_file), *options("folder", tmp_path)]

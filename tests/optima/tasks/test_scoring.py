@@ -100,4 +100,4 @@ def test_snli_ve_and_folder_predictions_are_lines_of_their_own_fields(tmp_path: 
     records = miniature("folder", tmp_path / "own")
     name, text = submission(records, [1], ["a dog"])
     assert name == "folder_validation_predictions.jsonl"
-    assert json.loads(text) == {"file_name": "pictures/1.jpg", "caption": "a dog"}
+    assert json.loads(text) == {"file_name": "images/1.jpg", "caption": "a dog"}

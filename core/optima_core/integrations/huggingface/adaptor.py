@@ -162,7 +162,7 @@ def _state(path: str, states: Mapping[str, Any]) -> Tensor:
 
 
 def _side_by_side(calls: list[AttentionCall]) -> AttentionTap:
-    """Pictures that were packed and attended to one by one, as the samples of one map, the shorter ones padded."""
+    """Images that were packed and attended to one by one, as the samples of one map, the shorter ones padded."""
     longest_q, longest_k = (max(x.shape[2] for x in side) for side in zip(*(call[:2] for call in calls), strict=True))
     lengths = torch.tensor([[call.q.shape[2], call.k.shape[2]] for call in calls for _ in range(len(call.q))])
     q = torch.cat([F.pad(call.q, (0, 0, 0, longest_q - call.q.shape[2])) for call in calls])
@@ -175,7 +175,7 @@ def _side_by_side(calls: list[AttentionCall]) -> AttentionTap:
         mask = (rows[:, None, :, None] & columns[:, None, None, :]).to(q.device)
     unlike = [call.unlike for call in calls if call.unlike]
     if any(call.mask is not None for call in calls):
-        unlike.append("packed pictures have masks of their own")
+        unlike.append("packed images have masks of their own")
     return AttentionTap(q, k, calls[0].causal, mask, scale=calls[0].scale, unlike=next(iter(unlike), ""))
 
 

@@ -47,7 +47,7 @@ class AttentionCall(NamedTuple):
 
 
 Calls = dict[nn.Module, list[AttentionCall]]
-"""Attention module -> its calls in one pass, in order; packed pictures give one each."""
+"""Attention module -> its calls in one pass, in order; packed images give one each."""
 
 _lent: ContextVar[tuple[Collection[nn.Module], Calls] | None] = ContextVar("lent", default=None)
 """The modules that are to lend, and what they lent."""

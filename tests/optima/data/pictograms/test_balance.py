@@ -1,4 +1,4 @@
-"""Neither the majority answer nor the text alone gets far: guessers without a picture stay near chance."""
+"""Neither the majority answer nor the text alone gets far: guessers without an image stay near chance."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from optima.task import Task
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])
-def test_guessing_without_the_picture_stays_near_chance(task: Task, seed: int) -> None:
+def test_guessing_without_the_image_stays_near_chance(task: Task, seed: int) -> None:
     train = Pictograms("train", seed)
     test = Pictograms("test", seed, size=2500)
     fitted_on = [train.example(task, index) for index in range(6000)]
@@ -20,8 +20,8 @@ def test_guessing_without_the_picture_stays_near_chance(task: Task, seed: int) -
 
 
 def test_questions_seen_in_training_batches_do_not_give_their_answer_away(seed: int) -> None:
-    pictures = Pictograms("train", seed)
-    batch = pictures.training_batch(0, 3000, questions=2, hypotheses=2, statements=2)
+    images = Pictograms("train", seed)
+    batch = images.training_batch(0, 3000, questions=2, hypotheses=2, statements=2)
     truths = batch.truths.double().mean().item()
     assert abs(truths - 0.5) < 0.05, f"seed {seed}"
     yes_no = [

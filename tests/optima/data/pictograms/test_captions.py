@@ -11,9 +11,9 @@ KIND = {kind.name: kind for kind in KINDS}
 
 
 def test_references_say_what_the_objects_places_imply(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for index in range(1500):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         counts = {noun: len(places) for noun, places in seen(scene).items()}
         texts = references(scene)
         assert len(set(texts)) == len(texts) == len(counts)
@@ -26,12 +26,12 @@ def test_references_say_what_the_objects_places_imply(seed: int) -> None:
 
 
 def test_a_caption_parses_to_the_same_description_in_either_order_and_describes_its_scene(seed: int) -> None:
-    pictures = Pictograms("validation", seed)
+    images = Pictograms("validation", seed)
     for index in range(500):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         assert len({parse_caption(text) for text in references(scene)}) == 1
         assert all(describes(text, scene) for text in references(scene))
-        assert describes(pictures.example("captioning", index).text, pictures.example("captioning", index).scenes[0])
+        assert describes(images.example("captioning", index).text, images.example("captioning", index).scenes[0])
 
 
 def wrong_captions(text: str) -> Iterator[str]:
@@ -54,9 +54,9 @@ def wrong_captions(text: str) -> Iterator[str]:
 
 
 def test_a_caption_with_one_thing_wrong_does_not_describe_the_scene(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for index in range(100):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         for text in references(scene):
             for wrong in wrong_captions(text):
                 assert parse_caption(wrong) is not None, wrong

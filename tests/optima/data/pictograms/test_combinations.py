@@ -10,10 +10,10 @@ def combination(scene: Scene) -> tuple[int, ...] | frozenset[int]:
 
 
 def shown(split: str, seed: int, items: int) -> set[tuple[int, ...] | frozenset[int]]:
-    pictures = Pictograms(split, seed) if split == "train" else Pictograms(split, seed, size=items)
-    scenes = [pictures.scene(index) for index in range(items)]
+    images = Pictograms(split, seed) if split == "train" else Pictograms(split, seed, size=items)
+    scenes = [images.scene(index) for index in range(items)]
     for task in TASKS:
-        scenes += [scene for index in range(items) for scene in pictures.example(task, index).scenes]
+        scenes += [scene for index in range(items) for scene in images.example(task, index).scenes]
     return {combination(scene) for scene in scenes}
 
 
@@ -24,10 +24,10 @@ def test_no_combination_occurs_in_two_splits(seed: int) -> None:
     assert not validation & test
 
 
-def test_training_pictures_keep_to_the_training_combinations(seed: int) -> None:
+def test_training_images_keep_to_the_training_combinations(seed: int) -> None:
     held_out = shown("validation", seed, 500) | shown("test", seed, 500)
-    pictures = Pictograms("train", seed)
-    assert not {combination(pictures.scene(index)) for index in range(2000)} & held_out
+    images = Pictograms("train", seed)
+    assert not {combination(images.scene(index)) for index in range(2000)} & held_out
 
 
 def test_one_combination_in_ten_is_held_out_for_each_split(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Labels agree with an enumeration of every world that a picture leaves possible."""
+"""Labels agree with an enumeration of every world that an image leaves possible."""
 
 from itertools import product
 
@@ -12,7 +12,7 @@ World = tuple[dict[str, int], dict[tuple[str, str], str]]
 
 
 def worlds(scene: Scene, nouns: tuple[str, ...]) -> list[World]:
-    """Every world that looks like the picture, as far as the nouns are concerned.
+    """Every world that looks like the image, as far as the nouns are concerned.
 
     A world is how many of each noun there are and how two kinds that are both there stand to each other. What is seen
     is there; a cover may hide up to five more of each kind; kinds that are both seen stand as they are seen to.
@@ -59,25 +59,25 @@ def label(text: str, scene: Scene) -> str:
 
 
 def test_every_hypothesis_about_a_scene_has_the_label_that_its_possible_worlds_imply(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for index in range(12):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         for hypothesis in snli_ve(scene)[:: 1 if index < 2 else 17]:
             assert hypothesis.answer == label(hypothesis.text, scene), f"scene {index} of seed {seed}: {hypothesis}"
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_items_have_the_label_that_the_possible_worlds_imply(split: str, seed: int) -> None:
-    pictures = Pictograms(split, seed)
+    images = Pictograms(split, seed)
     for index in range(1000):
-        item = pictures.example("snli_ve", index)
+        item = images.example("snli_ve", index)
         assert item.answer == label(item.text, item.scenes[0]), f"item {index} of seed {seed}: {item}"
         assert LABELS[item.target] == item.answer
 
 
 def test_each_template_carries_each_label_equally_often_and_a_cover_does_not_decide(seed: int) -> None:
-    pictures = Pictograms("train", seed)
-    items = [pictures.example("snli_ve", index) for index in range(4000)]
+    images = Pictograms("train", seed)
+    items = [images.example("snli_ve", index) for index in range(4000)]
     for template in {item.kind for item in items}:
         answers = [item.answer for item in items if item.kind == template]
         for name in LABELS:

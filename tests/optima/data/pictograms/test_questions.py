@@ -36,9 +36,9 @@ def answer(text: str, scene: Scene) -> str:
 
 
 def test_every_question_has_the_answer_that_the_places_imply(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for index in range(300):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         questions = vqa(scene)
         assert len({question.text for question in questions}) == len(questions)
         for question in questions:
@@ -47,18 +47,18 @@ def test_every_question_has_the_answer_that_the_places_imply(seed: int) -> None:
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_items_have_the_answer_that_the_places_imply(split: str, seed: int) -> None:
-    pictures = Pictograms(split, seed)
+    images = Pictograms(split, seed)
     for index in range(1000):
-        item = pictures.example("vqa", index)
+        item = images.example("vqa", index)
         assert item.answer == answer(item.text, item.scenes[0]), f"item {index} of seed {seed}: {item}"
         assert ANSWERS[item.target] == item.answer
 
 
 def test_the_answers_to_each_type_are_evenly_spread(seed: int) -> None:
-    pictures = Pictograms("test", seed, size=3000)
+    images = Pictograms("test", seed, size=3000)
     answers: dict[str, list[str]] = {}
     for index in range(3000):
-        item = pictures.example("vqa", index)
+        item = images.example("vqa", index)
         answers.setdefault(item.kind, []).append(item.answer)
     assert len(answers) == 6
     for kind, expected in {"how_many": 4, "how_many_all": 4, "where": 4, "is_there": 2}.items():

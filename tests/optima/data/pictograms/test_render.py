@@ -1,4 +1,4 @@
-"""Pictures show what the scene says, where it says so."""
+"""Images show what the scene says, where it says so."""
 
 import time
 from dataclasses import replace
@@ -20,22 +20,22 @@ def glyph(kind: int) -> Image.Image:
     return cell.crop(cell.getchannel("A").getbbox())
 
 
-def test_a_picture_is_uint8_channels_first(seed: int) -> None:
-    picture = Pictograms("train", seed).pixels(0)
-    assert picture.shape == (3, 64, 64)
-    assert picture.dtype == np.uint8
+def test_a_image_is_uint8_channels_first(seed: int) -> None:
+    image = Pictograms("train", seed).pixels(0)
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == np.uint8
 
 
-def test_an_object_changes_the_picture_only_inside_its_box_and_by_its_emoji(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+def test_an_object_changes_the_image_only_inside_its_box_and_by_its_emoji(seed: int) -> None:
+    images = Pictograms("train", seed)
     for index in range(150):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         alone = [replace(scene, things=(thing,)) for thing in scene.things]
         empty = render(replace(scene, things=()))
         for thing, one in zip(scene.things, alone, strict=True):
             left, top, right, bottom = thing.box
-            picture = render(one)
-            changed = (picture != empty).any(axis=0)
+            image = render(one)
+            changed = (image != empty).any(axis=0)
             inside = np.zeros((64, 64), dtype=bool)
             inside[top:bottom, left:right] = True
             assert changed[inside].mean() > 0.15, f"scene {index} of seed {seed}"
@@ -43,13 +43,13 @@ def test_an_object_changes_the_picture_only_inside_its_box_and_by_its_emoji(seed
 
             rgba = np.asarray(glyph(thing.kind).resize((right - left, bottom - top), Image.Resampling.LANCZOS), float)
             opaque = rgba[..., 3] > 250
-            drawn = picture[:, top:bottom, left:right].transpose(1, 2, 0)
+            drawn = image[:, top:bottom, left:right].transpose(1, 2, 0)
             assert np.abs(drawn[opaque] - rgba[opaque][:, :3]).max(initial=0) <= 6, f"scene {index} of seed {seed}"
 
 
 def test_the_cover_is_opaque_grey_and_hatched(seed: int) -> None:
-    pictures = Pictograms("train", seed)
-    scene = next(scene for scene in map(pictures.scene, range(1000)) if scene.cover)
+    images = Pictograms("train", seed)
+    scene = next(scene for scene in map(images.scene, range(1000)) if scene.cover)
     left, top, right, bottom = scene.cover
     on_red, on_blue = (
         render(replace(scene, background=replace(scene.background, colours=(colour, colour))))[
@@ -77,10 +77,10 @@ def test_every_kind_looks_unlike_every_other_at_the_smallest_size() -> None:
 
 def test_drawing_keeps_up_with_training() -> None:
     """A loose bound, so that a busy machine passes; the measured throughput is printed."""
-    pictures = Pictograms("train", 1)
-    pictures.training_batch(0, 600)
+    images = Pictograms("train", 1)
+    images.training_batch(0, 600)
     start = time.process_time()
-    pictures.training_batch(600, 600)
+    images.training_batch(600, 600)
     each = (time.process_time() - start) / 600
-    print(f"{each * 1e6:.0f} microseconds of one core per picture with its texts, {1 / each:.0f} pictures/s")
+    print(f"{each * 1e6:.0f} microseconds of one core per image with its texts, {1 / each:.0f} images/s")
     assert each < 1e-3

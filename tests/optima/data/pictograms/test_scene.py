@@ -10,9 +10,9 @@ SCENES = 3000
 
 
 def test_objects_are_inside_have_the_promised_size_and_hardly_overlap(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     for index in range(SCENES):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         assert 1 <= len(scene.things) <= 4
         for thing in scene.things:
             left, top, right, bottom = thing.box
@@ -28,10 +28,10 @@ def test_objects_are_inside_have_the_promised_size_and_hardly_overlap(seed: int)
 
 
 def test_a_cover_hides_a_spot_where_no_object_stands(seed: int) -> None:
-    pictures = Pictograms("train", seed)
+    images = Pictograms("train", seed)
     covers = 0
     for index in range(SCENES):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         assert (scene.cover is not None) == scene.content.covered
         if scene.cover is None:
             continue
@@ -46,11 +46,11 @@ def test_a_cover_hides_a_spot_where_no_object_stands(seed: int) -> None:
     assert 0.3 < covers / SCENES < 0.4
 
 
-def test_the_content_is_what_stands_in_the_picture_and_one_relation_alone_holds(seed: int) -> None:
-    pictures = Pictograms("test", seed, size=SCENES)
+def test_the_content_is_what_stands_in_the_image_and_one_relation_alone_holds(seed: int) -> None:
+    images = Pictograms("test", seed, size=SCENES)
     singles = 0
     for index in range(SCENES):
-        scene = pictures.scene(index)
+        scene = images.scene(index)
         kinds = [thing.kind for thing in scene.things]
         assert [(group.kind, group.count) for group in scene.content.groups] == [
             (kind, kinds.count(kind)) for kind in dict.fromkeys(kinds)

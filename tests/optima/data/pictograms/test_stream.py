@@ -17,11 +17,11 @@ from optima.data.pictograms import SPLITS, Pictograms
 from optima.task import TASKS
 digest = hashlib.sha256()
 for split in SPLITS:
-    pictures = Pictograms(split, int(sys.argv[1]))
+    images = Pictograms(split, int(sys.argv[1]))
     for task in TASKS:
-        batch = pictures.batch(task, 5, 20)
+        batch = images.batch(task, 5, 20)
         digest.update(batch.images.numpy().tobytes() + repr((batch.texts, batch.targets.tolist())).encode())
-    training = pictures.training_batch(6, 10)
+    training = images.training_batch(6, 10)
     digest.update(training.images.numpy().tobytes() + repr(training[1:-1]).encode())
 print(digest.hexdigest())
 """
@@ -39,27 +39,27 @@ def test_two_processes_make_the_same_data(seed: int) -> None:
 def test_the_texts_and_classes_that_shipped_models_know_have_not_changed() -> None:
     digest = hashlib.sha256()
     for split in SPLITS:
-        pictures = Pictograms(split, 3)
+        images = Pictograms(split, 3)
         for task in TASKS:
-            examples = [pictures.example(task, index) for index in range(50)]
+            examples = [images.example(task, index) for index in range(50)]
             digest.update(repr([(e.text, e.target, e.answer, e.kind) for e in examples]).encode())
     assert digest.hexdigest() == "3069fd13b05b4b93c42f4723c2f52c786ded8b6e8575485753aa6e15a38a3411"
 
 
 def test_an_item_does_not_depend_on_its_batch(seed: int) -> None:
-    pictures = Pictograms("test", seed)
+    images = Pictograms("test", seed)
     for task in TASKS:
-        whole, part = pictures.batch(task, 10, 8), pictures.batch(task, 13, 2)
+        whole, part = images.batch(task, 10, 8), images.batch(task, 13, 2)
         assert torch.equal(whole.images[3:5], part.images)
         assert whole.texts[3:5] == part.texts
         assert torch.equal(whole.targets[3:5], part.targets)
-        assert whole.examples[3:5] == part.examples == tuple(pictures.example(task, index) for index in (13, 14))
+        assert whole.examples[3:5] == part.examples == tuple(images.example(task, index) for index in (13, 14))
 
 
 def test_a_batch_has_the_documented_shapes(seed: int) -> None:
-    pictures = Pictograms("validation", seed)
+    images = Pictograms("validation", seed)
     for task in TASKS:
-        batch = pictures.batch(task, 0, 5)
+        batch = images.batch(task, 0, 5)
         assert batch.images.shape == (5, 2 if task == "nlvr2" else 1, 3, 64, 64)
         assert batch.images.dtype == torch.uint8
         assert batch.targets.shape == (5,)
@@ -69,11 +69,11 @@ def test_a_batch_has_the_documented_shapes(seed: int) -> None:
                 assert torch.equal(batch.images[number, place], torch.from_numpy(render(scene)))
 
 
-def test_seeds_and_splits_and_tasks_give_different_pictures(seed: int) -> None:
+def test_seeds_and_splits_and_tasks_give_different_images(seed: int) -> None:
     sets = [Pictograms("train", seed), Pictograms("train", seed + 1), Pictograms("test", seed)]
-    pictures = [bytes(pictograms.pixels(index)) for pictograms in sets for index in range(5)]
-    pictures += [bytes(sets[0].batch(task, 0, 1).images.numpy()[0, 0]) for task in TASKS]
-    assert len(set(pictures)) == len(pictures)
+    images = [bytes(pictograms.pixels(index)) for pictograms in sets for index in range(5)]
+    images += [bytes(sets[0].batch(task, 0, 1).images.numpy()[0, 0]) for task in TASKS]
+    assert len(set(images)) == len(images)
 
 
 def test_held_out_splits_end_and_training_does_not() -> None:
@@ -101,7 +101,7 @@ def test_wrong_arguments_are_named() -> None:
         Pictograms("train").training_batch(1, 2)
 
 
-def test_the_texts_of_a_training_batch_are_true_of_their_own_pictures(seed: int) -> None:
+def test_the_texts_of_a_training_batch_are_true_of_their_own_images(seed: int) -> None:
     batch = Pictograms("train", seed).training_batch(0, 16, questions=5, hypotheses=4, statements=6)
     for number, scene in enumerate(batch.scenes):
         assert torch.equal(batch.images[number], torch.from_numpy(render(scene)))
@@ -118,10 +118,10 @@ def test_the_texts_of_a_training_batch_are_true_of_their_own_pictures(seed: int)
             assert truths[batch.statements[item]] == TRUTHS[batch.truths[item]], f"seed {seed}"
 
 
-def test_a_training_batch_keeps_texts_with_their_pictures(seed: int) -> None:
-    pictures = Pictograms("train", seed)
-    whole = pictures.training_batch(0, 6, questions=3, hypotheses=1, statements=2)
-    part = pictures.training_batch(2, 2, questions=3, hypotheses=1, statements=2)
+def test_a_training_batch_keeps_texts_with_their_images(seed: int) -> None:
+    images = Pictograms("train", seed)
+    whole = images.training_batch(0, 6, questions=3, hypotheses=1, statements=2)
+    part = images.training_batch(2, 2, questions=3, hypotheses=1, statements=2)
     assert torch.equal(whole.images[2:4], part.images)
     assert whole.captions[2:4] == part.captions
     assert whole.questions[6:12] == part.questions

@@ -1,4 +1,4 @@
-"""Pictures inside the page: PNG files as data URIs, and where each word of a caption looked."""
+"""Images inside the page: PNG files as data URIs, and where each word of a caption looked."""
 
 import base64
 import io
@@ -25,14 +25,14 @@ def data_uri(path: str | Path) -> str:
 
 
 def spotlights(attention: CrossAttention) -> list[tuple[str, str]]:
-    """(word, data URI) per word: the picture, lit in proportion to the word's weights, the largest at full light."""
-    picture = _open(attention.image).convert("RGB").resize((SPOTLIGHT_SIDE, SPOTLIGHT_SIDE), Image.Resampling.NEAREST)
-    pixels = np.asarray(picture, dtype=np.float32)
+    """(word, data URI) per word: the image, lit in proportion to the word's weights, the largest at full light."""
+    image = _open(attention.image).convert("RGB").resize((SPOTLIGHT_SIDE, SPOTLIGHT_SIDE), Image.Resampling.NEAREST)
+    pixels = np.asarray(image, dtype=np.float32)
     lit = []
     for word, table in zip(attention.caption, attention.maps, strict=True):
         weights = np.asarray(table, dtype=np.float32)
         weights = weights / max(float(weights.max()), 1e-12)
-        smooth = Image.fromarray(weights).resize(picture.size, Image.Resampling.BICUBIC)
+        smooth = Image.fromarray(weights).resize(image.size, Image.Resampling.BICUBIC)
         light = AMBIENT + (1 - AMBIENT) * np.clip(np.asarray(smooth), 0, 1)
         lit.append((word, _encode(Image.fromarray((pixels * light[..., None]).astype(np.uint8)))))
     return lit
@@ -40,14 +40,14 @@ def spotlights(attention: CrossAttention) -> list[tuple[str, str]]:
 
 def _open(path: str | Path) -> Image.Image:
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            picture.load()
-            return picture
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image
     except (UnidentifiedImageError, OSError, SyntaxError):
-        raise OptimaError(f"picture {path} is not a readable PNG file") from None
+        raise OptimaError(f"image {path} is not a readable PNG file") from None
 
 
-def _encode(picture: Image.Image) -> str:
+def _encode(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

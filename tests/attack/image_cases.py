@@ -1,4 +1,4 @@
-"""Pictures: what real crawls hold, what a decoder may be attacked with, and odd ones that are fine."""
+"""Images: what real crawls hold, what a decoder may be attacked with, and odd ones that are fine."""
 
 import os
 import struct
@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from broken import BROKEN_PICTURES, ODD_PICTURES, encoded, scene
+from broken import BROKEN_IMAGES, ODD_IMAGES, encoded, scene
 from cases import ACCEPTED, Case, Verdict, written
 from PIL import Image
 
@@ -17,19 +17,19 @@ from optima.data import images
 Bytes = Callable[[Random], bytes]
 
 
-def picture_cases() -> Iterator[Case]:
+def image_cases() -> Iterator[Case]:
     unnoticed = {"jpeg-hole"} if images.simplejpeg is None else set()
-    for name, (kind, make) in BROKEN_PICTURES.items():
+    for name, (kind, make) in BROKEN_IMAGES.items():
         if name not in unnoticed:
-            yield Case("picture", name, lambda path, _, make=make: make(path), Verdict("rejected", kind))
-    for name, (_, data) in ODD_PICTURES.items():
-        yield Case("picture", name, written(lambda _, data=data: data()), ACCEPTED)
+            yield Case("image", name, lambda path, _, make=make: make(path), Verdict("rejected", kind))
+    for name, (_, data) in ODD_IMAGES.items():
+        yield Case("image", name, written(lambda _, data=data: data()), ACCEPTED)
     for name, (kind, data) in BROKEN.items():
-        yield Case("picture", name, written(data), Verdict("rejected", kind))
+        yield Case("image", name, written(data), Verdict("rejected", kind))
     for name, data in ODD.items():
-        yield Case("picture", name, written(data), ACCEPTED)
+        yield Case("image", name, written(data), ACCEPTED)
     for name, (kind, make) in PLACES.items():
-        yield Case("picture", name, make, Verdict("rejected", kind))
+        yield Case("image", name, make, Verdict("rejected", kind))
 
 
 def chunk(kind: bytes, content: bytes, checksum: int | None = None, length: int | None = None) -> bytes:
