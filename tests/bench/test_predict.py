@@ -55,7 +55,6 @@ def test_measured_times_stand_beside_estimates(tmp_path: Path) -> None:
     assert found["attention kl | optima"] == {"gpu": 0.25, "host": 0.7}
     assert found["attention kl | eager"]["gpu"] == 3.5
     assert len(found) == 2
-    assert predict.measurements(None) == {}
 
 
 def test_every_row_has_a_cell_a_column() -> None:
