@@ -13,8 +13,8 @@ run. A launch takes as long as the slowest of four resources needs, times what i
   factor and it exceeds the L2 cache.
 
 A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
-and the share of issue slots that latency leaves were fitted to one run on an H100 (bench/GPU.md, commit b63acce). torch's own operators are
-passes over memory.
+and the share of issue slots that latency leaves were fitted to one run on an H100 (bench/GPU.md, commit b63acce).
+torch's own operators are passes over memory.
 Others are estimated by their passes over maps and logits. Writes bench/PREDICTED.md; with `--measured`, beside each
 estimate what a GPU said.
 """
@@ -32,6 +32,7 @@ from pathlib import Path
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
+from optima_kernels.shared.scaling import BLOCK
 
 TABLE = Path(__file__).with_name("PREDICTED.md")
 TARGET = "sm_90"
@@ -113,7 +114,7 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
     bounds: Counter[str] = Counter()
     unknown = []
     for launch in log.launches:
-        work = case.work(launch)
+        work = scaling(launch) or case.work(launch)
         if work is None:
             unknown.append(launch.compiled.kernel)
             continue
@@ -126,6 +127,11 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
     bounds["launches"] += machine.launch_seconds * (len(log.launches) + log.operators)
     host = machine.host_seconds * (len(log.launches) + len(log.products) + small)
     return Estimate(bounds, host, tuple(dict.fromkeys(unknown)))
+
+
+def scaling(launch: Launch) -> Work | None:
+    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written."""
+    return Work(bytes=4.0 * BLOCK * launch.programs) if launch.compiled.kernel == "scale_kernel" else None
 
 
 def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]:
@@ -225,7 +231,7 @@ def hidden(name: str, call: Hidden) -> Case:
             return Work(bytes=6 * elements)
         if kernel in ("project_kernel", "state_kernel", "weight_kernel", "product_kernel", "difference_kernel"):
             return Work(product, 0.0, 2 * elements)
-        if kernel in ("scale_kernel", "join_kernel", "join_rows_kernel"):
+        if kernel in ("join_kernel", "join_rows_kernel"):
             return Work(bytes=4.0 * call.layers * tokens * narrow if launch.programs > 1000 else 1e6)
         return None
 
