@@ -48,14 +48,14 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
 
     Where nothing was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
-    bytes to stay below 64 or 128. Not `key_kernel` with `mma.sync`, which needs nearly all and spills if it is told so.
+    bytes to stay below 64 or 128. Not a `key_kernel` of `mma.sync` that loads ahead, which spills if it is told so.
     """
     tiles = _cut(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
     measured = target.startswith("sm_9") and dtype != torch.float32
     if tiles is None or measured or not target.startswith("sm_"):
         return tiles
     told = Tiles(*(None if tiling is None else tiling._replace(registers=REGISTERS) for tiling in tiles))
-    return told if dtype == torch.float32 or target.startswith("sm_10") else told._replace(key=tiles.key)
+    return told if tiles.key.stages == 1 or target.startswith("sm_10") else told._replace(key=tiles.key)
 
 
 def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
