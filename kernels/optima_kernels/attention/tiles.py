@@ -54,8 +54,10 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     measured = target.startswith("sm_9") and dtype != torch.float32
     if tiles is None or measured or not target.startswith("sm_"):
         return tiles
-    told = Tiles(*(None if tiling is None else tiling._replace(registers=REGISTERS) for tiling in tiles))
-    return told if tiles.key.stages == 1 or target.startswith("sm_10") else told._replace(key=tiles.key)
+    lse, query, key = (tiling._replace(registers=REGISTERS) for tiling in tiles[:3])
+    mean = None if tiles.mean is None else tiles.mean._replace(registers=REGISTERS)
+    chooses = tiles.key.stages > 1 and not target.startswith("sm_10")
+    return Tiles(lse, query, tiles.key if chooses else key, mean)
 
 
 def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
