@@ -1,6 +1,6 @@
 """What the losses should take on an H100, estimated from what is launched there, beside the same estimate for others.
 
-    python -m bench.predict [--measured DIR/gpu.jsonl]
+    python -m bench.predict [--measured bench/results/gpu-*.jsonl]
 
 The project's own launch code runs under a driver that is not there (`optima_kernels.inspect.fake_driver`): it tells
 every kernel's grid, how many of its blocks an SM holds, the vendor's products by size, and how many operators of torch
@@ -13,8 +13,8 @@ run. A launch takes as long as the slowest of four resources needs, times what i
   factor and it exceeds the L2 cache.
 
 A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
-and the share of issue slots that latency leaves are set after measurements (bench/GPU.md). torch's own operators are
-passes over memory.
+and the share of issue slots that latency leaves were fitted to one run on an H100 (bench/GPU.md, commit b63acce).
+torch's own operators are passes over memory.
 Others are estimated by their passes over maps and logits. Writes bench/PREDICTED.md; with `--measured`, beside each
 estimate what a GPU said.
 """
@@ -32,6 +32,7 @@ from pathlib import Path
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
+from optima_kernels.shared.scaling import BLOCK
 
 TABLE = Path(__file__).with_name("PREDICTED.md")
 TARGET = "sm_90"
@@ -113,7 +114,7 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
     bounds: Counter[str] = Counter()
     unknown = []
     for launch in log.launches:
-        work = case.work(launch)
+        work = scaling(launch) or case.work(launch)
         if work is None:
             unknown.append(launch.compiled.kernel)
             continue
@@ -126,6 +127,11 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
     bounds["launches"] += machine.launch_seconds * (len(log.launches) + log.operators)
     host = machine.host_seconds * (len(log.launches) + len(log.products) + small)
     return Estimate(bounds, host, tuple(dict.fromkeys(unknown)))
+
+
+def scaling(launch: Launch) -> Work | None:
+    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written."""
+    return Work(bytes=4.0 * BLOCK * launch.programs) if launch.compiled.kernel == "scale_kernel" else None
 
 
 def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]:
@@ -225,7 +231,7 @@ def hidden(name: str, call: Hidden) -> Case:
             return Work(bytes=6 * elements)
         if kernel in ("project_kernel", "state_kernel", "weight_kernel", "product_kernel", "difference_kernel"):
             return Work(product, 0.0, 2 * elements)
-        if kernel in ("scale_kernel", "join_kernel", "join_rows_kernel"):
+        if kernel in ("join_kernel", "join_rows_kernel"):
             return Work(bytes=4.0 * call.layers * tokens * narrow if launch.programs > 1000 else 1e6)
         return None
 
@@ -290,35 +296,40 @@ def of_passes(moved: float, flops: float, launches: int, machine: Machine = MACH
     return moved / machine.bytes + flops / (0.85 * machine.flops) + launches * machine.launch_seconds
 
 
-def measurements(path: Path | None) -> dict[str, dict[str, float]]:
+def measurements(path: Path) -> dict[str, dict[str, float]]:
     """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host."""
     found: dict[str, dict[str, float]] = {}
-    for text in path.read_text().splitlines() if path is not None else ():
+    for text in path.read_text().splitlines():
         line = json.loads(text)
         if line.get("part") == "kernels" and "wall" in line:
             found[line["item"]] = {"gpu": line.get("graph") or line["wall"], "host": line.get("host", math.nan)}
     return found
 
 
-def rows(measured: dict[str, dict[str, float]]) -> Iterator[list[str]]:
-    """A case's rows: ours, then others."""
+Measured = dict[str, dict[str, float]]
+
+
+def rows(measured: Sequence[Measured]) -> Iterator[list[str]]:
+    """A case's rows: ours, then others; `measured` on each card."""
     for case in cases():
         ours = estimated(case)
-        said = measured.get(f"{case.name} | optima", {})
         share = case.flops / ours.seconds / MACHINE.flops
         note = f"not in the model: {', '.join(ours.unknown)}" if ours.unknown else ours.bound
+        said = [card.get(f"{case.name} | optima", {}) for card in measured]
         yield _row(case.name, "optima", ours.seconds, said, 1e3 * ours.host, f"{share:.0%}", note)
         for name, moved, flops, launches in case.others:
-            said = measured.get(f"{case.name} | {NAMES[name]}", {})
+            said = [card.get(f"{case.name} | {NAMES[name]}", {}) for card in measured]
             seconds = of_passes(moved, flops, launches)
             host = 1e3 * MACHINE.host_seconds * launches
             yield _row("", name, seconds, said, host, f"{case.flops / seconds / MACHINE.flops:.0%}", "passes")
 
 
-def _row(case: str, who: str, seconds: float, said: dict[str, float], host: float, share: str, note: str) -> list[str]:
-    gpu = f"{said['gpu']:.3f}" if "gpu" in said else "not measured"
-    host_said = f"{said['host']:.2f}" if not math.isnan(said.get("host", math.nan)) else "not measured"
-    return [case, who, f"{1e3 * seconds:.3f}", gpu, f"{host:.2f}", host_said, share, note]
+def _row(
+    case: str, who: str, seconds: float, said: Sequence[dict[str, float]], host: float, share: str, note: str
+) -> list[str]:
+    gpus = [f"{card['gpu']:.3f}" if "gpu" in card else "not measured" for card in said]
+    hosts = [f"{card['host']:.2f}" if not math.isnan(card.get("host", math.nan)) else "not measured" for card in said]
+    return [case, who, f"{1e3 * seconds:.3f}", *gpus, f"{host:.2f}", *hosts, share, note]
 
 
 HEAD = """# Estimates, and what a GPU said
@@ -326,30 +337,40 @@ HEAD = """# Estimates, and what a GPU said
 `python -m bench.predict` estimates the losses, forward pass and gradients in bf16, on an H100 from what is launched
 there: grids and resident blocks, instructions of the compiled loops, the vendor's products by size, passes over memory;
 its head says how. Others are estimated by passes over their maps and logits. An estimate is no measurement: where one
-was made (`python bench/run_on_gpu.py --part kernels`), it stands beside it; "host" is what the calling thread takes.
+was made (`python bench/run_on_gpu.py --part kernels`), it stands beside it, a replay of a CUDA graph or else the wall's
+clock; "host" is what the calling thread takes. What the host needs a launch and how many issue slots latency leaves
+were fitted to the run on the H100: beside that run they are no prediction.
 Share: the products that the definition asks for, over the estimated time, of the {flops:.0f} TFLOP/s that torch's
 product of 8192^3 reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said otherwise; hidden
 16 x 577 tokens, 768 to 1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096, 2048
 and 3584.
 """
-COLUMNS = ("loss", "who", "GPU, ms, estimate", "measured", "host, ms, estimate", "measured", "share", "bound by")
 
 
-def markdown(found: Sequence[Sequence[str]]) -> str:
+def markdown(found: Sequence[Sequence[str]], cards: Sequence[str]) -> str:
+    said = [f"measured, {card}" for card in cards]
+    columns = ["loss", "who", "GPU, ms, estimate", *said, "host, ms, estimate", *said, "share", "bound by"]
     head = HEAD.format(flops=MACHINE.flops / 1e12)
-    lines = [head, "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines = [head, "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in found)]) + "\n"
+
+
+def card_of(path: Path) -> str:
+    """The device that a file's lines are of, and the commit."""
+    told = [json.loads(text) for text in path.read_text().splitlines()]
+    about = next((line["about"] for line in reversed(told) if "about" in line), {"device": path.stem})
+    return f"{about['device']} ({about.get('commit', 'unknown')})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, help="gpu.jsonl of the GPU command")
+    parser.add_argument("--measured", type=Path, nargs="+", default=[], help="gpu.jsonl of the GPU command, one a card")
     options = parser.parse_args()
     found = []
-    for row in rows(measurements(options.measured)):
+    for row in rows([measurements(path) for path in options.measured]):
         print(" | ".join(row), flush=True)
         found.append(row)
-    TABLE.write_text(markdown(found))
+    TABLE.write_text(markdown(found, [card_of(path) for path in options.measured]))
     print(f"wrote {TABLE}")
 
 

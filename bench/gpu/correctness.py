@@ -1,7 +1,7 @@
 """Whether the kernels compute what they should on this GPU: random problems, equal bits, graphs, sanitizers, tests."""
 
+import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -183,22 +183,29 @@ def tested(*files: str) -> Callable[[Context], Iterator[Item]]:
 
 
 def _tests(context: Context, files: Sequence[str]) -> Iterator[Item]:
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "-k", "not compiled"]
-    command += [f"tests/gpu/{file}" for file in files]
     if context.rehearse:
         yield Item("none here", lambda: {})
         return
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    for told in told_by_pytest([f"tests/gpu/{file}" for file in files], "-k", "not compiled"):
+        yield Item(told["test"].removeprefix("tests/gpu/"), lambda told=told: _verdict(told))  # type: ignore[misc]
+
+
+def told_by_pytest(files: Sequence[str], *options: str) -> Iterator[dict[str, str]]:
+    """Every test of the files as soon as it is over: "test", "outcome", and in "words" what it failed by."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "bench.gpu.told"]
+    with subprocess.Popen(
+        [*command, *options, *files], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if found := re.match(r"tests/gpu/(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)", line):
-                yield Item(found[1], lambda verdict=found[2]: _verdict(verdict))  # type: ignore[misc]
+            if line.startswith('{"test": '):
+                yield json.loads(line)
 
 
-def _verdict(verdict: str) -> dict[str, Any]:
-    if verdict in ("FAILED", "ERROR"):
-        raise Wrong(verdict)
-    return {"verdict": verdict}
+def _verdict(told: dict[str, str]) -> dict[str, Any]:
+    if told["outcome"] == "failed":
+        raise Wrong(told["words"])
+    return {"verdict": told["outcome"]}
 
 
 GROUPS: dict[str, Callable[[Context], Iterator[Item]]] = {

@@ -55,11 +55,13 @@ def test_measured_times_stand_beside_estimates(tmp_path: Path) -> None:
     assert found["attention kl | optima"] == {"gpu": 0.25, "host": 0.7}
     assert found["attention kl | eager"]["gpu"] == 3.5
     assert len(found) == 2
-    assert predict.measurements(None) == {}
 
 
-def test_every_row_has_a_cell_a_column() -> None:
-    row = predict._row("attention kl", "optima", 1e-3, {"gpu": 2.0, "host": 0.5}, 0.3, "20%", "issue")
-    assert len(row) == len(predict.COLUMNS)
-    assert row[2:4] == ["1.000", "2.000"]
-    assert "| attention kl | optima | 1.000 | 2.000 |" in predict.markdown([row])
+def test_every_row_has_a_cell_a_column_and_cards_stand_side_by_side() -> None:
+    said = [{"gpu": 2.0, "host": 0.5}, {}]
+    row = predict._row("attention kl", "optima", 1e-3, said, 0.3, "20%", "issue")
+    text = predict.markdown([row], ["A card (abc)", "B card (def)"])
+    header, _, cells = text.splitlines()[-3:]
+    assert header.count("|") == cells.count("|")
+    assert "| measured, A card (abc) | measured, B card (def) |" in header
+    assert "| attention kl | optima | 1.000 | 2.000 | not measured | 0.30 | 0.50 | not measured |" in cells

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from kernel_support import assert_agree
 from torch import Tensor
 
-from optima_kernels import reference
+from optima_kernels import attention_map_loss, reference
 
 STUDENT = ("q_s", "k_s")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+NAMES = ("loss", "gradient of q_s", "gradient of k_s")
 
 
 @dataclass(frozen=True)
@@ -210,3 +213,18 @@ def _consistent(case: Case) -> Case:
         relation_heads = 2 if case.width_s % 2 == 0 and case.width_t % 2 == 0 else 1
         return replace(case, lse="", options=case.options | {"relation_heads": relation_heads})
     return case
+
+
+def check(case: Case, backend: str, device: torch.device) -> None:
+    """Asserts that a backend gives the float64 answer to the rounding of the case's dtypes."""
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    named = dict(zip(NAMES, (x.cpu() for x in actual), strict=True))
+
+    def solve() -> dict[str, Tensor]:
+        return dict(zip(NAMES, expected(case), strict=True))
+
+    tolerance, dtype = widest_error(case, TOLERANCE)
+    exact, rounding = solve(), rounding_of_scores(case)
+    floors = {name: rounding if x.square().mean().sqrt() <= rounding else 0.0 for name, x in exact.items()}
+    assert_agree(named, exact, tolerance, solve, dtype, backend, floors)

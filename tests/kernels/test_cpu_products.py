@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_problems import Case, cases
+from attention_problems import Case, cases, check
 from hypothesis import given
 from kernel_support import assert_close
-from test_attention import check
 from torch import Tensor
 
 from optima_kernels.shared import cpu_products

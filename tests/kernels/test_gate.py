@@ -68,10 +68,10 @@ def test_launches_and_vendor_products_are_kept_with_their_sizes(planted: dict[st
 
 
 def test_what_the_losses_launch_has_no_fault(tmp_path: Path) -> None:
-    """A sample; `python -m optima_kernels.inspect.gate` has all problems and targets."""
+    """A sample on all targets; `python -m optima_kernels.inspect.gate` has all problems."""
     file = tmp_path / "table.md"
     command = ("-m", "optima_kernels.inspect.gate", "--sample", "--write", str(file))
-    result = run(*command, "--target", "sm_80", "sm_90", "sm_100")
+    result = run(*command, "--jobs", "2")
     assert result.returncode == 0, result.stderr
     names = [problem.name for problem in problems() if problem.sample]
     assert {name.split()[0] for name in names} == {"attention", "hidden", "vocabulary"}

@@ -47,15 +47,17 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     the time of 64 keys in two, because more programs fit a multiprocessor; in `key_kernel` of width 128 (1024 tokens)
     64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
 
-    Where no more was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
-    bytes to stay below 64 or 128.
+    Where nothing was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
+    bytes to stay below 64 or 128. Not a `key_kernel` of `mma.sync` that loads ahead, which spills if it is told so.
     """
     tiles = _cut(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
     measured = target.startswith("sm_9") and dtype != torch.float32
     if tiles is None or measured or not target.startswith("sm_"):
         return tiles
     lse, query, key = (tiling._replace(registers=REGISTERS) for tiling in tiles[:3])
-    return Tiles(lse, query, key, None if tiles.mean is None else tiles.mean._replace(registers=REGISTERS))
+    mean = None if tiles.mean is None else tiles.mean._replace(registers=REGISTERS)
+    chooses = tiles.key.stages > 1 and not target.startswith("sm_10")
+    return Tiles(lse, query, tiles.key if chooses else key, mean)
 
 
 def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
