@@ -189,6 +189,11 @@ class DistillerConfig:
         cuda_graphs: On a CUDA device, record the step of each arm as a CUDA graph and replay it, where the host takes
             longer to launch a step than the device to run it. Batches must have the same shapes in every step. The
             memory of a recorded step stays taken while the probe is measured. On a CPU of no effect.
+        teacher_ahead: On a CPU with two threads or more, load the next batch and run the teacher on it in a thread of
+            its own, while the student learns this one; each side has half of the threads. Takes the memory of one more
+            batch and of the teacher's forward pass. False does one after the other: for a `load` or a teacher that
+            depends on what training changes, or a teacher that takes far less than half of a step. Of no effect on a
+            GPU, with compile, and with parameters that are sharded.
         ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
             0.999 averages over about the last thousand steps.
     """
@@ -204,6 +209,7 @@ class DistillerConfig:
     compile: bool = False
     read_arm: bool = True
     cuda_graphs: bool = False
+    teacher_ahead: bool = True
     ema: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,14 +7,17 @@ Everything that decides anything is a tensor on the device. The host reads once 
 that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
+from optima_core.ahead import TeacherAhead
 from optima_core.bandit.arms import arm_gates, arm_names, count_arms
 from optima_core.comparable import refuse_other_masks
 from optima_core.config import DistillerConfig
@@ -48,10 +51,13 @@ class Distiller(Generic[Batch]):
     Args:
         student: The module whose parameters are trained.
         student_forward: Runs the student on a batch and returns its losses' ingredients.
-        teacher_forward: The same of the teacher; runs under no_grad. Put the teacher into eval mode beforehand.
+        teacher_forward: The same of the teacher; runs under no_grad. Put the teacher into eval mode beforehand. On a
+            CPU it runs, as `load` does, in another thread while the student learns (`DistillerConfig.teacher_ahead`),
+            but never between rounds.
         modules: The modules that can be distilled: the arms.
         load: Number of a batch, from 0 -> training batch; step s takes the batches from s * accumulate on. A pure
-            function of the number makes a resumed run equal an uninterrupted one.
+            function of the number, without torch's global random numbers, makes a resumed run equal an uninterrupted
+            one. A later call must leave the batch as it is.
         probe: The held batch that rewards are measured on.
         config: See `DistillerConfig`.
         seed: Seed of the bandit's random numbers.
@@ -77,7 +83,10 @@ class Distiller(Generic[Batch]):
         self.config = config
         self.ranks = ranks or Ranks()
         _refuse_unshared(config, self.ranks)
-        self.training: Step[Batch] = Step(student, student_forward, teacher_forward, modules, config, self.ranks)
+        self._ahead = _make_ahead(student, teacher_forward, config, self.ranks)
+        self.training: Step[Batch] = Step(
+            student, student_forward, self._ahead or teacher_forward, modules, config, self.ranks
+        )
         self.student = student
         self.load = load
         self.probe = probe
@@ -139,18 +148,21 @@ class Distiller(Generic[Batch]):
         """
         choice = self._next or self._choose()
         self.bandit = choice.after
-        batches: Iterator[Batch] = map(self.load, itertools.count(self.step * self.config.accumulate))
+        first = self.step * self.config.accumulate
+        numbers = range(first, first + self.config.steps_per_round * self.config.accumulate)
+        loaded: Iterator[Batch] = map(self.load, numbers)
         # Loaded while a GPU ends the round before, whose end tells the arm.
-        batches = itertools.chain([next(batches)], batches)
+        loaded = itertools.chain([next(loaded)], loaded)
         gates = self._gates(choice)
         watch = Stopwatch(self.device)
         steps: list[LossVector] = []
         run = self.training.run if self._replayed is None else self._replayed.run
-        for _ in range(self.config.steps_per_round):
-            steps.append(run(batches, gates))
-            if self.config.reward.source == "training":
-                self._observe(steps[-1], choice.gates)
-            self.step += 1
+        with self._taught_ahead(loaded, gates) as batches:
+            for _ in range(self.config.steps_per_round):
+                steps.append(run(batches, gates))
+                if self.config.reward.source == "training":
+                    self._observe(steps[-1], choice.gates)
+                self.step += 1
         watch.stop()
         probe = self.training.measure(self.probe, self._taught)
         if self.config.reward.source == "probe":
@@ -216,6 +228,13 @@ class Distiller(Generic[Batch]):
             return dict(zip(self.names, choice.gates.unbind(), strict=True))
         chosen = choice.sent.value().tolist()
         return {name: None for name, gate in zip(self.names, chosen, strict=True) if gate}
+
+    def _taught_ahead(self, batches: Iterator[Batch], gates: Gates) -> AbstractContextManager[Iterator[Batch]]:
+        """The batches of a round, shown to the teacher ahead of the student where that saves time."""
+        if self._ahead is None:
+            return contextlib.nullcontext(batches)
+        _, wanted = self.objective.wanted(tuple(gates))
+        return self._ahead.batches(batches, wanted)
 
     def _observe(self, found: LossVector, gates: Tensor) -> None:
         """Hands a step's losses to the reward; those of modules that were not distilled count as not measured."""
@@ -296,6 +315,16 @@ def _refuse_unshared(config: DistillerConfig, ranks: Ranks) -> None:
     ):
         if given:
             raise OptimaError(f"{name} does not work on {ranks.count} ranks with {ranks.strategy}; {instead}")
+
+
+def _make_ahead(
+    student: nn.Module, teacher_forward: ModelForward[Batch], config: DistillerConfig, ranks: Ranks
+) -> TeacherAhead[Batch] | None:
+    """None where streams do it better, the teacher is part of a graph, or its ranks speak to each other in an order."""
+    on_cpu = next(student.parameters()).device.type == "cpu"
+    if config.teacher_ahead and on_cpu and not config.compile and not ranks.sharded:
+        return TeacherAhead(teacher_forward, config.precision)
+    return None
 
 
 def _modules_of(terms: Sequence[LossTerm], names: Sequence[str], device: torch.device) -> Tensor:

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +21,15 @@ def arithmetic(precision: Precision | Literal["fp16"], device: torch.device) -> 
     with contextlib.ExitStack() as stack:
         if precision != "fp32":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16))
-        if precision == "bf16" and device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(attention_kernels(precision, device))
         yield
+
+
+def attention_kernels(precision: Precision | Literal["fp16"], device: torch.device) -> AbstractContextManager[Any]:
+    """The part of `arithmetic` that torch keeps once a process; autocast it keeps once a thread."""
+    if precision == "bf16" and device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def make_scaler(precision: Precision | Literal["fp16"], device: torch.device) -> torch.amp.GradScaler:

@@ -33,6 +33,7 @@ class TorchEngine(Engine):
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # for workers' seeds, which nobody needs; training's numbers stay untouched
             pin_memory=self._pin,
         )
         return iter(loader)

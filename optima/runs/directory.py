@@ -192,7 +192,7 @@ def _lock(path: Path) -> TextIO:
 
 def fingerprint(config: Any) -> str:
     """What a resumed run must share with its earlier part: a JSON object from dotted name to value."""
-    values = plain(config)
+    values = flat(plain(config))
     for name in (
         "run",
         "resume",
@@ -201,12 +201,13 @@ def fingerprint(config: Any) -> str:
         "report",
         "tensorboard",
         "threads",
+        "engine.teacher_ahead",
         "checkpoint_every",
         "keep",
         "log_every",
     ):
         values.pop(name, None)
-    return json.dumps(flat(values), sort_keys=True)
+    return json.dumps(values, sort_keys=True)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Needs:
     weights: both models and the projections. probe: the held batch and what the teacher shows of it. activations: what
     a batch's forward passes and losses leave for the backward pass. probe_peak, step_peak: the most alive at once while
     the held batch is measured, which the batch size does not change, and in a step. kept: by recorded steps (CUDA
-    graphs) between replays.
+    graphs) between replays. ahead: of step_peak, what a CPU takes to run the teacher on the next batch meanwhile.
     """
 
     teacher_parameters: int
@@ -70,6 +70,7 @@ class Needs:
     loss_operations: float
     backward_operations: float
     kept: int = 0
+    ahead: int = 0
 
     @property
     def operations(self) -> float:
@@ -173,6 +174,8 @@ def measure_needs(
         step.measure(probe, taught)
         probe_peak = max(taught_peak, memory.peak)
 
+        ahead = _next_taught(step, lambda: load(batch_size), memory) if _is_ahead(engine, device) else 0
+
         memory.peak = memory.live
         work.forget()
         activations = 0
@@ -200,13 +203,25 @@ def measure_needs(
         probe=probe_bytes,
         activations=activations,
         probe_peak=probe_peak,
-        step_peak=memory.peak,
+        step_peak=memory.peak + ahead,
         teacher_operations=times * work.counts["teacher"],
         student_operations=times * work.counts["student"],
         loss_operations=times * work.losses(step.objective),
         backward_operations=times * work.counts["backward"],
         kept=memory.peak - resident if engine.cuda_graphs and device == "gpu" else 0,
+        ahead=ahead,
     )
+
+
+def _is_ahead(engine: DistillerConfig, device: Literal["gpu", "cpu"]) -> bool:
+    return engine.teacher_ahead and not engine.compile and device == "cpu"
+
+
+def _next_taught(step: Step[TaskBatch], load: Callable[[], TaskBatch], memory: _Memory) -> int:
+    """The most that a batch and the teacher's forward of it take."""
+    before = memory.peak = memory.live
+    step.teach(load(), step.names)
+    return memory.peak - before
 
 
 class _OnGpu(Step[TaskBatch]):

@@ -59,6 +59,7 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
         read_arm=chosen.pop("read_arm", True),
         ema=chosen.pop("ema", 0.0),
         cuda_graphs=chosen.pop("cuda_graphs", False),
+        teacher_ahead=chosen.pop("teacher_ahead", False),  # the processes measured here have one thread
     )
     models = [config_from_dict(chosen.pop(name)) for name in ("teacher", "student")]
     return measure_needs(*models, chosen.pop("task"), engine=engine, **chosen, **others)
@@ -107,6 +108,15 @@ def test_parts_of_a_plan_by_hand() -> None:
     blocks = 3 * 12 * 192**2 * (65 + 24) + 3 * (12 * 192**2 + 8 * 192**2 + 2 * 192**2) * 24 + 3 * 2 * 192**2 * 64
     assert 2 * 3 * blocks < needs.teacher_operations < 1.25 * 2 * 3 * blocks
     assert needs.backward_operations == pytest.approx(2 * needs.student_operations, rel=0.05)
+
+
+def test_a_teacher_that_runs_ahead_on_a_cpu_takes_a_batch_and_a_forward_pass_more() -> None:
+    ahead, after = (planned(settings(teacher_ahead=ahead), device="cpu") for ahead in (True, False))
+    assert after.ahead == 0
+    assert ahead.step_peak == after.step_peak + ahead.ahead
+    pictures, taps = 96 * 3 * 64**2, 96 * (65 + 24 + 24) * 3 * 3 * 192  # of each layer state, q and k
+    assert 4 * (pictures + taps) < ahead.ahead < 2 * 4 * (pictures + taps)
+    assert planned(settings(teacher_ahead=True), device="gpu").ahead == 0
 
 
 def test_activations_and_operations_grow_with_the_batch_and_parts_bound_the_former() -> None:

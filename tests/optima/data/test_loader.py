@@ -46,6 +46,16 @@ def loader_of(records: Records, engine: str = "torch", *, workers: int = 0, seed
     return make_loader(records, config, batch_size=4, seed=seed, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_torchs_random_numbers_to_the_training(coco: Records, workers: int) -> None:
+    before = torch.get_rng_state()
+    with loader_of(coco, workers=workers) as loader:
+        loader.load(3)
+        loader.load(4)
+        list(loader.once())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("records", "batch_size"), [(13, 4), (12, 4), (5, 8), (1, 3)])
 def test_every_record_comes_once_an_epoch_on_any_number_of_ranks(

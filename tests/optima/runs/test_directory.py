@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from optima.runs.config import PretrainConfig
-from optima.runs.directory import RunDirectory
+from optima.runs.config import DistillConfig, PretrainConfig
+from optima.runs.directory import RunDirectory, fingerprint
 from optima.runs.reading import read_rounds
 from optima.runs.rows import Round
-from optima_core import OptimaError
+from optima_core import DistillerConfig, OptimaError
 
 
 def enter(path: Path, resume: bool = False) -> RunDirectory:
@@ -138,3 +138,13 @@ def test_rows_that_are_all_there_are_kept_without_a_word(tmp_path: Path, recwarn
         directory.rounds(4)
     assert ["round 3 once more" in str(warning.message) for warning in recwarn] == [True]
     assert [json.loads(line)["round"] for line in directory.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_how_fast_a_run_is_made_may_change_when_it_is_resumed(tmp_path: Path) -> None:
+    def of(engine: DistillerConfig, threads: int = 0) -> str:
+        return fingerprint(DistillConfig(run=tmp_path, engine=engine, threads=threads))
+
+    whole = of(DistillerConfig())
+    assert of(DistillerConfig(teacher_ahead=False), threads=2) == whole
+    assert of(DistillerConfig(accumulate=2)) != whole
+    assert "engine.accumulate" in json.loads(whole)
