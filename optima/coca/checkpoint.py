@@ -111,7 +111,7 @@ def _description(metadata: Mapping[str, str], path: Path) -> tuple[CoCaConfig, d
         specs = json.loads(metadata["heads"])
         if len(specs) > MAX_HEADS:
             raise ValueError(f"{len(specs)} heads; {MAX_HEADS} are the most")
-        heads = {task: HeadSpec(spec["classes"], spec[_IMAGES]) for task, spec in specs.items()}
+        heads = {task: HeadSpec(spec["classes"], spec.get(_IMAGES, 1)) for task, spec in specs.items()}
         return config_from_dict(json.loads(metadata["config"])), heads
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = shown(" ".join(str(error).split()))

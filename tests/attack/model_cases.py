@@ -160,7 +160,7 @@ MODELS: dict[str, tuple[str, Bytes]] = {
     "a head of a world": ("no configuration", lambda _: model_file(heads='{"vqa": {"classes": 1152921504606846976}}')),
     "a head of seven images": (
         "no configuration",
-        lambda _: model_file(heads='{"vqa": {"classes": 7, "images": 7}}'),
+        lambda _: model_file(heads='{"vqa": {"classes": 7, "pictures": 7}}'),
     ),
     "a head with a dot": ("describes no model", lambda _: model_file(heads='{"a.b": {"classes": 7}}')),
     "a thousand heads": (

@@ -204,5 +204,5 @@ def row_tiling(width: int, narrow: bool) -> dict[str, int]:
     columns = triton.next_power_of_2(width)
     elements = 1024 if columns <= NARROW else 2048
     # The next rows are on their way while these are worked on, where shared memory holds them.
-    tile = {"num_warps": 4, "STAGES": 3 if narrow else 2} if columns <= 4096 else {"num_warps": 8, "STAGES": 1}
+    tile = {"num_warps": 4, "STAGES": 3 if narrow else 2} if columns <= 2048 else {"num_warps": 8, "STAGES": 1}
     return {"BR": max(elements // columns, 1), "BC": columns, **tile}
