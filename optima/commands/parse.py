@@ -53,7 +53,8 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
 
 def _configured(name: str, command: Command, words: list[str]) -> Any:
     config = command.config()
-    parser = _parser(name, command, config, whole=_HELP_ALL in words)
+    # What help does not show, a printed configuration would leave out, too.
+    parser = _parser(name, command, config, whole=_HELP_ALL in words or not {"--help", "-h"} & {*words})
     words = ["--help" if word == _HELP_ALL else word for word in words]
     words = _with_bare_words(_with_values(_with_recipes(words, name, command), config), command.bare)
     if command.resumes:

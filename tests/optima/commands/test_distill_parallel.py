@@ -101,9 +101,9 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
     ours, theirs = rows_of(run), rows_of(tmp_path / "whole")
     assert [row["arm"] for row in ours] == [row["arm"] for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        # The order of sums differs, by some 1e-7 a step.
-        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
-        assert one["probe"] == pytest.approx(other["probe"], rel=1e-4)
+        # The order of sums differs, by some 1e-7 a step, and what a step differs by grows in those that follow.
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-5 * one["round"])
+        assert one["probe"] == pytest.approx(other["probe"], rel=1e-5 * one["round"])
 
 
 def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:
