@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "distill_hf": Command(
         "Distil a model of transformers, layer by layer, on your texts and images.",
-        _HERE + "distill_hf.config:DistillHfConfig", _HERE + "distill_hf:run_distill_hf", resumes=True,
+        _HERE + "distill_hf.config:DistillHfConfig", _HERE + "distill_hf.work:run_distill_hf", resumes=True,
         matter=(
             "teacher", "student", "data", "run", "resume", "modules", "batch_size", "engine.rounds",
             "engine.steps_per_round", "engine.bandit.policy", "engine.optimiser.learning_rate", "lora", "threads",

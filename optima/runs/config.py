@@ -33,6 +33,9 @@ def told_in_a_line() -> Iterator[None]:
         raise OptimaError(str(error)) from error
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 @dataclass(frozen=True)
 class TeachConfig:
     """How a teacher learns the data before it is distilled.

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from optima.runs.config import TrackerName
 from optima_core.errors import OptimaError
 from optima_core.records import RoundRecord
-
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class Tracker(Protocol):

@@ -53,7 +53,7 @@ from optima.tasks.forward import TaskForward
 torch.manual_seed(int(sys.argv[2]))
 config = CoCaConfig(text_decoder=TextDecoderConfig(vocab_size=300))
 model = CoCa(config, {"nlvr2": HeadSpec(2, 2)})
-data = open_data(DataConfig("nlvr2", Path(sys.argv[1]), tokenizer="words"), "nlvr2", config)
+data = open_data(DataConfig("nlvr2", Path(sys.argv[1]), tokenizer="words", max_unknown=1.0), "nlvr2", config)
 loss = TaskForward(model, "nlvr2")(data.training_batch(0, 3), {}).task_loss
 data.close()
 print(len(imported), loss.isfinite().item(), len(evaluate(model, data, "test").predictions))

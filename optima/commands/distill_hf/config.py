@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from optima.runs.config import refuse_below
-from optima.runs.tracking import TrackerName
+from optima.runs.config import TrackerName, refuse_below
 from optima_core.config import DistillerConfig
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 hf = pytest.importorskip("transformers", reason="pip install 'optima-distill[hf]'")
 pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
 
-from optima.commands.distill_hf import distill_hf  # noqa: E402
 from optima.commands.distill_hf.batches import Batches  # noqa: E402
 from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
 from optima.commands.distill_hf.models import load_model, load_processor  # noqa: E402
 from optima.commands.distill_hf.rows import Rows  # noqa: E402
+from optima.commands.distill_hf.work import distill_hf  # noqa: E402
 from optima_core import DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
 
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole = config(tmp_path, data=data, checkpoint_every=1, **llamas)
     scores = distill_hf(whole)
     parts = replace(whole, run=tmp_path / "parts")
-    import optima.commands.distill_hf as command
+    import optima.commands.distill_hf.work as command
 
     class Stop(command.StopRequest):
         @property

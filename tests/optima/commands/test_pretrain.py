@@ -126,8 +126,8 @@ def test_the_joint_task_losses_are_those_of_the_tasks_alone(make_coca, seed: int
 
 def test_the_command_trains_and_its_model_can_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
-    tower = {"width": 16, "layers": 1}
-    model = {"image_encoder": tower | {"patch_size": 16}, "text_decoder": tower, "multimodal_decoder": tower}
+    towers = {name: {"width": 16, "layers": 1} for name in ("text_decoder", "multimodal_decoder")}
+    model = {"image_encoder": {"width": 16, "layers": 1, "patch_size": 16}, **towers}
     values = {"model": model, "caption_steps": 1, "task_steps": 1, "images": 4, "threads": 1}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     assert main(["pretrain", "--run", run, "--config", str(tmp_path / "tiny.yaml")]) == 0

@@ -62,5 +62,5 @@ def test_without_sentencepiece_the_package_and_the_extra_are_named(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(OptimaError, match=r"need the package sentencepiece.*'optima-distill\[text\]'"):
+    with pytest.raises(OptimaError, match=r"need the package sentencepiece.*pip install sentencepiece"):
         SentencePieceModel(model.read_bytes())
