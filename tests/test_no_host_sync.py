@@ -69,6 +69,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("host code of the triton backend asks a CUDA device for its architecture; see tests/gpu")
         for name in ("attention", "hidden", "logits"):
             importlib.import_module(f"optima_kernels.{name}.triton")
+        importlib.import_module("optima_kernels.shared.scaling")
         for module in [m for name, m in sys.modules.items() if name.startswith("optima_kernels.")]:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoLaunch())
