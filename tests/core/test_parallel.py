@@ -13,8 +13,11 @@ import padded_models
 import pytest
 import torch
 from padded_models import CASES, HALF, SHARED, distil
+from plain_models import MODULES, TwoModules, load
 
+from optima_core import Distiller, DistillerConfig, OptimaError, OptimiserConfig
 from optima_core.parallel import Ranks
+from optima_core.processes import Strategy
 
 FLOAT32, FLOAT16 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16))
 LAYOUTS = ("ddp", "fsdp", "hsdp")
@@ -127,3 +130,28 @@ def test_what_ranks_began_one_process_ends(
     half = together[layout][f"{case}, half"]
     resumed = distil(Ranks(), state=half["state"], **CASES[case])
     assert_same_run(resumed | {"records": half["records"] + resumed["records"]}, alone[case])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "told"),
+    [
+        ("ddp", {"cuda_graphs": True}, "engine.cuda_graphs does not work on 2 ranks with ddp: .*; take engine.compile"),
+        (
+            "fsdp",
+            {"optimiser": OptimiserConfig("apex")},
+            "engine.optimiser.implementation apex does not work on 2 ranks with fsdp: .*; take adamw",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_with_the_reason(
+    strategy: Strategy, options: dict[str, Any], told: str
+) -> None:
+    teacher, student = TwoModules(16, 4, 2).eval(), TwoModules(8, 2, 1)
+    config = DistillerConfig(**options)
+    with pytest.raises(OptimaError, match=told):
+        Distiller(student, student, teacher, MODULES, load, load(0), config, 0, Ranks(0, 2, strategy))
+
+
+def test_groups_that_do_not_make_up_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="shard_over must be a divisor of the 4 ranks, got 3"):
+        Ranks(0, 4, "hsdp", shard_over=3)
