@@ -265,26 +265,40 @@ class CompareConfig:
             )
 
 
+Chip = Literal["A100", "H100", "B200", "cpu"]
+"""What a plan's times are for; the makers' figures of the GPUs are in `optima.commands.plan.predict`."""
+
+
 @dataclass(frozen=True)
 class PlanConfig(DistillConfig):
-    """A distillation on one GPU: the options, recipes and resolved config.yaml of `distill`, as they are.
+    """A distillation: the options, recipes and resolved config.yaml of `distill`, as they are.
 
     No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
-    count. Of several GPUs give the share of one as batch_size and probe_size. What bears on neither memory nor the
-    time of a step has no effect.
+    count. What bears on neither memory nor the time of a step has no effect.
 
     Attributes:
+        stage: "distill" plans the distillation; "finetune" the finetuning of its teacher before it, with batch_size
+            items a step, engine.precision and recompute.
+        chip: What the run's whole time is estimated for. Of "cpu" memory is counted as a CPU's step takes it.
+        peak: 10^12 operations a second that the chip's arithmetic can do; 0 takes its maker's figure. A CPU has none:
+            without one its time is not estimated.
+        bandwidth: 10^12 bytes a second of the chip's memory; 0 takes its maker's figure.
         memory: Memory of the GPU that the step must fit, GB.
-        utilisation: Share of a GPU's peak arithmetic that is assumed to be reached, in (0, 1].
+        utilisation: Share of a chip's peak arithmetic that is assumed to be reached, in (0, 1].
         json: Print the figures as JSON instead of tables.
     """
 
+    stage: Literal["distill", "finetune"] = "distill"
+    chip: Chip = "H100"
+    peak: float = 0.0
+    bandwidth: float = 0.0
     memory: float = 80.0
     utilisation: float = 0.4
     json: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_below(0, self, "peak", "bandwidth")
         if not 0 < self.memory < math.inf:
             raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
         if not 0 < self.utilisation <= 1:
