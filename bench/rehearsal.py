@@ -42,7 +42,7 @@ STEPS, BATCH, PROBE, START, TEXT_LENGTH = 2, 1, 2, 16, 32
 IMAGES = {"train": 6, "val": 2, "test": 2}
 CAPTIONS = 5
 SIDES = (480, 640)
-POLL = 0.2
+POLL = 0.5
 
 
 @dataclass
@@ -147,16 +147,16 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _anonymous(root: int) -> float:
-    """MiB of a process and its children that no file stands behind."""
+    """MiB of a process and its children that no file stands behind; what they share counts once."""
     total, found = 0.0, [root]
     while found:
         pid = found.pop()
         try:
-            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:  # it has ended
             continue
-        total += sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssShmem:"))) / 1024
+        total += sum(int(line.split()[1]) for line in sizes if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
         found += map(int, children)
     return total
 
@@ -286,12 +286,13 @@ def rehearse(run: Rehearsal, preset: str) -> dict[str, Any]:
     run.part("weights", "--preset", preset)
     run.optima("import", "import", "--checkpoint", "open_clip.pt", "--preset", preset, "--output", "coca.safetensors")
 
+    here = ("--data.loader.workers", 0)  # a worker, forked, would keep a copy of the weights that training changes
     data = ("--data.root", DATA, "--data.tokenizer", "clip", "--data.text_length", TEXT_LENGTH,
-            "--data.loader.transform.fit", "squash")  # fmt: skip
+            "--data.loader.transform.fit", "squash", *here)  # fmt: skip
     chip = ("--chip", "cpu", "--peak", rates["peak"], "--bandwidth", rates["bandwidth"], "--json")
     own = ("--config", RECIPE, "--teacher", TEACHER / "model.safetensors", "--batch_size", BATCH,
            "--probe_size", PROBE, "--init_items", START, "--engine.rounds", 1, "--engine.steps_per_round", STEPS,
-           "--threads", run.threads)  # fmt: skip
+           "--threads", run.threads, *here)  # fmt: skip
     lesson = ("--task", "captioning", "--data.name", "coco", *data, "--batch_size", BATCH, "--threads", run.threads)
     planned = {
         "finetune": run.optima(
@@ -369,10 +370,10 @@ def page(run: Rehearsal, planned: dict[str, Any], preset: str, captions: str) ->
 
 TITLE = "# A whole job at real size, on a CPU"
 NOTES = """{preset} with random weights is imported, finetuned for {steps} steps, distilled into tiny12 for a round of
-{steps} steps (the recipe's settings but for batch, {batch} x 4, probe, {probe}, and
-the items that the start is made of, {start}), evaluated, exported to open_clip,
-read again, and captions are generated from the export; {images} images of 480 x 640, captions and Karpathy's split in
-COCO's form.
+{steps} steps, evaluated, exported to open_clip, read again, and captions are generated from the export. The settings
+are the recipe's, but for batch ({batch} x 4), probe ({probe} items) and what the student's start is made of ({start}
+items). {images} images of 480 x 640, captions and Karpathy's split in COCO's form. They are loaded within the training
+process (`--data.loader.workers 0`): a worker, forked, would keep a copy of the weights that training on a CPU changes.
 
 Seconds are of the whole command, on a machine that other work shares: CPU seconds say more. What `plan` said beforehand
 (`--chip cpu`, with the rates that one thread reaches in products and copies) is of the steps alone: no loading, start,

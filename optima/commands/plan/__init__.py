@@ -6,6 +6,7 @@ from typing import Any
 
 from optima.commands.options import PlanConfig
 from optima.commands.plan.advice import advise, fits
+from optima.commands.plan.cluster_table import plan_cluster
 from optima.commands.plan.finetune import plan_finetuning
 from optima.commands.plan.job import read_job
 from optima.commands.plan.needs import Needs
@@ -24,10 +25,13 @@ __all__ = ["plan"]
 
 
 def plan(config: PlanConfig) -> None:
-    """Prints what the distillation needs, or its teacher's finetuning."""
+    """Prints what the distillation needs, on one GPU or on many, or its teacher's finetuning."""
     job = read_job(config)
     if config.stage == "finetune":
         plan_finetuning(job)
+        return
+    if config.gpus > 1:
+        plan_cluster(job)
         return
     with told_in_a_line():
         needs = job.needs()

@@ -40,7 +40,7 @@ class Job(NamedTuple):
         return "cpu" if self.config.chip == "cpu" else "gpu"
 
     def needs(self) -> Needs:
-        """What a step of the distillation needs."""
+        """What a step of the distillation needs of one device."""
         config = self.config
         alone = self.device == "cpu" and config.threads == 1
         return measure_needs(
@@ -56,6 +56,12 @@ class Job(NamedTuple):
             recompute=config.recompute,
             device=self.device,
         )
+
+    def of_one_gpu(self) -> "Job":
+        """The same with one GPU's share of batch and probe, on that GPU alone."""
+        gpus = self.config.gpus
+        batch, probe = self.config.batch_size // gpus, -(-self.config.probe_size // gpus)
+        return self._replace(config=dataclasses.replace(self.config, batch_size=batch, probe_size=probe, gpus=1))
 
     def training_needs(self) -> TrainingNeeds:
         """What a step of the teacher's finetuning needs."""

@@ -81,6 +81,14 @@ def predicted_hours(needs: Needs, config: PlanConfig, seconds: float, items: int
     return engine.rounds * (engine.steps_per_round * seconds + probe) / 3600
 
 
+def duration(seconds: float) -> str:
+    """For people: seconds, minutes or hours."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def largest_batch(needs: Needs, batch_size: int, memory: float) -> int:
     """About the most items a batch that fit `memory` (GB): what is not resident is taken to grow with the batch.
 

@@ -10,6 +10,7 @@ from optima.commands.plan.predict import (
     GPUS,
     HEADROOM,
     OF_BANDWIDTH,
+    duration,
     largest_batch,
     predicted_hours,
     predicted_seconds,
@@ -20,8 +21,8 @@ from optima.commands.plan.predict import (
 def show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> None:
     """Prints memory, work, estimated times, and what to change if the step does not fit."""
     console = make_console()
-    _show_memory(console, config, models, needs)
-    _show_work(console, needs)
+    show_memory(console, config, models, needs)
+    show_work(console, needs)
     _show_speed(console, config, needs)
     _show_hours(console, config, needs)
     if advice:
@@ -32,7 +33,8 @@ def show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> No
         console.print(f"Fits {config.memory:g} GB.", style="bold")
 
 
-def _show_memory(console: Console, config: PlanConfig, models: str, needs: Needs) -> None:
+def show_memory(console: Console, config: PlanConfig, models: str, needs: Needs) -> None:
+    """Prints what a step's memory is made of."""
     engine = config.engine
     title = (
         f"{models}, {config.task}, batch {config.batch_size}"
@@ -60,7 +62,8 @@ def _show_memory(console: Console, config: PlanConfig, models: str, needs: Needs
     console.print(memory)
 
 
-def _show_work(console: Console, needs: Needs) -> None:
+def show_work(console: Console, needs: Needs) -> None:
+    """Prints the operations of a step."""
     work = make_table("10^12 operations a step", "teacher", "student", "losses", "backward", "all")
     parts = (
         needs.teacher_operations,
@@ -101,6 +104,6 @@ def _show_hours(console: Console, config: PlanConfig, needs: Needs) -> None:
     hours = predicted_hours(needs, config, seconds, config.batch_size * engine.accumulate)
     console.print(
         f"Estimate for {config.chip}: {engine.rounds} rounds x {engine.steps_per_round} steps x {seconds:.3g} s, and "
-        f"the probes: {hours:.3g} hours, without start, evaluations and checkpoints.",
+        f"the probes: {duration(3600 * hours)}, without start, evaluations and checkpoints.",
         soft_wrap=True,
     )

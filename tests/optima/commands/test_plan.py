@@ -288,7 +288,7 @@ def test_the_command_plans_the_teachers_finetuning(capsys: pytest.CaptureFixture
     assert found["needs"]["peak"] > found["needs"]["weights"] + found["needs"]["optimiser"]
     assert found["seconds"] is None
     assert main([*words, "--peak", "0.1", "--memory", str(found["needs"]["peak"] / 1e9)]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "finetuning the shipped teacher, captioning, batch 8, fp32" in said
     assert "s on cpu, estimated" in said
     assert "Does not fit" in said
