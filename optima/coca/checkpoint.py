@@ -72,7 +72,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(tensors):
             stored = tensors[name].detach().to("cpu", dtype).contiguous()
-            file.write(stored.reshape(-1).view(torch.uint8).numpy())
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load_coca(path: Path) -> CoCa:

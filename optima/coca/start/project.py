@@ -62,8 +62,8 @@ def _watch(
     device = teacher.logit_scale.device
     features: list[tuple[Tensor, Tensor]] = []
     size = _items_a_piece(teacher, images.shape[1], tokens.shape[1])
-    for some_images, some_tokens in zip(images.split(size), tokens.split(size), strict=True):
-        some_images, some_tokens = some_images.to(device), some_tokens.to(device)
+    for first in range(0, len(images), size):
+        some_images, some_tokens = (part[first : first + size].to(device) for part in (images, tokens))
         image_count = some_images.shape[1]
         valid = some_tokens.repeat_interleave(image_count, dim=0) != teacher.config.text_decoder.pad_id
         with statistics.watching(teacher, valid):
