@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from optima_core.average import RunningAverage
 from optima_core.learner import Learner
 from optima_core.parallel import Ranks
 
-TRAINED = ("student", "objective", "optimiser")
-"""The entries of `trained_state`."""
+TRAINED = ("student", "objective", "optimiser", "ema")
+"""The entries of `trained_state` and `averaged_state`."""
 
 
 def trained_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -35,13 +37,31 @@ def trained_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[st
     return state
 
 
-def whole_student(learner: Learner) -> dict[str, Any]:
-    """The student's own state dict, of whole tensors on the CPU; empty on all ranks but the first."""
+def copy_whole(learner: Learner, module: nn.Module, copy: nn.Module) -> None:
+    """Writes the weights of a sharded module, the learner's student or one sharded in the same way, into a whole copy.
+
+    All ranks must call this; each one's copy is filled, a tensor at a time.
+    """
+    _reshard(learner)
+    weights = module.state_dict()
+    for name, ours in copy.state_dict().items():
+        ours.copy_(_whole(weights[name]))
+
+
+def averaged_state(average: RunningAverage | None) -> dict[str, Any]:
+    """The running average's state, of whole tensors; all ranks must call this."""
+    state = {} if average is None else average.state_dict()
+    return {name: _whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def load_averaged(average: RunningAverage, state: dict[str, Any], ranks: Ranks) -> None:
+    """The inverse of `averaged_state`; the state of the first rank counts."""
     from torch.distributed.checkpoint import state_dict as distributed
 
-    _reshard(learner)
-    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(distributed.get_model_state_dict(learner.student, options=options))
+    average.steps = ranks.broadcast(state.get("steps"))
+    weights = {name.removeprefix("module."): value for name, value in state.items() if name != "steps"}
+    options = distributed.StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.count > 1)
+    distributed.set_model_state_dict(average.module, weights, options=options)
 
 
 def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks) -> None:
@@ -64,6 +84,10 @@ def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict
     for name, parameter in learner.named_parameters():
         if name not in saved:
             optimiser.state.pop(parameter, None)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _reshard(learner: Learner) -> None:

@@ -39,7 +39,7 @@ class EvaluateConfig:
         data: Which images and texts.
         split: Which held-out split; data.validation and data.test say which one of the data set that is.
         items: Items of the split that count; 0 takes all.
-        batch_size: Items a forward pass.
+        batch_size: Items a forward pass. Processes that torchrun started, one a device, take whole batches in turn.
         generation: How captions are generated.
         predictions: Folder to write predictions to, in the benchmark's submission format; null writes none.
     """
@@ -314,7 +314,7 @@ class PlanConfig(DistillConfig):
     Attributes:
         stage: "distill" plans the distillation; "finetune" the finetuning of its teacher before it, with batch_size
             items a step, engine.precision and recompute.
-        gpus: GPUs that share the distillation's batches as `parallel` says.
+        gpus: GPUs that share the distillation's batches as `parallel` and `shard_over` say.
         cluster: What several GPUs stand in.
         chip: What the run's whole time is estimated for. Of "cpu" memory is counted as a CPU's step takes it.
         peak: 10^12 operations a second that the chip's arithmetic can do; 0 takes its maker's figure. A CPU has none:

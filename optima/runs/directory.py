@@ -198,6 +198,7 @@ def fingerprint(config: Any) -> str:
         "resume",
         "quiet",
         "parallel",
+        "shard_over",
         "report",
         "tensorboard",
         "threads",

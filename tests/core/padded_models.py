@@ -3,17 +3,21 @@
 Slices of a batch hold unequal numbers of items, of sequences that count, and of tokens that count.
 """
 
+import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from plain_models import CLASSES, FEATURES, QUICK, TOKENS, TwoModules
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
-from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
+from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, ObjectiveConfig, WantedTaps
+from optima_core.compilation import compile_layers
 from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import leave
 
@@ -45,8 +49,26 @@ class Padded(TwoModules):
         return Forward(loss, LogitPrediction(logits, counted.float()), taps, counted.sum())
 
 
-def distil(ranks: Ranks, rounds: int, kind: str, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The records up to round `rounds`, and the state then; from the start, or from a state of an earlier call."""
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mse": {"objective": ObjectiveConfig(attention_kind="mse")},
+    "compiled": {"compile": True},
+    "averaged": {"ema": 0.8, "accumulate": 3, "rounds": 3},
+}
+"""What is done alone and together, as options of the engine."""
+
+HALF = {"plain": 3, "averaged": 1}
+"""Rounds after which runs of some cases are interrupted."""
+
+SHARED = {2: tuple(CASES), 4: ("compiled", "averaged")}
+"""By the number of ranks, the cases that are done."""
+
+HALF_PRECISION = {"precision": "fp16", "rounds": 2}
+"""Done together: a slice's gradients overflow where those of the whole do not."""
+
+
+def make_distiller(ranks: Ranks, **options: Any) -> Distiller[Batch]:
+    """options: of `DistillerConfig`."""
 
     def load(step: int) -> Batch:
         draws = torch.Generator().manual_seed(step)
@@ -58,31 +80,62 @@ def distil(ranks: Ranks, rounds: int, kind: str, state: dict[str, Any] | None = 
 
     torch.manual_seed(3)
     teacher, student = Padded(16, 4, 2).eval().requires_grad_(False), Padded(8, 2, 1)
+    config = DistillerConfig(**{"rounds": ROUNDS, "steps_per_round": 3, "optimiser": QUICK} | options)
+    if config.compile and ranks.count > 1:
+        compile_layers(teacher)
     ranks.shard(teacher)
     pairs = (ModulePair("front", 2, 4, 8, 16), ModulePair("back", 1, 2, 8, 16))
-    config = DistillerConfig(rounds=ROUNDS, steps_per_round=3, optimiser=QUICK)
-    config = replace(config, objective=replace(config.objective, attention_kind=kind))  # type: ignore[arg-type]
-    distiller = Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
+    return Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
+
+
+def distil(ranks: Ranks, until: int = ROUNDS, state: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """The records up to round `until`, the state and the result then; from the start, or from an earlier call's state.
+
+    options: of `DistillerConfig`.
+    """
+    distiller = make_distiller(ranks, **options)
     if state is not None:
         distiller.load_state_dict(state)
-    records = [distiller.run_round() for _ in range(distiller.round, rounds)]
-    return {"records": records, "state": distiller.state_dict()}
+    records = [distiller.run_round() for _ in range(distiller.round, min(until, distiller.config.rounds))]
+    result = distiller.gather_result(Padded(8, 2, 1)) if ranks.sharded else distiller.result
+    return {"records": records, "state": distiller.state_dict(), "result": result.state_dict()}
+
+
+def count_exchanges(ranks: Ranks, accumulate: int) -> int:
+    """How often gradients of shards are exchanged in a step."""
+    distiller = make_distiller(ranks, accumulate=accumulate)
+    batches = map(distiller.load, range(accumulate))
+    with CommDebugMode() as counted:  # type: ignore[no-untyped-call]
+        distiller.training.run(batches, {"front": None})
+    return sum(count for name, count in counted.get_comm_counts().items() if "reduce_scatter" in str(name))
+
+
+def layouts(joined: Ranks) -> dict[str, Ranks]:
+    """By name, the ways in which the ranks share the work."""
+    return {
+        "ddp": joined,
+        "fsdp": replace(joined, strategy="fsdp"),
+        "hsdp": replace(joined, strategy="hsdp", shard_over=2),
+    }
 
 
 def main(directory: Path) -> None:
-    """For each strategy: a whole run, half a run, and a run resumed from half.pt of one process."""
+    """For each layout: every case, runs interrupted, and runs that go on with what one process left in before.pt."""
+    # Traced and differentiated as for any backend, without a C++ compiler's seconds.
+    torch.compile = partial(torch.compile, backend=os.environ.get("OPTIMA_TEST_BACKEND", "aot_eager"))
     with join_ranks() as joined:
-        for strategy in ("ddp", "fsdp"):
-            ranks = replace(joined, strategy=strategy)  # type: ignore[arg-type]
-            half = torch.load(directory / "half.pt", weights_only=False) if ranks.first else {"state": {}}
-            results = {
-                "whole": distil(ranks, ROUNDS, "kl"),
-                "whole_mse": distil(ranks, ROUNDS, "mse"),
-                "half": distil(ranks, ROUNDS // 2, "kl"),
-                "resumed": distil(ranks, ROUNDS, "kl", half["state"]),
-            }
+        for name, ranks in layouts(joined).items():
+            cases = SHARED[ranks.count]
+            results: dict[str, Any] = {case: distil(ranks, **CASES[case]) for case in cases}
+            # Read anew, since training goes on in what it was handed.
+            before = torch.load(directory / "before.pt", weights_only=False) if joined.first else {}
+            results["fp16"] = distil(ranks, **HALF_PRECISION)
+            results["exchanges"] = {parts: count_exchanges(ranks, parts) for parts in (1, 3)}
+            for case, rounds in ((case, rounds) for case, rounds in HALF.items() if case in cases):
+                results[f"{case}, half"] = distil(ranks, rounds, **CASES[case])
+                results[f"{case}, resumed"] = distil(ranks, state=before.get(case, {}), **CASES[case])
             if ranks.first:
-                torch.save(results, directory / f"{strategy}.pt")
+                torch.save(results, directory / f"{name}.pt")
 
 
 if __name__ == "__main__":

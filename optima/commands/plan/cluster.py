@@ -125,7 +125,10 @@ def layout_of(config: PlanConfig) -> Layout:
     gpus = config.gpus
     if config.batch_size % gpus:
         raise OptimaError(f"batch_size must be a multiple of the {gpus} ranks, got {config.batch_size}")
-    shard = {"ddp": 1, "fsdp": gpus}[config.parallel]
+    group = config.shard_over or min(gpus, config.cluster.node)
+    shard = {"ddp": 1, "fsdp": gpus, "hsdp": group}[config.parallel]
+    if gpus % shard:
+        raise OptimaError(f"shard_over must be a divisor of the {gpus} ranks, got {shard}")
     return Layout(gpus // shard, shard, config.cluster.node)
 
 

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 
+from optima.coca.checkpoint import load_coca
 from optima.run import main
+from optima.tasks.evaluate import evaluate
+from optima.tasks.pictograms import PictogramTask
 from optima_core import CheckpointStore
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def start(options: list[str]) -> subprocess.Popen[str]:
+def start(options: list[str], ranks: int = 2) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "--", "optima.run", *options],
+        [*TORCHRUN, str(ranks), "-m", "--", "optima.run", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -106,6 +109,40 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
         assert one["probe"] == pytest.approx(other["probe"], rel=1e-5 * one["round"])
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_score_together_what_one_process_scores(
+    ranks: int, brief: list[str], teacher_file: Path, tmp_path: Path
+) -> None:
+    """Of sharded weights and their running average: captions of 17 and 9 items in batches of 3."""
+    run = tmp_path / "run"
+    sharing = ["--parallel", "fsdp"] if ranks == 2 else ["--parallel", "hsdp", "--shard_over", "2"]
+    items = ["--evaluate_items", "9", "--test_items", "17", "--evaluate_batch", "3"]
+    process = start([*brief, "--run", str(run), *items, *sharing, "--engine.ema", "0.5", "--report", "false"], ranks)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("student before") == 1, "more than one rank shows the table"
+
+    data, summary = PictogramTask("captioning"), json.loads((run / "summary.json").read_text())
+    models = {"teacher": teacher_file, "before": run / "start.safetensors", "after": run / "student.safetensors"}
+    for name, weights in models.items():
+        alone = evaluate(load_coca(weights), data, "test", limit=17, batch_size=3)
+        assert summary["scores"][name] == alone.scores
+    last = evaluate(load_coca(models["after"]), data, "validation", limit=9, batch_size=3)
+    assert summary["learning_curve"][-1][data.headline] == last.scores[data.headline]
+    assert len(summary["learning_curve"]) == 3
+
+
+def test_evaluate_shares_the_batches_too(teacher_file: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(teacher_file), "--tasks", "vqa", "--items", "10", "--batch_size", "3"]
+    assert main([*words, "--predictions", str(tmp_path / "alone")]) == 0
+    process = start([*words, "--predictions", str(tmp_path / "together")], 2)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert output.count("score, %") == 1, "more than one rank shows the table"
+    (ours,), (theirs,) = ([path.read_bytes() for path in (tmp_path / name).iterdir()] for name in ("together", "alone"))
+    assert ours == theirs
+
+
 def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:
     rate = ["--engine.optimiser.learning_rate", "1e30", "--engine.optimiser.warmup", "0"]
     process = start([*brief, "--run", str(tmp_path / "run"), *rate])
@@ -124,7 +161,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     from optima_core.parallel import Ranks
 
     @contextlib.contextmanager
-    def three(strategy: str) -> Iterator[Ranks]:
+    def three(*_: object) -> Iterator[Ranks]:
         yield Ranks(0, 3)
 
     monkeypatch.setattr("optima.commands.distill.join_ranks", three)

@@ -21,6 +21,7 @@ from optima.commands.plan.cluster import (
 from optima.commands.plan.needs import Needs
 from optima.run import main
 from optima_core import DistillerConfig, OptimaError
+from optima_core.processes import Strategy
 
 TEACHER, STUDENT = preset("coca_ViT-L-14"), preset("tiny12-14")
 TRAINED = 140_000_000
@@ -131,12 +132,12 @@ def test_memory_falls_with_the_shards_to_what_is_gathered_and_local() -> None:
     ],
 )
 def test_what_binds_is_what_takes_longest(
-    bound: str, changes: dict[str, float], cluster: dict[str, float], parallel: str
+    bound: str, changes: dict[str, float], cluster: dict[str, float], parallel: Strategy
 ) -> None:
     config = PlanConfig(
         batch_size=64,
         gpus=64,
-        parallel=parallel,  # type: ignore[arg-type]
+        parallel=parallel,
         cluster=ClusterConfig(**cluster),  # type: ignore[arg-type]
         engine=DistillerConfig(precision="bf16"),
     )
@@ -149,20 +150,29 @@ def test_what_binds_is_what_takes_longest(
     assert found.checkpoint_seconds == pytest.approx(found.checkpoint / 2e9 / writers)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "shard_over", "expected"),
+    [("ddp", 0, (16, 1)), ("fsdp", 0, (1, 16)), ("hsdp", 0, (2, 8)), ("hsdp", 4, (4, 4)), ("hsdp", 16, (1, 16))],
+)
+def test_groups_are_those_of_the_strategy(parallel: Strategy, shard_over: int, expected: tuple[int, int]) -> None:
+    found = layout_of(PlanConfig(gpus=16, parallel=parallel, shard_over=shard_over))
+    assert (found.groups, found.shard) == expected
+
+
 def test_gpus_that_do_not_divide_the_batch_are_refused() -> None:
     with pytest.raises(OptimaError, match="batch_size must be a multiple of the 6 ranks, got 32"):
         layout_of(PlanConfig(gpus=6))
 
 
 def test_the_command_plans_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--batch_size", "16", "--probe_size", "32", "--gpus", "16", "--parallel", "fsdp"]
+    words = ["plan", "--batch_size", "16", "--probe_size", "32", "--gpus", "16", "--parallel", "hsdp"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["cluster"]["layout"] == {"groups": 1, "shard": 16, "node": 8}
+    assert found["cluster"]["layout"] == {"groups": 2, "shard": 8, "node": 8}
     assert found["cluster"]["bound"] == max(found["cluster"]["seconds"], key=found["cluster"]["seconds"].get)
     assert main([*words, "--cluster.network", "0.001", "--memory", "0.001"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Estimates: 16 H100 on 2 machines, fsdp, 1 x 16 GPUs" in said
+    assert "Estimates: 16 H100 on 2 machines, hsdp, 2 x 8 GPUs" in said
     assert "Bound by network" in said
     assert "Does not fit 0.001 GB" in said
 
@@ -172,6 +182,10 @@ def test_the_command_plans_many_gpus(capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--gpus", "7"], "batch_size must be a multiple of the 7 ranks"),
         (["--gpus", "8", "--chip", "cpu"], "gpus 8 share a distillation on GPUs, got chip cpu"),
+        (
+            ["--gpus", "8", "--parallel", "hsdp", "--shard_over", "3"],
+            "shard_over must be a divisor of the 8 ranks",
+        ),
         (["--gpus", "0"], "gpus must be at least 1"),
         (["--gpus", "8", "--cluster.network", "0"], "cluster.network must be a finite number above 0, got 0"),
         (["--gpus", "8", "--cluster.reached", "2"], "cluster.reached must be in (0, 1], got 2"),
