@@ -147,16 +147,19 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _anonymous(root: int) -> float:
-    """MiB of a process and its children that no file stands behind; what they share counts once."""
+    """MiB of a process and its children that no file stands behind; what a fork shares counts twice.
+
+    smaps_rollup would count it once, but holds up the process while it walks its pages.
+    """
     total, found = 0.0, [root]
     while found:
         pid = found.pop()
         try:
-            sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            sizes = Path(f"/proc/{pid}/status").read_text().splitlines()
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         except OSError:  # it has ended
             continue
-        total += sum(int(line.split()[1]) for line in sizes if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
+        total += sum(int(line.split()[1]) for line in sizes if line.startswith(("RssAnon:", "RssShmem:"))) / 1024
         found += map(int, children)
     return total
 
