@@ -17,6 +17,7 @@ same --out it goes on with the stages that are missing.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -282,8 +283,8 @@ def measure_rates() -> None:
     print(json.dumps({"peak": round(rate, 4), "bandwidth": round(copied, 4)}))
 
 
-def rehearse(run: Rehearsal, preset: str) -> dict[str, Any]:
-    """All stages -> what `plan` said: of "finetune" and of "distil"."""
+def rehearse(run: Rehearsal, preset: str) -> None:
+    """All stages."""
     run.part("data")
     rates = json.loads(run.part("rates").lines[-1][1])
     run.part("weights", "--preset", preset)
@@ -297,15 +298,11 @@ def rehearse(run: Rehearsal, preset: str) -> dict[str, Any]:
            "--probe_size", PROBE, "--init_items", START, "--engine.rounds", 1, "--engine.steps_per_round", STEPS,
            "--threads", run.threads, *here)  # fmt: skip
     lesson = ("--task", "captioning", "--data.name", "coco", *data, "--batch_size", BATCH, "--threads", run.threads)
-    planned = {
-        "finetune": run.optima(
-            "plan of finetuning", "plan", "--stage", "finetune", "--teacher", "coca.safetensors", *lesson,
-            "--engine.precision", "bf16", *chip,
-        ),
-        "distil": run.optima(
-            "plan of distillation", "plan", *own[:2], "--teacher", "coca.safetensors", *own[4:], *chip
-        ),
-    }  # fmt: skip
+    run.optima(
+        "plan of finetuning", "plan", "--stage", "finetune", "--teacher", "coca.safetensors", *lesson,
+        "--engine.precision", "bf16", *chip,
+    )  # fmt: skip
+    run.optima("plan of distillation", "plan", *own[:2], "--teacher", "coca.safetensors", *own[4:], *chip)
 
     run.optima(
         "finetune", "finetune", "--model", "coca.safetensors", *lesson, "--run", TEACHER, "--steps", STEPS,
@@ -321,7 +318,6 @@ def rehearse(run: Rehearsal, preset: str) -> dict[str, Any]:
     run.optima("import of the export", "import", *again)
     run.optima("captions", "evaluate", "--model", "again.safetensors", *scored, "--predictions", "said_again")
     run.part("captions by open_clip")
-    return {name: json.loads(stage.text) for name, stage in planned.items()}
 
 
 def refuse_other_captions(run: Rehearsal) -> str:
@@ -338,39 +334,51 @@ def refuse_other_captions(run: Rehearsal) -> str:
     return f"The {len(ours)} captions of the export, by our model and by open_clip's own, are the student's."
 
 
-def page(run: Rehearsal, planned: dict[str, Any], preset: str, captions: str) -> str:
-    """The table and what it was made with."""
-    finetune, distil = planned["finetune"], planned["distil"]
-    step = run.stages["finetune"].cpu_between("step 1/", "step 2/")
-    round_ = run.stages["distil"].cpu_between("step 0:", "round ")
-    said = {
-        "finetune": ("", f"{finetune['needs']['peak'] / GIB:.2f}"),
-        "distil": ("", f"{distil['needs']['peak'] / GIB:.2f}"),
+def page(run: Rehearsal, preset: str, captions: str) -> str:
+    """The table and what it was made with; a stage that was not run is called not measured."""
+    planned = {
+        name: json.loads(run.stages[plan].text)
+        for name, plan in (("finetune", "plan of finetuning"), ("distil", "plan of distillation"))
+        if plan in run.stages
     }
     lines = ["| stage | seconds | CPU seconds | planned | GiB, mapped files aside | planned | GiB resident |",
              "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for name, stage in run.stages.items():
-        seconds, memory = said.get(name, ("", ""))
+    for name in STAGES:
+        memory = f"{planned[name]['needs']['peak'] / GIB:.2f}" if name in planned else ""
+        stage = run.stages.get(name)
+        if stage is None:
+            lines.append(f"| {name} | not measured | | | | {memory} | |")
+            continue
         lines.append(
-            f"| {name} | {stage.seconds:.0f} | {stage.cpu:.0f} | {seconds} | {stage.anonymous / 1024:.2f} | {memory} | "
+            f"| {name} | {stage.seconds:.0f} | {stage.cpu:.0f} | | {stage.anonymous / 1024:.2f} | {memory} | "
             f"{stage.resident / 1024:.2f} |"
         )
         if name == "finetune":
-            lines.append(f"| – its second step | | {step:.1f} | {finetune['seconds']:.1f} | | | |")
+            seconds = stage.cpu_between("step 1/", "step 2/")
+            lines.append(f"| – its second step | | {seconds:.1f} | {planned[name]['seconds']:.1f} | | | |")
         if name == "distil":
-            lines.append(f"| – its round and probe | | {round_:.1f} | {3600 * distil['hours']:.1f} | | | |")
+            seconds = stage.cpu_between("step 0:", "round ")
+            lines.append(f"| – its round and probe | | {seconds:.1f} | {3600 * planned[name]['hours']:.1f} | | | |")
+    return "\n\n".join(
+        [TITLE, _head(run, preset), NOTES.format(preset=preset, **_counts()), "\n".join(lines), captions]
+    )
+
+
+def _head(run: Rehearsal, preset: str) -> str:
+    """Command, commit, date, machine, versions."""
     commit = _output("git", "rev-parse", "--short", "HEAD") + ("+" if _output("git", "status", "--porcelain") else "")
     processor = next(x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "name" in x)
-    import importlib.metadata
-
-    head = (
+    return (
         f"`python bench/rehearsal.py --preset {preset}`, commit {commit}, {datetime.date.today()}, {processor} "
         f"({os.cpu_count()} cores, {run.threads} used, shared with other work), torch "
         f"{importlib.metadata.version('torch')}, Python {platform.python_version()}."
     )
-    return "\n\n".join([TITLE, head, NOTES.format(preset=preset, **_counts()), "\n".join(lines), captions]) + "\n"
 
 
+STAGES = (
+    "data", "rates", "weights", "import", "plan of finetuning", "plan of distillation", "finetune", "distil",
+    "evaluate", "export", "import of the export", "captions", "captions by open_clip",
+)  # fmt: skip
 TITLE = "# A whole job at real size, on a CPU"
 NOTES = """{preset} with random weights is imported, finetuned for {steps} steps, distilled into tiny12 for a round of
 {steps} steps, evaluated, exported to open_clip, read again, and captions are generated from the export. The settings
@@ -398,6 +406,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=12.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, default=ROOT / "bench/REHEARSAL.md")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page of what was run")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "data":
@@ -411,8 +420,12 @@ def main() -> None:
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         run = Rehearsal(options.out.resolve(), options.limit, options.threads)
-        planned = rehearse(run, options.preset)
-        text = page(run, planned, options.preset, refuse_other_captions(run))
+        if options.page:
+            run.stages = run.done
+        else:
+            rehearse(run, options.preset)
+        captions = refuse_other_captions(run) if len(run.stages) == len(STAGES) else "What is not measured was not run."
+        text = page(run, options.preset, captions) + "\n"
         options.write.write_text(text, encoding="utf-8")
         print(text)
 

@@ -1,5 +1,6 @@
 """The rehearsal's own parts: data in COCO's form, a command that is measured and ended in time, and the page."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,14 @@ def test_the_page_sets_plans_beside_what_was_measured(tmp_path: Path) -> None:
         ),
         "distil": Stage("distil", 80.0, 70.0, 4096.0, 4096.0, [(5.0, "step 0: validation"), (11.0, "round 1/1  x")]),
     }
-    planned = {
-        "finetune": {"needs": {"peak": 9 * 2**30}, "seconds": 8.25},
-        "distil": {"needs": {"peak": 3.5 * 2**30}, "hours": 0.0025},
-    }
-    found = page(run, planned, "coca_ViT-L-14", "They agree.").splitlines()
-    assert "| import | 12 | 10 |  | 2.00 |  | 3.00 |" in found
-    assert "| finetune | 90 | 60 |  | 9.80 | 9.00 | 9.90 |" in found
+    finetune = {"needs": {"peak": 9 * 2**30}, "seconds": 8.25}
+    distil = {"needs": {"peak": 3.5 * 2**30}, "hours": 0.0025}
+    for name, plan in (("plan of finetuning", finetune), ("plan of distillation", distil)):
+        run.stages[name] = Stage(name, lines=[(0.0, json.dumps(plan))])
+    found = page(run, "coca_ViT-L-14", "They agree.").splitlines()
+    assert "| import | 12 | 10 | | 2.00 |  | 3.00 |" in found
+    assert "| finetune | 90 | 60 | | 9.80 | 9.00 | 9.90 |" in found
     assert "| – its second step | | 7.5 | 8.2 | | | |" in found
     assert "| – its round and probe | | 6.0 | 9.0 | | | |" in found
+    assert "| export | not measured | | | |  | |" in found
     assert found[-1] == "They agree."
