@@ -32,7 +32,8 @@ def commands_of(page: Path) -> list[str]:
     found = []
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language in ("", "sh", "bash", "console"):
-            found += [line for line in block.splitlines() if re.match(r"(optima|torchrun|python|pip|mkdocs)\b", line)]
+            lines = [line.removeprefix("srun ") for line in block.replace("\\\n", " ").splitlines()]
+            found += [line for line in lines if re.match(r"(optima|torchrun|python|pip|mkdocs)\b", line)]
     return found
 
 
@@ -51,7 +52,7 @@ def test_a_shown_command_is_one_that_the_program_takes(
     for run in ("distill", "uniform", "vqa"):
         (tmp_path / "runs" / run).mkdir(parents=True)
     for part in re.split(r" && ", line):
-        words = shlex.split(part, comments=True)
+        words = [word for word in shlex.split(part, comments=True) if not re.fullmatch(r"\$\{\w+\[@]\}", word)]
         if "-m" in words and words[0] == "torchrun":
             words = ["optima", *words[words.index("optima.run") + 1 :]]
         if words[0] == "optima" and {"--help", "help"} & set(words):
@@ -64,6 +65,19 @@ def test_a_shown_command_is_one_that_the_program_takes(
             assert find_spec(words[2]) is not None
         elif words[:2] == ["pip", "install"]:
             refuse_unknown_extras(words)
+
+
+SCRIPTS = [
+    (page, block) for page in PAGES for language, block in BLOCK.findall(page.read_text("utf-8")) if language == "bash"
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "script"), SCRIPTS, ids=lambda value: "script" if isinstance(value, str) else value.name
+)
+def test_a_shown_script_is_one_that_bash_reads(page: Path, script: str) -> None:
+    read = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 def refuse_unknown_extras(words: list[str]) -> None:

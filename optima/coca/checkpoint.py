@@ -1,14 +1,14 @@
 """CoCa models as single safetensors files that carry their configuration, and the errors a wrong file deserves."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from optima.coca.config import CoCaConfig, HeadSpec, ImageEncoderConfig, MultimodalDecoderConfig, TextDecoderConfig
@@ -16,14 +16,14 @@ from optima.coca.image_encoder import Pixels
 from optima.coca.model import CoCa
 from optima.limits import MAX_HEADS, MAX_METADATA_BYTES
 from optima.untrusted import shown
-from optima_core.checkpoint import write_atomically
+from optima_core.checkpoint import replacing
 from optima_core.errors import OptimaError
 
 FORMAT = "optima-coca-1"
 _IMAGES = "pictures"  # what the format calls the number of images of a head
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of the types that weights may be stored in."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types that weights may be stored in, by safetensors' names of them."""
 
 
 def config_from_dict(values: dict[str, Any]) -> CoCaConfig:
@@ -48,19 +48,31 @@ def save_coca(model: CoCa, path: Path, dtype: torch.dtype = torch.float32) -> No
             {task: {"classes": spec.classes, _IMAGES: spec.images} for task, spec in model.head_specs.items()}
         ),
     }
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, _canonical(save(tensors, metadata)))
+    write_safetensors(path, model.state_dict(), metadata, dtype)
 
 
-def _canonical(content: bytes) -> bytes:
-    """The same file with its header in sorted order: safetensors shuffles the metadata, so equal models would differ.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> None:
+    """Replaces a safetensors file, atomically; `dtype`, one of FLOATS, is that of all its tensors.
 
-    A file is the header's length (8 bytes, little endian), the header as JSON padded to a multiple of 8, the tensors.
+    The library's own writer shuffles the metadata, so that equal models would be different files, and holds the whole
+    file in memory. This one holds a tensor at a time. A file is the header's length (8 bytes, little endian), the
+    header as JSON padded to a multiple of 8, the tensors. Raises OptimaError if it cannot be written.
     """
-    length = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+    kind = next(name for name, known in FLOATS.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            stored = tensors[name].detach().to("cpu", dtype).contiguous()
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load_coca(path: Path) -> CoCa:
@@ -69,21 +81,34 @@ def load_coca(path: Path) -> CoCa:
     Raises OptimaError if the file is missing, truncated, not safetensors, of another kind of model, or holds weights
     that are not finite.
     """
+    with _opened(path) as file:
+        config, heads = _description(file.metadata() or {}, path)
+        names = list(file.keys())
+        # Shapes are compared before a tensor is read, so that no file can ask for more memory than its model needs.
+        _refuse_other_shapes(path, config, heads, {name: file.get_slice(name) for name in names})
+        tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
+    refuse_not_finite(tensors, f"checkpoint {path}")
+    return coca_from_tensors(config, heads, tensors).eval()
+
+
+def read_config(path: Path) -> CoCaConfig:
+    """The configuration in a model file; its weights are not read. Raises OptimaError as `load_coca` does."""
+    with _opened(path) as file:
+        return _description(file.metadata() or {}, path)[0]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A model file to read; what safetensors and the disk complain of becomes an OptimaError."""
     if not path.is_file():
         raise OptimaError(f"checkpoint {path} does not exist; give the path of a .safetensors file written by OPTIMA")
     try:
         with safe_open(path, framework="pt") as file:
-            config, heads = _description(file.metadata() or {}, path)
-            names = list(file.keys())
-            # Shapes are compared before a tensor is read, so that no file can ask for more memory than its model needs.
-            _refuse_other_shapes(path, config, heads, {name: file.get_slice(name) for name in names})
-            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
+            yield file
     except (SafetensorError, OSError) as error:
         raise OptimaError(
             f"checkpoint {path} is no readable safetensors file ({error}); it may be truncated"
         ) from error
-    refuse_not_finite(tensors, f"checkpoint {path}")
-    return coca_from_tensors(config, heads, tensors).eval()
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -120,7 +120,10 @@ COMMANDS = {
     "plan": Command(
         "Say what a distillation will need, before a GPU is rented.",
         _OPTIONS + "PlanConfig", _HERE + "plan:plan", recipes="distill",
-        matter=("teacher", "student", "batch_size", "memory", "utilisation", "json"),
+        matter=(
+            "teacher", "student", "batch_size", "stage", "chip", "gpus", "parallel", "shard_over", "memory",
+            "utilisation", "json",
+        ),
     ),
     "doctor": Command(
         "Say what this machine offers and what will be used of it.",

@@ -7,12 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from optima.assets import USE_ONNX
 from optima.coca import CoCa
-from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.checkpoint import load_coca, save_coca, write_safetensors
 from optima.coca.config import CoCaConfig
 from optima.coca.open_clip import from_open_clip, read_state_dict, to_open_clip
 from optima.coca.open_clip_config import open_clip_config, read_open_clip_config
@@ -76,7 +75,7 @@ def _export_safetensors(model: CoCa, config: ExportConfig) -> list[str]:
 def _export_open_clip(model: CoCa, config: ExportConfig) -> list[str]:
     """Also prints what open_clip will not do as we do."""
     path = config.output / WEIGHTS_NAME
-    write_atomically(path, save(to_open_clip(model), {"format": "pt"}))
+    write_safetensors(path, to_open_clip(model), {"format": "pt"})
     again, _ = from_open_clip(read_state_dict(path), model.config, f"checkpoint {path}")
     _refuse_other_weights(path, again.state_dict(), model)
     description = json.dumps(open_clip_config(model.config), indent=2) + "\n"

@@ -26,6 +26,7 @@ from optima.tasks.data import TaskData, head_spec
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
+from optima_core.recompute import recompute_activations
 
 
 def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def finetune_on(
     for split in HELD:
         refuse_unscorable(data, split)
     model = with_head(start, f"model {config.model}", data, config.seed).to(device)
+    if config.recompute:
+        recompute_activations(model.transformer_layers())
     forward = TaskForward(model, config.task)
 
     def losses(step: int) -> dict[str, Tensor]:

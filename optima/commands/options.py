@@ -265,26 +265,82 @@ class CompareConfig:
             )
 
 
-@dataclass(frozen=True)
-class PlanConfig(DistillConfig):
-    """A distillation on one GPU: the options, recipes and resolved config.yaml of `distill`, as they are.
+Chip = Literal["A100", "H100", "B200", "cpu"]
+"""What a plan's times are for; the makers' figures of the GPUs are in `optima.commands.plan.predict`."""
 
-    No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
-    count. Of several GPUs give the share of one as batch_size and probe_size. What bears on neither memory nor the
-    time of a step has no effect.
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What several GPUs are assumed to stand in. Figures are a direction's, 10^9 bytes a second, if not said otherwise.
 
     Attributes:
+        node: GPUs of a machine.
+        nvlink: What a GPU can send to those of its machine; 0 takes the maker's figure of the chip.
+        network: What a GPU can send to those of other machines; 50 is a port of 400 Gbit/s a GPU.
+        reached: Share of both that collectives are assumed to reach, in (0, 1].
+        storage: What a machine can write to, and read from, the checkpoints' disks.
+        cores: CPU cores a GPU that load images.
+        images_a_core: Images a second that such a core decodes and resizes: about 500 of 480 x 640 pixels, as far as
+            can be told from smaller ones (bench/LOADERS.md).
+        image_bytes: Bytes of an image's file; COCO's site tells of 18 GB for 118 thousand.
+    """
+
+    node: int = 8
+    nvlink: float = 0.0
+    network: float = 50.0
+    reached: float = 0.8
+    storage: float = 2.0
+    cores: int = 12
+    images_a_core: float = 500.0
+    image_bytes: int = 160_000
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "node", "cores", "image_bytes")
+        refuse_below(0, self, "nvlink")
+        for name in ("network", "storage", "images_a_core"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        if not 0 < self.reached <= 1:
+            raise ValueError(f"reached must be in (0, 1], got {self.reached}")
+
+
+@dataclass(frozen=True)
+class PlanConfig(DistillConfig):
+    """A distillation: the options, recipes and resolved config.yaml of `distill`, as they are.
+
+    No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
+    count. What bears on neither memory nor the time of a step has no effect.
+
+    Attributes:
+        stage: "distill" plans the distillation; "finetune" the finetuning of its teacher before it, with batch_size
+            items a step, engine.precision and recompute.
+        gpus: GPUs that share the distillation's batches as `parallel` and `shard_over` say.
+        cluster: What several GPUs stand in.
+        chip: What the run's whole time is estimated for. Of "cpu" memory is counted as a CPU's step takes it.
+        peak: 10^12 operations a second that the chip's arithmetic can do; 0 takes its maker's figure. A CPU has none:
+            without one its time is not estimated.
+        bandwidth: 10^12 bytes a second of the chip's memory; 0 takes its maker's figure.
         memory: Memory of the GPU that the step must fit, GB.
-        utilisation: Share of a GPU's peak arithmetic that is assumed to be reached, in (0, 1].
+        utilisation: Share of a chip's peak arithmetic that is assumed to be reached, in (0, 1].
         json: Print the figures as JSON instead of tables.
     """
 
+    stage: Literal["distill", "finetune"] = "distill"
+    gpus: int = 1
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    chip: Chip = "H100"
+    peak: float = 0.0
+    bandwidth: float = 0.0
     memory: float = 80.0
     utilisation: float = 0.4
     json: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_below(0, self, "peak", "bandwidth")
+        refuse_below(1, self, "gpus")
+        if self.gpus > 1 and (self.chip == "cpu" or self.stage == "finetune"):
+            raise ValueError(f"gpus {self.gpus} share a distillation on GPUs, got chip {self.chip}, stage {self.stage}")
         if not 0 < self.memory < math.inf:
             raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
         if not 0 < self.utilisation <= 1:

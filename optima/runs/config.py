@@ -73,6 +73,7 @@ class DistillConfig:
         init: Where the student's weights come from: the checkpoint that `student` names, fresh random numbers, the
             teacher's leading features, or the teacher's principal components on a training batch. null takes the
             checkpoint if `student` is a file, else teacher_pca.
+        init_items: Of teacher_pca: training items that the principal components are taken of.
         batch_size: Items a batch, over all ranks; a step takes engine.accumulate of them.
         probe_size: Items of the held batch that rewards are measured on.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
@@ -110,6 +111,7 @@ class DistillConfig:
     teach: TeachConfig = field(default_factory=TeachConfig)
     student: Path | None = None
     init: Initialisation | None = None
+    init_items: int = 256
     batch_size: int = 32
     probe_size: int = 128
     layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
@@ -132,7 +134,7 @@ class DistillConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(1, self, "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep")
+        refuse_below(1, self, "init_items", "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep")
         refuse_below(
             0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads", "shard_over"
         )
@@ -152,6 +154,8 @@ class FinetuneConfig:
         batch_size: Items a step.
         optimiser: AdamW and its schedule over all steps.
         precision: Arithmetic of the forward pass; weights and optimiser stay fp32.
+        recompute: Keep no activations inside the layers, but compute them again in the backward pass: less memory,
+            about a third more time.
         compile: Compile the three modules with torch.compile; needs a C++ compiler on a CPU.
         stored: Floating-point type of the weights in model.safetensors.
         evaluate_every: Steps between points of the learning curve; 0 draws none.
@@ -173,6 +177,7 @@ class FinetuneConfig:
     batch_size: int = 32
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(learning_rate=1e-4))
     precision: Precision = "bf16"
+    recompute: bool = False
     compile: bool = False
     stored: Literal["fp32", "fp16"] = "fp32"
     evaluate_every: int = 500

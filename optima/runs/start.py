@@ -13,9 +13,7 @@ from optima.runs.directory import START, RunDirectory
 from optima.tasks.data import TaskData, head_spec
 from optima.tasks.fit import refuse_misfit
 from optima_core.errors import OptimaError
-
-INITIALISING_ITEMS = 256
-"""Training items whose activations show a teacher's principal components."""
+from optima_core.precision import arithmetic
 
 
 def find_start(
@@ -66,8 +64,9 @@ def make_start(config: DistillConfig, teacher: CoCa, data: TaskData) -> CoCa:
     elif init == "teacher_truncate":
         truncate_teacher(student, teacher, config.layer_map)
     elif init == "teacher_pca":
-        batch = data.training_batch(0, INITIALISING_ITEMS)
-        project_teacher(student, teacher, batch.images, batch.tokens, config.layer_map)
+        batch = data.training_batch(0, config.init_items)
+        with arithmetic(config.engine.precision, device):  # of the teacher's forward pass; what is in float64 stays so
+            project_teacher(student, teacher, batch.images, batch.tokens, config.layer_map)
     return student.eval()
 
 

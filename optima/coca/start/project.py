@@ -24,6 +24,9 @@ from optima.coca.start.spaces import Space, identity, principal_space
 from optima.coca.start.statistics import Statistics
 from optima.coca.start.truncate import LAYERS, Counterparts, counterparts, truncate_teacher
 
+PIECE_BYTES = 2**28
+"""Most that the activations of an MLP, in float64, may take while the teacher is watched: a batch comes in pieces."""
+
 
 @torch.no_grad()
 def project_teacher(
@@ -45,19 +48,43 @@ def project_teacher(
     """
     _refuse_wider(student, teacher)
     truncate_teacher(student, teacher, layer_map)
-    device = teacher.logit_scale.device
-    images, tokens = images.to(device), tokens.to(device)
     statistics = Statistics()
-    image_count = images.shape[1]
-    valid = tokens.repeat_interleave(image_count, dim=0) != teacher.config.text_decoder.pad_id
-    with statistics.watching(teacher, valid):
-        output = teacher(images, tokens, with_class=True)
-        for task, spec in teacher.head_specs.items():
-            if task in student.head_specs and spec.images == image_count:
-                teacher.class_logits(task, output)
+    image_feature, text_feature = _watch(teacher, student, images, tokens, statistics)
     _Projection(student, teacher, counterparts(student, teacher, layer_map), statistics, rotate).run(
-        output.image_feature.double(), output.text_feature.double()
+        image_feature.double(), text_feature.double()
     )
+
+
+def _watch(
+    teacher: CoCa, student: CoCa, images: Tensor, tokens: Tensor, statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """Runs the teacher on the batch, piece by piece, and counts; -> its contrastive features of images and texts."""
+    device = teacher.logit_scale.device
+    features: list[tuple[Tensor, Tensor]] = []
+    size = _items_a_piece(teacher, images.shape[1], tokens.shape[1])
+    for first in range(0, len(images), size):
+        some_images, some_tokens = (part[first : first + size].to(device) for part in (images, tokens))
+        image_count = some_images.shape[1]
+        valid = some_tokens.repeat_interleave(image_count, dim=0) != teacher.config.text_decoder.pad_id
+        with statistics.watching(teacher, valid):
+            output = teacher(some_images, some_tokens, with_class=True)
+            for task, spec in teacher.head_specs.items():
+                if task in student.head_specs and spec.images == image_count:
+                    teacher.class_logits(task, output)
+        features.append((output.image_feature, output.text_feature))
+    images_of, texts_of = zip(*features, strict=True)
+    return torch.cat(images_of), torch.cat(texts_of)
+
+
+def _items_a_piece(teacher: CoCa, images: int, text_length: int) -> int:
+    """Items whose widest activations, in float64, fit PIECE_BYTES."""
+    image, text, both = teacher.config.image_encoder, teacher.config.text_decoder, teacher.config.multimodal_decoder
+    patches = (image.image_size // image.patch_size) ** 2 + 1
+    widest = max(
+        patches * image.width * image.mlp_ratio,
+        (text_length + 1) * max(text.width * text.mlp_ratio, both.width * both.mlp_ratio),
+    )
+    return max(1, int(PIECE_BYTES / (8 * images * widest)))
 
 
 def _refuse_wider(student: CoCa, teacher: CoCa) -> None:

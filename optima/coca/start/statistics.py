@@ -1,4 +1,4 @@
-"""What a teacher does with a batch, measured on its own device."""
+"""What a teacher does with a batch, or with one batch after another, measured on its own device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from optima.coca.model import CoCa
 
 
 class Statistics:
-    """What the teacher does with a batch.
+    """What the teacher does with the batches that were watched; every row of tokens counts the same.
 
     norms: name of a layer norm -> second moment [D + 1, D + 1] of its inputs, normalised, with a 1 behind.
     units: name of an MLP -> mean and mean square [hidden] of its activations.
@@ -20,6 +20,7 @@ class Statistics:
     def __init__(self) -> None:
         self.norms: dict[str, Tensor] = {}
         self.units: dict[str, tuple[Tensor, Tensor]] = {}
+        self._counts: dict[str, int] = {}
 
     @contextmanager
     def watching(self, model: CoCa, valid: Tensor) -> Iterator[None]:
@@ -35,14 +36,16 @@ class Statistics:
             def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
                 x = nn.functional.layer_norm(rows(inputs[0]), norm.normalized_shape, eps=norm.eps)
                 x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-                self.norms[name] = x.T @ x / len(x)
+                self.norms[name] = _mean(self.norms.get(name), x.T @ x / len(x), self._share(name, len(x)))
 
             handles.append(norm.register_forward_pre_hook(hook))
 
         def watch_units(name: str, mlp: Mlp) -> None:
             def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
                 x = rows(inputs[0])
-                self.units[name] = (x.mean(dim=0), x.square().mean(dim=0))
+                share = self._share(name, len(x))
+                mean, square = self.units.get(name, (None, None))
+                self.units[name] = _mean(mean, x.mean(dim=0), share), _mean(square, x.square().mean(dim=0), share)
 
             handles.append(mlp[2].register_forward_pre_hook(hook))
 
@@ -57,3 +60,13 @@ class Statistics:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _share(self, name: str, rows: int) -> float:
+        """Of all rows seen there, these among them, the share that these are."""
+        self._counts[name] = self._counts.get(name, 0) + rows
+        return rows / self._counts[name]
+
+
+def _mean(before: Tensor | None, found: Tensor, share: float) -> Tensor:
+    """A running mean after some more rows, which are `share` of all."""
+    return found if before is None else before + (found - before) * share

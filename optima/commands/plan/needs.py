@@ -12,34 +12,29 @@ loses to fragmentation, and a fused loss's tiles; `predict.HEADROOM` stands for 
 
 import contextlib
 import dataclasses
-import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from optima.coca import CoCa, CoCaConfig, HeadSpec
 from optima.coca.pairs import module_pairs
+from optima.commands.plan.memory import Memory
+from optima.commands.plan.operations import Operations
 from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
 from optima_core import (
     DistillerConfig,
-    Forward,
-    LinearPrediction,
     ModulePair,
-    Objective,
     Step,
-    WantedTaps,
     recompute_activations,
 )
+from optima_core.config import Precision
 from optima_core.objective import Gates
 from optima_kernels import as_operators
 
@@ -88,35 +83,6 @@ class Needs:
         return self.weights + self.optimiser + self.average + self.probe
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that were made under it and are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def measure_needs(
     teacher_config: CoCaConfig,
     student_config: CoCaConfig,
@@ -146,12 +112,12 @@ def measure_needs(
             torch.zeros(items, dtype=torch.int64),
         )
 
-    with FakeTensorMode(), _Memory() as memory:
+    with FakeTensorMode(), Memory() as memory:
         teacher = CoCa(teacher_config, heads).eval().requires_grad_(False)
         student = CoCa(student_config, heads).train()
         if recompute:
             recompute_activations(student.transformer_layers())
-        work = _Operations(TaskForward(student, task), TaskForward(teacher, task))
+        work = Operations(TaskForward(student, task), TaskForward(teacher, task))
         step = _make_step(student, work, module_pairs(student, teacher, layer_map), engine, device)
         gates = _gates(step, engine)
         averaged = 0 if step.average is None else _bytes(step.average.module)
@@ -217,7 +183,7 @@ def _is_ahead(engine: DistillerConfig, device: Literal["gpu", "cpu"]) -> bool:
     return engine.teacher_ahead and not engine.compile and device == "cpu"
 
 
-def _next_taught(step: Step[TaskBatch], load: Callable[[], TaskBatch], memory: _Memory) -> int:
+def _next_taught(step: Step[TaskBatch], load: Callable[[], TaskBatch], memory: Memory) -> int:
     """The most that a batch and the teacher's forward of it take."""
     before = memory.peak = memory.live
     step.teach(load(), step.names)
@@ -231,19 +197,23 @@ class _OnGpu(Step[TaskBatch]):
     over tiles.
     """
 
-    @contextlib.contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(as_operators())
-            if self.config.precision != "fp32":
-                half = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
-                stack.enter_context(torch.autocast("cpu", half))
-            yield
+    def arithmetic(self) -> AbstractContextManager[None]:
+        return gpu_arithmetic(self.config.precision)
+
+
+@contextlib.contextmanager
+def gpu_arithmetic(precision: Precision | Literal["fp16"]) -> Iterator[None]:
+    """What `optima_core.precision.arithmetic` is on a GPU, for fake tensors, and losses as fused operators."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_operators())
+        if precision != "fp32":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16 if precision == "bf16" else torch.float16))
+        yield
 
 
 def _make_step(
     student: CoCa,
-    work: "_Operations",
+    work: Operations,
     pairs: Sequence[ModulePair],
     engine: DistillerConfig,
     device: Literal["gpu", "cpu"],
@@ -258,83 +228,6 @@ def _gates(step: Step[TaskBatch], engine: DistillerConfig) -> Gates:
     """Those of all modules; an update behind gates keeps copies."""
     known = engine.read_arm and not engine.compile
     return {name: None if known else torch.ones(()) for name in step.names}
-
-
-class _Operations:
-    """Both models, whose operations it counts, and the shapes of what they show."""
-
-    def __init__(self, student: TaskForward, teacher: TaskForward) -> None:
-        self._models = {"student": student, "teacher": teacher}
-        self.forget()
-
-    def forget(self) -> None:
-        """Begins anew."""
-        self.counts = dict.fromkeys(("teacher", "student", "backward"), 0)
-        self._shown: dict[str, list[Any]] = {"student": [], "teacher": []}
-
-    def student(self, batch: TaskBatch, wanted: WantedTaps) -> Forward:
-        return self._run("student", batch, wanted)
-
-    def teacher(self, batch: TaskBatch, wanted: WantedTaps) -> Forward:
-        return self._run("teacher", batch, wanted)
-
-    def losses(self, objective: Objective) -> int:
-        """The operations of the losses of what was shown."""
-        pairs = zip(self._shown["student"], self._shown["teacher"], strict=True)
-        return sum(_loss_operations(student, teacher, objective) for student, teacher in pairs)
-
-    def _run(self, name: str, batch: TaskBatch, wanted: WantedTaps) -> Forward:
-        with self.counting(name):
-            output = self._models[name](batch, wanted)
-        self._shown[name].append(tree_map_only(Tensor, lambda x: x.shape, output))
-        return output
-
-    @contextlib.contextmanager
-    def counting(self, name: str) -> Iterator[None]:
-        """Adds the operations of the block to a count."""
-        aten = torch.ops.aten
-
-        def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-            return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
-
-        def backward(d_out: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-            return int(sdpa_backward_flop_count(d_out, q, k, v))  # type: ignore[no-untyped-call]
-
-        def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-            return int(2 * math.prod(x) * weight[0])
-
-        counter = FlopCounterMode(
-            display=False,
-            custom_mapping={
-                torch.ops.mkldnn._linear_pointwise: linear,  # what a CPU may take for fp32
-                aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-            },
-        )
-        with counter:
-            yield
-        self.counts[name] += counter.get_total_flops()
-
-
-def _loss_operations(student: Any, teacher: Any, objective: Objective) -> int:
-    """The matrix products in the losses' definitions and in their gradients, each once.
-
-    student, teacher: what `Forward` is, with shapes in the place of tensors.
-    """
-    config, found = objective.config, 0
-    for module, taps in student.taps.items():
-        layers = objective.pairs[module].teacher_layer_of()
-        tapped = dict(zip(sorted(set(layers)), teacher.taps[module], strict=True))
-        for i, tap in enumerate(taps):
-            if config.hidden:
-                found += 6 * math.prod(tap.hidden) * tapped[layers[i]].hidden[-1]
-            if config.attention:
-                for s, t in zip(tap.attention, tapped[layers[i]].attention, strict=True):
-                    found += 2 * (3 * math.prod(s.q) * s.k[2] + math.prod(t.q) * t.k[2])
-    if config.logits and isinstance(student.prediction, LinearPrediction):
-        ours, theirs = student.prediction.hidden, teacher.prediction.hidden
-        found += 2 * student.prediction.weight[0] * (3 * math.prod(ours) + math.prod(theirs))
-    return found
 
 
 def _parameters(module: nn.Module) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from optima.coca.checkpoint import FORMAT, config_from_dict, load_coca, save_coca
+from optima.coca.checkpoint import FORMAT, config_from_dict, load_coca, read_config, save_coca, write_safetensors
 from optima.coca.config import CoCaConfig
 from optima_core import OptimaError
 
@@ -35,6 +35,38 @@ def test_equal_models_are_equal_files(make_coca, tmp_path: Path, seed: int) -> N
     # What another reader sees in it.
     with safe_open(tmp_path / "a", framework="pt") as file:
         assert set(file.keys()) == set(model.state_dict())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_a_file_is_written_with_the_memory_of_one_tensor(tmp_path: Path, seed: int) -> None:
+    part = 2**24
+    tensors = {f"part {i}": torch.randn(part // 4) for i in range(8)} | {"scalar": torch.randn(())}
+    write_safetensors(tmp_path / "first", {"scalar": tensors["scalar"]}, {})  # what libraries keep from a first call
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident("VmRSS")
+    write_safetensors(tmp_path / "all", tensors, {"format": "any"}, torch.float16)
+    assert resident("VmHWM") - before < 1.5 * part
+    read = load_file(tmp_path / "all")
+    assert all(torch.equal(tensor.half(), read[name]) for name, tensor in tensors.items())
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at the most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+
+def test_a_configuration_is_read_without_the_weights(make_coca, tmp_path: Path, seed: int) -> None:
+    model, path = make_coca(), tmp_path / "model.safetensors"
+    save_coca(model, path)
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:end] + b"\xff" * (len(content) - end))  # NaN
+    assert read_config(path) == model.config
+    with pytest.raises(OptimaError, match="not finite"):
+        load_coca(path)
+    with pytest.raises(OptimaError, match="does not exist"):
+        read_config(tmp_path / "nowhere")
 
 
 def test_half_precision_is_stored_when_asked_for_and_read_as_float32(make_coca, tmp_path: Path, seed: int) -> None:

@@ -101,6 +101,24 @@ def test_a_projection_that_loses_nothing_computes_what_the_teacher_does(seed: in
         assert error(found, theirs[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize(("pooler", "images"), [(0, 1), (5, 1), (0, 2)])
+def test_a_batch_watched_in_pieces_of_unequal_size_gives_the_same_projection(
+    seed: int, monkeypatch: pytest.MonkeyPatch, pooler: int, images: int
+) -> None:
+    teacher, batch = trained(make_model(pooler=pooler)), make_batch(images)
+    whole, pieces = make_model(pooler=pooler), make_model(pooler=pooler)
+    pieces.load_state_dict(whole.state_dict())
+    project_teacher(whole, teacher, *batch, rotate=True)
+    monkeypatch.setattr("optima.coca.start.project.PIECE_BYTES", 8 * images * 17 * 64 * 11)  # 11 of 40 items
+    sizes: list[int] = []
+    teacher.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    project_teacher(pieces, teacher, *batch, rotate=True)
+    assert sizes == [11, 11, 11, 7]
+    theirs = said(whole, *batch)
+    for name, found in said(pieces, *batch).items():
+        assert error(found, theirs[name]) < 1e-9, name
+
+
 @pytest.mark.parametrize("pooler", [0, 5])
 def test_gains_between_norms_are_met_on_average(seed: int, pooler: int) -> None:
     teacher, student = trained(make_model(pooler=pooler), True), make_model(pooler=pooler)

@@ -50,6 +50,15 @@ def silent(_: str) -> None:
     pass
 
 
+def test_activations_computed_again_change_no_weight(imported: Path, tmp_path: Path) -> None:
+    kept, again = (
+        load_coca(run / "model.safetensors").state_dict()
+        for run in (tmp_path / "kept", tmp_path / "again")
+        if finetune(config(run, imported, recompute=run.name == "again", evaluate_every=0), silent)
+    )
+    assert all(torch.equal(kept[name], tensor) for name, tensor in again.items())
+
+
 def test_an_imported_model_becomes_a_task_teacher(imported: Path, brief: list[str], tmp_path: Path) -> None:
     said: list[str] = []
     summary = finetune(config(tmp_path / "run", imported), said.append)

@@ -15,7 +15,8 @@ from optima.coca.checkpoint import config_from_dict
 from optima.coca.presets import preset
 from optima.commands.options import PlanConfig
 from optima.commands.plan.needs import Needs, measure_needs
-from optima.commands.plan.predict import GPUS, largest_batch, predicted_seconds
+from optima.commands.plan.predict import GPUS, largest_batch, predicted_hours, predicted_seconds, rates_of
+from optima.commands.plan.training import measure_training
 from optima.run import main
 from optima.runs.config import DistillConfig
 from optima.runs.directory import RunDirectory
@@ -176,13 +177,54 @@ def test_the_running_average_is_as_large_as_the_student_and_fp16_is_planned_too(
 
 def test_a_prediction_is_operations_over_the_assumed_rate_and_the_optimisers_traffic() -> None:
     needs = Needs(0, 10**9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1e15, 1e15, 1e15, 1e15)
-    a100 = GPUS[0]
-    seconds = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5, engine=DistillerConfig(precision="bf16")))
+    a100, half = GPUS["A100"], DistillerConfig(precision="bf16")
+    seconds = predicted_seconds(needs, rates_of(PlanConfig(utilisation=0.5, engine=half), a100))
     assert seconds == pytest.approx(4e15 / (312e12 * 0.5) + 28e9 / (0.8 * 2.04e12))
-    fp32 = predicted_seconds(needs, a100, PlanConfig(utilisation=0.5))
+    fp32 = predicted_seconds(needs, rates_of(PlanConfig(utilisation=0.5), a100))
     assert fp32 == pytest.approx(4e15 / (19.5e12 * 0.5) + 28e9 / (0.8 * 2.04e12))
+    own = predicted_seconds(needs, rates_of(PlanConfig(chip="cpu", peak=0.1, utilisation=0.5)))
+    assert own == pytest.approx(4e15 / (0.1e12 * 0.5))
+    assert predicted_seconds(needs, rates_of(PlanConfig(chip="cpu", peak=0.1, bandwidth=0.01))) == pytest.approx(
+        4e15 / (0.1e12 * 0.4) + 28e9 / (0.8 * 0.01e12)
+    )
+    assert rates_of(PlanConfig(chip="cpu")) is None
     some = dataclasses.replace(needs, weights=10**9, gradients=10**9, step_peak=5 * 10**9)
     assert largest_batch(some, 10, 11.0) == 20
+
+
+def test_hours_are_of_all_steps_and_probes() -> None:
+    needs = Needs(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1e12, 2e12, 3e12, 4e12)
+    config = PlanConfig(
+        batch_size=8, probe_size=40, engine=DistillerConfig(rounds=30, steps_per_round=20, accumulate=2)
+    )
+    assert predicted_hours(needs, config, 6.0, 16) == pytest.approx(30 * (20 * 6 + 6 * 0.2 * 40 / 16) / 3600)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_finetuning_is_planned_by_hand(recompute: bool) -> None:
+    shape = sizes(128, 3, 4)
+    one, two = (
+        measure_training(
+            shape,
+            "vqa",
+            batch_size=size,
+            text_length=24,
+            classes=50,
+            precision="fp32",
+            recompute=recompute,
+            device="cpu",
+        )
+        for size in (8, 16)
+    )
+    assert one.parameters == sum(p.numel() for p in CoCa(shape, {"vqa": HeadSpec(50)}).parameters())
+    assert one.gradients == 4 * one.parameters
+    assert one.optimiser == pytest.approx(8 * one.parameters, rel=1e-3)
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
+    assert two.operations == pytest.approx(2 * one.operations, rel=0.01)
+    assert two.peak > two.weights + two.optimiser + two.activations
+    kept = measure_training(shape, "vqa", batch_size=16, text_length=24, classes=50, precision="fp32", device="cpu")
+    assert (two.activations < 0.7 * kept.activations) is recompute
+    assert (two.operations > 1.2 * kept.operations) is recompute
 
 
 DEEP = dataclasses.asdict(sizes(128, 3, 4))
@@ -197,7 +239,9 @@ def test_the_command_prints_figures_and_what_to_change(capsys: pytest.CaptureFix
     assert (found["teacher"], found["student"]) == ("the shipped teacher", "the shipped student")
     assert found["fits"]
     assert found["advice"] == []
-    assert set(found["predicted"]) == {gpu.name for gpu in GPUS}
+    assert set(found["predicted"]) == {gpu.name for gpu in GPUS.values()}
+    assert found["seconds"] == found["predicted"][GPUS["H100"].name]["seconds"]
+    assert found["hours"] > 60 * 25 * found["seconds"] / 3600
     assert main([*SMALL, "--memory", str(found["needs"]["peak"] / 1e9)]) == 0
     said = capsys.readouterr().out
     assert "Predictions, not measurements" in said
@@ -235,6 +279,19 @@ def test_the_resolved_configuration_of_a_run_is_planned_as_it_is(
     assert main(["plan", "--config", str(directory.path / "config.yaml")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the shipped teacher -> the shipped student, nlvr2, batch 4, fp32" in said
+
+
+def test_the_command_plans_the_teachers_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--stage", "finetune", "--batch_size", "8", "--chip", "cpu"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["needs"]["peak"] > found["needs"]["weights"] + found["needs"]["optimiser"]
+    assert found["seconds"] is None
+    assert main([*words, "--peak", "0.1", "--memory", str(found["needs"]["peak"] / 1e9)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "finetuning the shipped teacher, captioning, batch 8, fp32" in said
+    assert "s on cpu, estimated" in said
+    assert "Does not fit" in said
 
 
 @pytest.mark.parametrize(
