@@ -10,7 +10,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -23,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from whole_step import make_coca, make_whole_step, random_batch
 
 import optima_kernels.attention
 import optima_kernels.hidden
@@ -36,10 +36,6 @@ from optima_core.objective import Losses, Objective, as_vector
 from optima_core.records import Sent
 from optima_core.terms import LossGroup
 from optima_kernels.shared.dispatch import INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
-
-from whole_step import make_coca, make_whole_step, random_batch
 
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException)
 CONFIGS = [
