@@ -88,6 +88,23 @@ def test_a_step_reads_no_value(config: ObjectiveConfig, backend: str) -> None:
     run_fake_step(DistillerConfig(objective=config, ema=0.9))
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "mse_jsd", "relation_reverse", "mean"])
+def test_a_step_sends_no_number_to_the_device(
+    config: ObjectiveConfig, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU's host waits for, too, and no fake tensor sees."""
+
+    def refuse(*arguments: Any, **named: Any) -> Tensor:
+        raise AssertionError("a number was sent to the device")
+
+    with FakeTensorMode():
+        whole, batch = make_whole_step(DistillerConfig(objective=config, ema=0.9)), random_batch()
+        _, bandit, meter = whole.run(batch, whole.bandit, whole.meter)
+        for owner, name in ((torch, "as_tensor"), (torch, "tensor"), (Tensor, "new_tensor")):
+            monkeypatch.setattr(owner, name, refuse)
+        whole.run(batch, bandit, meter)
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_no_policy_reads_a_value(policy: str) -> None:
     objective = ObjectiveConfig(hidden=0.0, attention=0.0)
