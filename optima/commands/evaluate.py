@@ -43,12 +43,12 @@ def _shown_as(data: DataConfig, trained: TransformConfig) -> DataConfig:
 
 def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torch.device) -> None:
     console = make_console()
-    report = config.predictions / REJECTED if config.predictions is not None else None
+    rejected = config.predictions / REJECTED if config.predictions is not None else None
     trained = words_beside(config.model)
     words, chosen = None, config.data
     if trained is not None:
         words, chosen = (trained.tokenizer, trained.text_length), _shown_as(chosen, trained.transform)
-    data = open_data(chosen, task, model.config, device=device, report=report, words=words)
+    data = open_data(chosen, task, model.config, device=device, rejected=rejected, words=words)
     with contextlib.closing(data):
         refuse_other_words(config.model, data)
         refuse_misfit(model, f"model {config.model}", data)
