@@ -127,7 +127,7 @@ def test_the_blocks_counted_fit_on_a_multiprocessor_and_no_more(name: str) -> No
 def outcome(**changes: Any) -> Outcome:
     launch = Launch(replace(COMPILED, **changes), (200, 1, 1), Path("x.cubin"))
     faults = tuple(f"a_kernel {fault}" for fault in gate.faults_of(launch, fills_chip=True))
-    return Outcome("attention kl plain d64", launch.compiled.target, (launch,), 1, 0, "", faults)
+    return Outcome("attention kl plain d64", launch.compiled.target, (launch,), 1, "", faults)
 
 
 def test_the_table_keeps_the_sections_of_other_triton_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

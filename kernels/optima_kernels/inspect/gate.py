@@ -35,13 +35,12 @@ WARPS_OF_A_GROUP = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a problem launches on a target: different kernels in order, calls of the vendor's products, and faults."""
+    """What a problem launches on a target, different kernels in order and how many launches in all, and its faults."""
 
     problem: str
     target: str
     launches: tuple[Launch, ...]
     launched: int
-    vendor_products: int
     refused: str
     faults: tuple[str, ...]
 
@@ -63,8 +62,7 @@ def examine(problem: Problem, target: str) -> Outcome:
     if log.host_reads:
         faults.append(f"the host waits for the GPU: {log.host_reads[0]}")
     different = tuple({(x.compiled, x.grid): x for x in log.launches}.values())
-    counts = (len(log.launches), len(log.products))
-    return Outcome(problem.name, target, different, *counts, refused, tuple(dict.fromkeys(faults)))
+    return Outcome(problem.name, target, different, len(log.launches), refused, tuple(dict.fromkeys(faults)))
 
 
 def faults_of(launch: Launch, fills_chip: bool) -> Iterator[str]:
