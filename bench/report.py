@@ -65,7 +65,7 @@ def commit(root: Path = ROOT) -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!bench/results", ":!bench/RESULTS.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!bench/results", ":!bench/*.md")
     return git("describe", "--always") + (DIRTY if changed else "")
 
 
