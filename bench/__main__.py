@@ -6,8 +6,9 @@
     python -m bench --only logits --no-growth --rounds 2
     python -m pytest bench --benchmark-only             # the same contests under pytest-benchmark
 
-Prints one table of ratios, writes JSON into bench/results/<device>/ and renders bench/RESULTS.md from all of it. Runs
-on a GPU where there is one. Exit status 1: a contender that should equal ours did not.
+Prints one table of ratios, writes JSON into bench/results/<device>/ and renders bench/RESULTS.md from all of it; of a
+tree with changes that are not committed it keeps nothing, since nobody could measure that again: --dry. Runs on a GPU
+where there is one. Exit status 1: a contender that should equal ours did not.
 """
 
 import argparse
@@ -60,6 +61,11 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     console = Console()
     console.width = max(console.width, 160)  # names are long, and a pipe says 80
     about = report.describe(device) | {"clock": clock}
+    if write and about["commit"].endswith(report.DIRTY):
+        print(
+            f"python -m bench: {about['commit']} is no commit to measure again; commit first, or --dry", file=sys.stderr
+        )
+        return 2
     console.print(about)
     right = True
     table = Table(*report.HEADER, title=f"{about['device']}, torch {torch.__version__}")

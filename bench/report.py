@@ -38,9 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -56,6 +54,19 @@ def describe(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+DIRTY = "-dirty"
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit that a tree is at, `DIRTY` behind it where more than the results of this command has changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!bench/results", ":!bench/*.md")
+    return git("describe", "--always") + (DIRTY if changed else "")
 
 
 def _version(package: str) -> str | None:

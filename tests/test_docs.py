@@ -64,7 +64,7 @@ def test_a_shown_command_is_one_that_the_program_takes(
         elif words[:2] == ["python", "-m"]:
             assert find_spec(words[2]) is not None
         elif words[:2] == ["pip", "install"]:
-            refuse_unknown_extras(words)
+            refuse_what_cannot_be_installed(words)
 
 
 SCRIPTS = [
@@ -80,7 +80,11 @@ def test_a_shown_script_is_one_that_bash_reads(page: Path, script: str) -> None:
     assert (read.returncode, read.stderr) == (0, "")
 
 
-def refuse_unknown_extras(words: list[str]) -> None:
+def refuse_what_cannot_be_installed(words: list[str]) -> None:
+    """Folders that hold no distribution, and extras that none has."""
+    for word in words:
+        if word.startswith("./"):
+            assert (ROOT / word.partition("[")[0] / "pyproject.toml").is_file(), word
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8") + (ROOT / "kernels/pyproject.toml").read_text("utf-8")
     for word in words:
         for name in re.findall(r"\[([\w,]+)]", word):

@@ -10,7 +10,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -23,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from whole_step import make_coca, make_whole_step, random_batch
 
 import optima_kernels.attention
 import optima_kernels.hidden
@@ -36,10 +36,6 @@ from optima_core.objective import Losses, Objective, as_vector
 from optima_core.records import Sent
 from optima_core.terms import LossGroup
 from optima_kernels.shared.dispatch import INTERPRETED
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `from whole_step import ...` under --import-mode=importlib
-
-from whole_step import make_coca, make_whole_step, random_batch
 
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException)
 CONFIGS = [
@@ -90,6 +86,23 @@ def run_fake_step(config: DistillerConfig, steps: int = 2) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "mse_jsd", "relation_reverse", "mean"])
 def test_a_step_reads_no_value(config: ObjectiveConfig, backend: str) -> None:
     run_fake_step(DistillerConfig(objective=config, ema=0.9))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "mse_jsd", "relation_reverse", "mean"])
+def test_a_step_sends_no_number_to_the_device(
+    config: ObjectiveConfig, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU's host waits for, too, and no fake tensor sees."""
+
+    def refuse(*arguments: Any, **named: Any) -> Tensor:
+        raise AssertionError("a number was sent to the device")
+
+    with FakeTensorMode():
+        whole, batch = make_whole_step(DistillerConfig(objective=config, ema=0.9)), random_batch()
+        _, bandit, meter = whole.run(batch, whole.bandit, whole.meter)
+        for owner, name in ((torch, "as_tensor"), (torch, "tensor"), (Tensor, "new_tensor")):
+            monkeypatch.setattr(owner, name, refuse)
+        whole.run(batch, bandit, meter)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

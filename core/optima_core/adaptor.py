@@ -58,6 +58,7 @@ class LinearQKV:
     Attributes:
         qkv: Path of the projection, from the layer.
         heads: Number of heads.
+        context: None; the keys are of its own tokens.
     """
 
     qkv: str

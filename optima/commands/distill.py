@@ -105,7 +105,7 @@ def distill(config: DistillConfig) -> Summary | None:
             device=ranks.device,
             rank=ranks.rank,
             world_size=ranks.count,
-            report=config.run / REJECTED,
+            rejected=config.run / REJECTED,
         )
         stack.enter_context(contextlib.closing(data))
         path = config.teacher or TEACHER

@@ -42,7 +42,7 @@ def _shown_as(data: DataConfig, trained: TransformConfig) -> DataConfig:
 
 
 def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, ranks: Ranks) -> None:
-    report = config.predictions / REJECTED if config.predictions is not None else None
+    rejected = config.predictions / REJECTED if config.predictions is not None else None
     trained = words_beside(config.model)
     words, chosen = None, config.data
     if trained is not None:
@@ -54,7 +54,7 @@ def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, ranks: Ranks
         device=ranks.device,
         rank=ranks.rank,
         world_size=ranks.count,
-        report=report,
+        rejected=rejected,
         words=words,
     )
     with contextlib.closing(data):

@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig, say: Callable[[str], None] = print) -> dict
     with RunDirectory(config.run, resume=config.resume, keep=2) as directory:
         start = load_coca(config.model)
         data = open_data(
-            config.data, config.task, start.config, seed=config.seed, device=device, report=config.run / REJECTED
+            config.data, config.task, start.config, seed=config.seed, device=device, rejected=config.run / REJECTED
         )
         with contextlib.closing(data):
             return finetune_on(data, config, directory, start, device, say, started)

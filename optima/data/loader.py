@@ -47,7 +47,7 @@ class Loader:
         seed: seed of order and windows.
         rank: this process.
         world_size: number of processes; together they see every record once an epoch.
-        report: rejected.jsonl, to which unusable images are appended; None reports nothing but counts.
+        log: of rejected.jsonl, to which unusable images are appended; None keeps no list.
         training: whether `load` gives the training's windows, or the evaluation's.
     """
 
@@ -61,7 +61,7 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
-        report: RejectionLog | None,
+        log: RejectionLog | None,
         training: bool,
     ) -> None:
         self.records = records
@@ -69,7 +69,7 @@ class Loader:
         self._config = config
         self._engine = engine
         self._order = Order(len(records), batch_size, seed, rank, world_size)
-        self._report = report or RejectionLog(None)
+        self._log = log or RejectionLog(None)
         self._training = training
         self._next = -1
         self._running: Iterator[tuple[ImageBatch, tuple[Fault, ...]]] = iter(())
@@ -120,7 +120,7 @@ class Loader:
             if fault.record not in self.rejected:
                 rejection = Rejection(self.records[fault.record].id, fault.where, fault.kind, fault.reason)
                 self.rejected[fault.record] = rejection
-                self._report.add([rejection])
+                self._log.add([rejection])
         lost, total = len(self.rejected), len(self.records)
         if lost > self._config.max_rejected * total or (not may_be_empty and not len(batch.indices)):
             last = list(self.rejected.values())[-1]
@@ -145,7 +145,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
-    report: RejectionLog | None = None,
+    log: RejectionLog | None = None,
     training: bool = True,
 ) -> Loader:
     """A loader with the engine that the configuration and the device ask for.
@@ -158,7 +158,7 @@ def make_loader(
         rank: this process.
         world_size: number of processes.
         device: where the batches' images are wanted; the torch engine gives them on the CPU (pinned for a GPU).
-        report: rejected.jsonl, to which unusable images are appended.
+        log: of rejected.jsonl, to which unusable images are appended; None keeps no list.
         training: whether `load` crops at random and mirrors.
 
     Raises:
@@ -183,6 +183,6 @@ def make_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
-        report=report,
+        log=log,
         training=training,
     )

@@ -33,7 +33,7 @@ def open_data(
     device: torch.device | None = None,
     rank: int = 0,
     world_size: int = 1,
-    report: Path | None = None,
+    rejected: Path | None = None,
     words: tuple[Tokenizer, int] | None = None,
 ) -> TaskData:
     """The data set in the role of the task.
@@ -46,7 +46,7 @@ def open_data(
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training items.
-        report: file to which unusable images are appended.
+        rejected: file to which unusable images are appended.
         words: the tokenizer and the length of a text that the model was trained with, if they are known; they stand in
             for what the configuration leaves open, or would make of the texts.
 
@@ -76,7 +76,7 @@ def open_data(
         device=device,
         rank=rank,
         world_size=world_size,
-        report=report,
+        rejected=rejected,
     )
 
 

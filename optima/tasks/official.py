@@ -55,7 +55,7 @@ class OfficialTask:
         device: where batches are wanted.
         rank: this process.
         world_size: number of processes, which share the training records.
-        report: rejected.jsonl, to which unusable rows and images are appended; None keeps no list.
+        rejected: rejected.jsonl, to which unusable rows and images are appended; None keeps no list.
 
     Raises OptimaError if the split or a file does not exist, or too many items are unusable.
     """
@@ -76,7 +76,7 @@ class OfficialTask:
         device: torch.device | None = None,
         rank: int = 0,
         world_size: int = 1,
-        report: Path | None = None,
+        rejected: Path | None = None,
     ) -> None:
         self.name: str = name
         self.task: Task = FORMATS[name].task
@@ -95,8 +95,8 @@ class OfficialTask:
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._rank, self._world_size = rank, world_size
-        self._report = RejectionLog(report)
-        self._report_path = report
+        self._log = RejectionLog(rejected)
+        self._rejected = rejected
         self._read: dict[str, Records] = {}
         self._unused: dict[str, set[str]] = {}
         self._training: tuple[int, Loader] | None = None
@@ -141,9 +141,9 @@ class OfficialTask:
         """Names the rows that cannot be used, and says how many there are."""
         if not records.rejected:
             return
-        self._report.add(records.rejected)
+        self._log.add(records.rejected)
         total = len(records) + len(records.rejected)
-        listed = f"; each is named in {self._report_path}" if self._report_path is not None else ""
+        listed = f"; each is named in {self._rejected}" if self._rejected is not None else ""
         warnings.warn(
             f"{self.name} {records.split}: {len(records.rejected)} of {total} items cannot be used "
             f"({counted_kinds(records.rejected)}){listed}",
@@ -164,7 +164,7 @@ class OfficialTask:
                     rank=self._rank,
                     world_size=self._world_size,
                     device=self._device,
-                    report=self._report,
+                    log=self._log,
                 ),
             )
         images, indices, epochs = self._training[1].load(number)
@@ -205,7 +205,7 @@ class OfficialTask:
         most = min(1.0, self._loader.max_rejected * total / len(places))
         loading = dataclasses.replace(self._loader, max_rejected=most)
         with make_loader(
-            records, loading, batch_size=size, device=self._device, report=self._report, training=False
+            records, loading, batch_size=size, device=self._device, log=self._log, training=False
         ) as loader:
             for images, indices, _ in loader.once():
                 found = indices.tolist()

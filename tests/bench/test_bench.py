@@ -2,16 +2,22 @@
 
 import json
 import math
+import re
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import attention, bandit, hidden, loaders, logits, report, whole_step
+from bench.__main__ import main as bench_main
 from bench.contest import Bar, Contest, Sweep, Unavailable
 from bench.growth import exponent, grow
 from bench.measure import measure, own_memory, prepare
+from optima_core import Step
 
 CPU = torch.device("cpu")
 SIZES = whole_step.Sizes(
@@ -86,6 +92,54 @@ def test_growth_measures_each_contender_up_to_its_largest_size() -> None:
     assert [point["size"] for point in found["points"]["optima"]] == [1, 2, 4]
     assert [point["size"] for point in found["points"]["eager"]] == [1, 2]
     assert found["exponents"]["eager"]["time"] is None
+
+
+def test_of_a_tree_that_is_not_committed_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "bench").mkdir()
+    for name in ("code.py", "bench/RESULTS.md"):
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = report.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "bench/RESULTS.md").write_text("2")
+    (tmp_path / "notes").write_text("not tracked")
+    assert report.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert report.commit(tmp_path) == clean + "-dirty"
+
+    monkeypatch.setattr(report, "describe", lambda device: {"commit": clean + "-dirty", "device": "any"})
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "attention", "--device", "cpu"])
+    assert bench_main() == 2
+    assert f"{clean}-dirty is no commit to measure again" in capsys.readouterr().err
+
+
+def test_the_step_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def spied(name: str) -> Callable[..., Any]:
+        inner = getattr(Step, name)
+
+        def spy(*arguments: Any, **named: Any) -> Any:
+            taken.append(name)
+            return inner(*arguments, **named)
+
+        return spy
+
+    for name in ("losses", "backward", "update", "advance"):
+        monkeypatch.setattr(Step, name, spied(name))
+    (contest, *_) = whole_step.contests(CPU, SIZES)
+    run = contest.contenders["optima"]()
+    assert taken == []
+    run()
+    assert taken == ["losses", "backward", "update", "advance"]
 
 
 def test_results_are_written_per_machine_and_rendered(tmp_path: Path) -> None:

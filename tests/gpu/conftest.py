@@ -1,14 +1,11 @@
 """Everything here runs on a CUDA device, and says so where there is none."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `from whole_step import ...` under --import-mode=importlib
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,13 +1,7 @@
 """The Triton kernels on a real GPU: right, deterministic, without waiting, in CUDA graphs and compiled."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from loss_calls import CALLS, Call, attention
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}

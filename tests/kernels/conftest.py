@@ -1,14 +1,10 @@
 """How many random problems are tried, and where."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `from kernel_support import ...` under --import-mode=importlib
 
 # OPTIMA_TEST_EXAMPLES scales how many random problems each property is tried on.
 settings.register_profile(

@@ -70,6 +70,11 @@ def serialised() -> None:
     transposed_accumulator[(1000,)](q, k, out, 4096, BN=64, D=64)
 
 
+def eight_warps() -> None:
+    a, b, c = empty(128, 4096), empty(4096, 64), empty(128, 64, dtype=torch.float32)
+    product[(1000,)](a, b, c, 4096, BM=128, BN=64, BK=64, num_warps=8)
+
+
 def few_programs() -> None:
     a, b, c = empty(64, 4096), empty(4096, 64), empty(64, 64, dtype=torch.float32)
     product[(131,)](a, b, c, 4096, BM=64, BN=64, BK=64)
@@ -104,8 +109,8 @@ def examined(name: str) -> Outcome:
 
 
 def main() -> None:
-    names = ("spills", "shared", "serialised", "few_programs", "large_grid", "fine", "refused", "uncompilable", "waits")
-    found: dict[str, object] = {name: examined(name).faults for name in names}
+    names = ("spills", "shared", "serialised", "eight_warps", "few_programs", "large_grid", "fine", "refused")
+    found: dict[str, object] = {name: examined(name).faults for name in (*names, "uncompilable", "waits")}
     found["refusal allowed"] = examine(Problem("refused", refused, may_refuse=True), "sm_90").faults
     few = Problem("few_programs", few_programs, fills_chip=False)
     found["few at a small size"] = examine(few, "sm_90").faults

@@ -43,6 +43,7 @@ def planted() -> dict[str, Any]:
         ("spills", "wide_rows spills"),
         ("shared", "bytes of shared memory a block, 232448 at most"),
         ("serialised", "transposed_accumulator has its wgmma instructions serialised (ptxas C7515)"),
+        ("eight_warps", "product multiplies by wgmma in 8 warps"),
         ("few_programs", "product multiplies matrices in 131 programs, on 132 multiprocessors"),
         ("large_grid", "doubled is launched on 65536 programs along y, 65535 at most"),
         ("refused", "cannot be launched: no such option"),
@@ -79,6 +80,20 @@ def test_what_the_losses_launch_has_no_fault(tmp_path: Path) -> None:
     assert all(f"| {name} |" in text for name in names)
 
 
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("sm_90", ["kl float32 teacher", "kl d256 bool", "kl relation of 2 heads", "32768 features"]),
+        ("sm_100", ["kl 300 queries, 1 keys"]),
+    ],
+)
+def test_edges_that_compilers_stumble_over_have_no_fault(target: str, names: list[str]) -> None:
+    """A teacher wider than its student's tiles, heads and rows beyond registers and shared memory, a single key."""
+    result = run("-m", "optima_kernels.inspect.gate", "--target", target, "--only", *names)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"{len(names)} problems, 0 faults")
+
+
 def test_every_problem_has_a_name_of_its_own() -> None:
     names = [problem.name for problem in problems()]
     assert len(set(names)) == len(names)
@@ -112,7 +127,7 @@ def test_the_blocks_counted_fit_on_a_multiprocessor_and_no_more(name: str) -> No
 def outcome(**changes: Any) -> Outcome:
     launch = Launch(replace(COMPILED, **changes), (200, 1, 1), Path("x.cubin"))
     faults = tuple(f"a_kernel {fault}" for fault in gate.faults_of(launch, fills_chip=True))
-    return Outcome("attention kl plain d64", launch.compiled.target, (launch,), 1, 0, "", faults)
+    return Outcome("attention kl plain d64", launch.compiled.target, (launch,), 1, "", faults)
 
 
 def test_the_table_keeps_the_sections_of_other_triton_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

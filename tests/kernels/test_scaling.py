@@ -1,8 +1,13 @@
 """Saved gradients times what autograd hands back."""
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_support import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optima_kernels.shared.registration import multiply
 
 pytest.importorskip("triton")
 from optima_kernels.shared.scaling import scale_into
@@ -31,3 +36,28 @@ def test_in_place_and_by_expanded_factors(device: torch.device, seed: int) -> No
     expected = [x * 2.0 for x in saved]
     scale_into(saved, saved, torch.full((), 2.0, device=device).expand(3))
     assert all(torch.equal(x, e) for x, e in zip(saved, expected, strict=True)), f"seed {seed}"
+
+
+class Products(TorchDispatchMode):
+    """Keeps the dimensions of the factors of torch's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dimensions: list[list[int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function.overloadpacket is torch.ops.aten.mul:
+            self.dimensions.append([x.dim() for x in arguments[:2]])
+        return function(*arguments, **named or {})
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_torch_never_gets_a_factor_that_it_would_round_to_the_gradients_dtype(in_graph: bool, seed: int) -> None:
+    """As it does on a GPU with one without dimensions, and on no CPU."""
+    saved, factor = torch.randn(5, 3).bfloat16(), torch.tensor(1 + 2**-10)
+    exact = saved.double() * factor.double()
+    products = Products()
+    with products:
+        actual = multiply(saved.clone(), factor, in_graph, torch.float32)
+    assert_close(actual, exact, 1e-6, f"seed {seed}")
+    assert products.dimensions == [[2, 1]]

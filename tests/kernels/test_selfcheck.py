@@ -188,7 +188,7 @@ def test_what_could_not_be_found_out_leaves_kernels_in_use_and_is_said(
     answered: Callable[[Answer], list[str]],
 ) -> None:
     answered(Answer("unknown", detail="the memory is taken"))
-    with pytest.warns(RuntimeWarning, match="used unchecked: the memory is taken"):
+    with pytest.warns(RuntimeWarning, match="used unchecked on .*: the memory is taken"):
         assert backend_of() == "triton"
 
 
@@ -256,37 +256,6 @@ def test_while_a_graph_is_captured_nothing_is_checked(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert selfcheck.is_trusted(LOSS, VARIANT, torch.device("cuda", 0))
     assert asked == []
-
-
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A job's store, without other ranks."""
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
-    return store
-
-
-def test_ranks_agree_on_the_first_verdict(job: Any, answered: Callable[[Answer], list[str]]) -> None:
-    answered(Answer("unusable", detail="no compiler"))
-    with pytest.warns(RuntimeWarning, match="no compiler"):
-        assert backend_of() == "blocked"
-    selfcheck._is_trusted.cache_clear()
-    answered(Answer("right", 1e-3))
-    with pytest.warns(RuntimeWarning, match="another rank found them unusable"):
-        assert backend_of() == "blocked"
-    assert backend_of(variants.usual(LOSS)[0]) == "triton"
-
-
-def test_a_rank_that_cannot_follow_the_first_verdict_says_so(job: Any, answered: Callable[[Answer], list[str]]) -> None:
-    answered(Answer("right", 1e-3))
-    assert backend_of() == "triton"
-    selfcheck._is_trusted.cache_clear()
-    for file in selfcheck._cache_file(LOSS, VARIANT, CPU).parent.iterdir():
-        file.unlink()
-    answered(Answer("unusable", detail="no compiler"))
-    with pytest.raises(RuntimeError, match=r"other ranks.*no compiler"):
-        backend_of()
 
 
 def test_many_threads_ask_once(answered: Callable[[Answer], list[str]]) -> None:

@@ -1,6 +1,5 @@
 """Tiny models in place of the shipped ones, so that a whole run takes a second."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from optima.coca import CoCa, CoCaConfig, HeadSpec, ImageEncoderConfig, Multimod
 from optima.coca.checkpoint import save_coca
 from optima.data.tokenizer import word_tokenizer
 from optima.tasks.pictograms import HEADS, IMAGE_SIZE, TEXT_LENGTH
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `from open_clip_oracle import ...` under --import-mode=importlib
-sys.path.insert(0, str(Path(__file__).parent / "data"))  # for `from miniatures import ...`
 
 MakeCoca = Callable[..., CoCa]
 

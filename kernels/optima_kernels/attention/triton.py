@@ -14,12 +14,11 @@ from optima_kernels.attention.tiles import COUNTING, Tiles, Tiling, padded, tile
 from optima_kernels.attention.triton_kernels import count_kernel, key_kernel, lse_kernel, query_kernel
 from optima_kernels.attention.triton_mean_kernels import mean_kernel, mean_key_kernel, mean_query_kernel
 from optima_kernels.shared.dispatch import INTERPRETED
+from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH
 from optima_kernels.shared.target import target_of
 
 LOG2E = math.log2(math.e)
 
-# A kernel's arguments are at most 4 KiB; a layer takes up to eleven pointers.
-MOST_LAYERS_PER_LAUNCH = 32
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 
 # What score gradients are multiplied by before they are rounded to float16 for a product: the mean map element is

@@ -38,10 +38,10 @@ from optima_kernels.attention.triton_parts import (
     head,
     length_of,
     log_sums,
-    of_layer,
     rows,
     where_am_i,
 )
+from optima_kernels.shared.pointers import of_layer
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -24,10 +24,10 @@ from optima_kernels.attention.triton_parts import (
     head,
     length_of,
     log_sums,
-    of_layer,
     rows,
     where_am_i,
 )
+from optima_kernels.shared.pointers import of_layer
 
 LEAST = tl.constexpr(2.0**-120)
 

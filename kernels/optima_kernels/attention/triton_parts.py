@@ -7,17 +7,10 @@ GROUP_T of them share a key head of the student and of the teacher.
 import triton
 import triton.language as tl
 
+from optima_kernels.shared.pointers import of_layer
+
 # No variant for a size of 1 or a multiple of 16: more variants compile, and one key breaks the compiler on sm_100.
 SIZES = ["H", "N", "M", "TILES"]
-
-
-@triton.jit
-def of_layer(pointers, i_l, LAYERS: tl.constexpr):
-    """The pointer of layer i_l."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, LAYERS):
-        pointer = tl.where(i_l == i, pointers[i], pointer)
-    return pointer
 
 
 @triton.jit

@@ -4,9 +4,10 @@
 
 Every problem of `inspect.problems` goes through the project's own launch code under a driver that is not there
 (`inspect.fake_driver`), so that Triton compiles what a launch would. Exit status 1, with names, where a kernel spills
-registers, takes more shared memory than a block may, has its wgmma serialised (ptxas remark C7515), is launched on a
-grid beyond CUDA's limits, or multiplies matrices with fewer programs than the GPU has multiprocessors at a size of the
-recipes; where a loss cannot be launched at all; and where the host would wait for the GPU.
+registers, takes more shared memory than a block may, has its wgmma serialised (ptxas remark C7515) or in more than one
+warp group, is launched on a grid beyond CUDA's limits, or multiplies matrices with fewer programs than the GPU has
+multiprocessors at a size of the recipes; where a loss cannot be launched at all; and where the host would wait for the
+GPU.
 
 `--sample` takes the few problems that stand for all; `--write` puts the table of this Triton version into the file,
 beside those of other versions. No fault here does not make a kernel fast: it says that nothing in its way was found.
@@ -27,16 +28,19 @@ from optima_kernels.inspect.chips import CHIPS, GRID_LIMITS
 from optima_kernels.inspect.fake_driver import Launch, launches_on
 from optima_kernels.inspect.problems import Problem, problems
 
+# A wgmma instruction is a warp group's. Triton's wait for one does not reach across groups: one may overwrite what the
+# other still reads.
+WARPS_OF_A_GROUP = 4
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a problem launches on a target: different kernels in order, calls of the vendor's products, and faults."""
+    """What a problem launches on a target, different kernels in order and how many launches in all, and its faults."""
 
     problem: str
     target: str
     launches: tuple[Launch, ...]
     launched: int
-    vendor_products: int
     refused: str
     faults: tuple[str, ...]
 
@@ -58,8 +62,7 @@ def examine(problem: Problem, target: str) -> Outcome:
     if log.host_reads:
         faults.append(f"the host waits for the GPU: {log.host_reads[0]}")
     different = tuple({(x.compiled, x.grid): x for x in log.launches}.values())
-    counts = (len(log.launches), len(log.products))
-    return Outcome(problem.name, target, different, *counts, refused, tuple(dict.fromkeys(faults)))
+    return Outcome(problem.name, target, different, len(log.launches), refused, tuple(dict.fromkeys(faults)))
 
 
 def faults_of(launch: Launch, fills_chip: bool) -> Iterator[str]:
@@ -71,6 +74,8 @@ def faults_of(launch: Launch, fills_chip: bool) -> Iterator[str]:
         yield f"takes {compiled.shared} bytes of shared memory a block, {chip.shared_of_a_block} at most"
     if compiled.tensor_columns > chip.tensor_columns:
         yield f"takes {compiled.tensor_columns} columns of tensor memory, {chip.tensor_columns} at most"
+    if compiled.warps > WARPS_OF_A_GROUP and "wgmma" in compiled.matrix_instruction:
+        yield f"multiplies by wgmma in {compiled.warps} warps, whose groups Triton does not have wait for one another"
     if compiled.serialised:
         yield "has its wgmma instructions serialised (ptxas C7515)"
     for axis, size, most in zip("xyz", launch.grid, GRID_LIMITS, strict=True):

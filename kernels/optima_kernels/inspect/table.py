@@ -19,9 +19,9 @@ project's own launch code runs under a driver that is not there, and Triton comp
 kernel as it is compiled, with the first problem that launches it and how many do. Figures are those of the targets
 that the section names, in that order. Registers and spilled bytes are a thread's, shared memory a block's; blocks are
 those that fit on a multiprocessor at once. Programs: the fewest that it is launched on at the recipes' sizes; for
-products they must be at least the multiprocessors, {multiprocessors} of {targets}. C7515: ptxas's
-remark for sm_90 that wgmma instructions wait for one another. A product marked r takes its left factor from registers
-there. Compiled code says what could be fast, not that it is.
+products they must be at least the multiprocessors, {multiprocessors} of {targets}.
+C7515: ptxas's remark for sm_90 that wgmma instructions wait for one another. A product marked r takes its left factor
+from registers there. Compiled code says what could be fast, not that it is.
 """
 
 COLUMNS: tuple[str, ...] = ("first problem", "problems", "kernel", "warps", "stages", "registers", "spilled, B")
@@ -87,16 +87,16 @@ def section(outcomes: Sequence[Outcome]) -> str:
     faults = sum(len(outcome.faults) for outcome in outcomes)
     asked, targets = {x.problem for x in outcomes}, ", ".join(dict.fromkeys(x.target for x in outcomes))
     counts = f"{len(asked)} problems on {targets}, {len(rows)} different kernels, {faults} faults"
-    lines = [f"torch {torch.__version__}; {counts}.", ""]
     unlaunched: dict[str, list[str]] = {}
     for outcome in outcomes:
         for fault in outcome.faults if not outcome.launches else ():
             unlaunched.setdefault(f"{outcome.problem}: {fault}", []).append(outcome.target)
     refused = dict.fromkeys(f"{x.problem}: {x.refused}" for x in outcomes if x.refused and not x.faults)
-    lines += [f"- {text} ({', '.join(places)})" for text, places in unlaunched.items()]
-    lines += [f"- refused with an error, as it may be: {text}" for text in refused]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+    notes = [f"- {text} ({', '.join(places)})" for text, places in unlaunched.items()]
+    notes += [f"- refused with an error, as it may be: {text}" for text in refused]
+    head = [f"torch {torch.__version__}; {counts}.", "", *notes, *([""] if notes else [])]
+    table = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    return "\n".join([*head, *table, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:

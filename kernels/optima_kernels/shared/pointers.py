@@ -9,7 +9,7 @@ Names: i_ indices, o_ offsets, m_ masks, b_ tiles, p_ pointers, s_ row strides; 
 import triton
 import triton.language as tl
 
-# A kernel's arguments are at most 4 KiB; a layer takes up to six pointers.
+# A kernel's arguments are at most 4 KiB; a layer takes up to eleven pointers.
 MOST_LAYERS_PER_LAUNCH = 32
 
 

@@ -12,9 +12,9 @@ solve a small random problem, forward and backward, and are compared with the re
 - Kernels that are wrong, do not compile or end the process are not used: the loss runs on the blocked backend, and a
   warning says so once. Where nothing could be found out, as with a GPU whose memory is taken, kernels are used, and a
   warning says that, once.
-- Ranks of torch.distributed agree without waiting for one another: the first verdict on a variant that a rank puts into
-  the job's store holds for all. A rank that finds its kernels unusable where that verdict says they are right cannot
-  join the others, and says so in an error.
+- Ranks of torch.distributed agree (`agreement`): where one finds its kernels unusable, all fall back, and one says so.
+  A rank that finds that when the others, which waited for it for a minute, already use theirs cannot join them, and
+  says so in an error.
 - While a CUDA graph is being captured nothing can be checked, and what was not checked before is trusted: run the step
   once before capturing it, as torch asks for anyway.
 
@@ -35,6 +35,7 @@ from typing import Literal
 import torch
 
 from optima_kernels.shared import selfcheck_process
+from optima_kernels.shared.agreement import agreed
 from optima_kernels.shared.selfcheck_process import Answer, check, ptxas_version
 from optima_kernels.shared.variants import DEFAULTS, usual
 
@@ -110,47 +111,42 @@ def _outcome(loss: str, variant: str, device: torch.device, answer: Answer) -> O
 
 
 def _agreed(outcome: Outcome) -> bool:
-    """The verdict that holds for all ranks; warns where it is not that kernels are right."""
-    trusted = _first(outcome) if torch.distributed.is_available() else outcome.passed
-    if trusted and not outcome.passed:
+    """Whether the kernels may be used by the verdict that holds for all ranks, one of which warns of what is amiss."""
+    agreement = agreed(f"selfcheck/{outcome.loss}/{outcome.variant}", json.dumps(asdict(outcome)), _severity)
+    held = Outcome(**json.loads(agreement.finding))
+    if held.passed and not outcome.passed:
         raise RuntimeError(
             f"{outcome.loss} runs on Triton kernels on other ranks, but here, on {outcome.device}, they are "
             f'{outcome.verdict}: {outcome.detail}. Mend this machine, or give backend="blocked" on all ranks '
             f"({outcome.variant})"
         )
-    if not trusted:
-        why = outcome.detail if not outcome.passed else "another rank found them unusable"
-        warnings.warn(
-            f"{outcome.loss} falls back to the slower blocked backend: its Triton kernels for {outcome.variant} are "
-            f"{outcome.verdict if not outcome.passed else 'not used'} on {outcome.device} with torch {outcome.torch}, "
-            f"triton {outcome.triton} and ptxas {outcome.ptxas}: {why}. {_advice(outcome)}",
-            RuntimeWarning,
-            stacklevel=2,
+    if agreement.says and held.verdict != "right":
+        warnings.warn(_warning(held, agreement.rank), RuntimeWarning, stacklevel=2)
+    return held.passed
+
+
+def _severity(finding: str) -> int:
+    return ("right", "unknown", "unusable", "wrong").index(json.loads(finding)["verdict"])
+
+
+def _warning(outcome: Outcome, rank: int | None) -> str:
+    where = outcome.device if rank is None else f"{outcome.device} of rank {rank}"
+    if outcome.passed:
+        return (
+            f"the Triton kernels of {outcome.loss} for {outcome.variant} are used unchecked on {where}: "
+            f"{outcome.detail}. `optima doctor --check` checks them; {VARIABLE}=skip says that it need not be"
         )
-    elif outcome.verdict == "unknown":
-        warnings.warn(
-            f"the Triton kernels of {outcome.loss} for {outcome.variant} are used unchecked: {outcome.detail}. "
-            f"`optima doctor --check` checks them; {VARIABLE}=skip says that it need not be",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return trusted
+    return (
+        f"{outcome.loss} falls back to the slower blocked backend{'' if rank is None else ' on all ranks'}: its Triton "
+        f"kernels for {outcome.variant} are {outcome.verdict} on {where} with torch {outcome.torch}, triton "
+        f"{outcome.triton} and ptxas {outcome.ptxas}: {outcome.detail}. {_advice(outcome)}"
+    )
 
 
 def _advice(outcome: Outcome) -> str:
     if outcome.verdict == "wrong":
         return f"Another version of Triton may be right; {VARIABLE}=force checks again"
     return "`optima doctor --check` tries again and tells more; a missing C compiler or a full disk can be the cause"
-
-
-def _first(outcome: Outcome) -> bool:
-    """The verdict that the first rank to reach this variant has put into the job's store; this one's without a job."""
-    if not torch.distributed.is_initialized():
-        return outcome.passed
-    store = torch.distributed.distributed_c10d._get_default_store()
-    key = f"optima_kernels/selfcheck/{outcome.loss}/{outcome.variant}"
-    mine = b"1" if outcome.passed else b"0"
-    return bool(store.compare_set(key, "", mine.decode()) == b"1")
 
 
 def _name(device: torch.device) -> str:

@@ -41,15 +41,6 @@ def split_of(*words: str | int) -> Split:
     return "validation" if tenth == 0 else "test" if tenth == 1 else "train"
 
 
-def combination_split(content: Content) -> Split:
-    """The split that may show this content."""
-    if content.axis is None:
-        group = content.groups[0]
-        return split_of(KINDS[group.kind].name, group.count)
-    low, high = sorted(group.kind for group in content.groups)
-    return split_of(KINDS[low].name, KINDS[high].name)
-
-
 @dataclass(frozen=True)
 class Stock:
     """The combinations of one split, indexed for drawing contents that must satisfy something."""

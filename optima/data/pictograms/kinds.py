@@ -71,6 +71,3 @@ KINDS: tuple[Kind, ...] = (
     Kind("heart", "hearts", "❤"),
 )
 """Index in this tuple = the kind's number everywhere in the data set."""
-
-KIND_OF: dict[str, int] = {kind.name: number for number, kind in enumerate(KINDS)}
-"""Noun in the singular -> kind number."""

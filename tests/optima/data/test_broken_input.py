@@ -92,7 +92,7 @@ def test_loading_what_was_not_prepared_survives_it_too(corpus: Path, tmp_path: P
     records = open_records("folder", corpus, "train", max_rejected=1)
     config = LoaderConfig(engine, 0, max_rejected=1, transform=TransformConfig(image_size=32))  # type: ignore[arg-type]
     report = tmp_path / "rejected.jsonl"
-    with make_loader(records, config, batch_size=8, report=RejectionLog(report)) as loader:
+    with make_loader(records, config, batch_size=8, log=RejectionLog(report)) as loader:
         loaded = torch.cat([batch.indices for batch in loader.once()])
     rejected = {json.loads(line)["id"]: json.loads(line)["kind"] for line in report.read_text().splitlines()}
     expected = {f"{name}.jpg": kind for name, (kind, _) in broken_images().items() if name != "missing"}

@@ -235,7 +235,7 @@ def test_an_unusable_image_is_reported_once_and_not_replaced(tmp_path: Path, eng
     broken = Path(records[2].images[0].path)
     broken.write_bytes(broken.read_bytes()[:-40])
     report = tmp_path / "rejected.jsonl"
-    with loader_of(records, engine, report=RejectionLog(report)) as loader:
+    with loader_of(records, engine, log=RejectionLog(report)) as loader:
         batches = [loader.load(step) for step in range(6)]
         seen = Counter(
             place for batch in batches for place in zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)

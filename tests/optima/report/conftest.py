@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from page_reader import Page
 from synthetic_run import write_run
 

@@ -142,7 +142,7 @@ def official(name: DataName, root: Path, rank: int = 0, world_size: int = 1, max
         max_unknown=1.0,
         rank=rank,
         world_size=world_size,
-        report=root / "rejected.jsonl",
+        rejected=root / "rejected.jsonl",
     )
 
 
