@@ -38,9 +38,6 @@ SIZES = " ".join(
 SCORED = "--evaluate_every 2 --evaluate_items 4 --test_items 8"
 SMALL = f"--engine.rounds 6 --engine.steps_per_round 1 --batch_size 4 --probe_size 4 --samples 2 {SCORED}"
 
-LONGEST = 180.0
-"""Seconds after which a command counts as hung; undisturbed ones take some ten on a machine that is shared."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -111,6 +108,11 @@ class Tally:
     peak: int = 0
     faults: list[str] = field(default_factory=list)
 
+    def note(self, fault: str) -> None:
+        """Says it at once, for whoever watches for two hours."""
+        print(fault, flush=True)
+        self.faults.append(fault)
+
     def line(self, minutes: float) -> str:
         def counted(found: Counter[str]) -> str:
             return f"{sum(found.values())} ({', '.join(f'{name} {count}' for name, count in sorted(found.items()))})"
@@ -127,8 +129,8 @@ class Tally:
 class Soak:
     """The disturbances, one after the other, over one ground of data and models."""
 
-    def __init__(self, ground: Path, command: list[str], seed: int) -> None:
-        self.ground, self.command = ground, command
+    def __init__(self, ground: Path, command: list[str], seed: int, longest: float) -> None:
+        self.ground, self.command, self.longest = ground, command, longest
         self.draws = Random(seed)
         self.tally = Tally()
         self.expected: dict[str, dict[str, str]] = {}
@@ -154,23 +156,32 @@ class Soak:
         """Waits for the end -> exit status and what was said; a fault is noted for a hang, a traceback, a status."""
         began = time.monotonic()
         try:
-            _, error = process.communicate(timeout=LONGEST)
+            _, error = process.communicate(timeout=self.longest)
         except subprocess.TimeoutExpired:
             self.kill(process)
             error = process.communicate()[1]
-            self.tally.faults.append(f"hung: {what}")
+            self.tally.note(f"hung: {what}")
         self.tally.longest = max(self.tally.longest, time.monotonic() - began)
         self.tally.peak = max(self.tally.peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
         if "Traceback" in error:
-            self.tally.faults.append(f"traceback: {what}: {error.strip().splitlines()[-1]}")
+            self.tally.note(f"traceback: {what}: {error.strip().splitlines()[-1]}")
         elif process.returncode not in (0, 2, -signal.SIGKILL):
-            self.tally.faults.append(f"status: {what}: {process.returncode}")
+            self.tally.note(f"status: {what}: {process.returncode}")
         return process.returncode, error
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         """Ends a command and all that it has started, as the death of a machine does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+    def run_for(self, process: subprocess.Popen[str], share: float, job: Job) -> bool:
+        """Lets it do a share of the undisturbed command's work, however busy the machine -> whether it still runs."""
+        began = time.monotonic()
+        while process.poll() is None and spent(process.pid) < share * self.seconds[job.name]:
+            if time.monotonic() - began > self.longest:
+                break  # whoever waits for its end says that it hangs
+            time.sleep(0.05)
+        return process.poll() is None
 
     def prepare_ground(self) -> None:
         """Images, models, and each command's results undisturbed."""
@@ -181,11 +192,11 @@ class Soak:
             if status:
                 raise SystemExit(f"{name} cannot be made: {error}")
         for job in jobs():
-            out, began = self.ground / f"whole-{job.name}", time.monotonic()
+            out, before = self.ground / f"whole-{job.name}", spent_by_children()
             status, error = self.finish(self.start(job.command(self.ground, out, again=False)), job.name)
             if status:
                 raise SystemExit(f"{job.name} fails undisturbed: {error}")
-            self.seconds[job.name] = time.monotonic() - began
+            self.seconds[job.name] = spent_by_children() - before
             self.expected[job.name] = results(job, out)
             self.sizes[job.name] = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
@@ -194,9 +205,7 @@ class Soak:
         out, hit = self.new_place(job), 0
         for _ in range(self.draws.randint(1, most)):
             process = self.start(job.command(self.ground, out, again=out.exists()))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.draws.uniform(0.02, 1.1) * self.seconds[job.name])
-            alive = process.poll() is None
+            alive = self.run_for(process, self.draws.uniform(0.02, 1.1), job)
             self.kill(process)
             self.finish(process, f"{job.name} that was killed")
             if not alive:
@@ -217,7 +226,7 @@ class Soak:
                 self.start(job.command(self.ground, out, again=False), limit), f"{job.name} on a full disk"
             )
             if status == 2 and "optima: " not in error:
-                self.tally.faults.append(f"unsaid: {job.name} on a full disk: {error[-200:]}")
+                self.tally.note(f"unsaid: {job.name} on a full disk: {error[-200:]}")
             if grow is not None:
                 grow()
             self.end_well(job, out, f"{job.name} after a full disk of {size} bytes")
@@ -226,8 +235,7 @@ class Soak:
         """Kills, damages one of the files, and lets it go on: to equal bits, or to a refusal."""
         out = self.new_place(job)
         process = self.start(job.command(self.ground, out, again=False))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.draws.uniform(0.5, 1.0) * self.seconds[job.name])
+        self.run_for(process, self.draws.uniform(0.5, 1.0), job)
         self.kill(process)
         self.finish(process, f"{job.name} that was killed")
         files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
@@ -251,13 +259,30 @@ class Soak:
             self.tally.refused += 1
         else:
             last = (error.strip().splitlines() or [""])[-1]
-            self.tally.faults.append(f"{'bits' if status == 0 else 'unfinished'}: {what}: {last[:300]}")
+            self.tally.note(f"{'bits' if status == 0 else 'unfinished'}: {what}: {last[:300]}")
             return  # it is kept for whoever looks into it
         shutil.rmtree(out, ignore_errors=True)
 
     def new_place(self, job: Job) -> Path:
         self.trial += 1
         return self.ground / f"trial-{self.trial}-{job.name}"
+
+
+def spent(session: int) -> float:
+    """CPU seconds of a session's processes and of the children that they have waited for."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def spent_by_children() -> float:
+    """CPU seconds of all that this process has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def kind_of(path: Path) -> str:
@@ -330,12 +355,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0, help="how long, after the undisturbed runs")
     parser.add_argument("--kills", type=int, default=0, help="that many kills of each command, and nothing else")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--longest", type=float, default=180, help="seconds after which a command counts as hung")
     parser.add_argument("--ground", type=Path, help="an empty folder to work in; by default a temporary one")
     parser.add_argument("--command", default=f"{sys.executable} -P -m optima.run", help="what starts the product")
     words = parser.parse_args()
     ground = (words.ground or Path(tempfile.mkdtemp(prefix="soak-"))).resolve()
     ground.mkdir(parents=True, exist_ok=True)
-    soak = Soak(ground, words.command.split(), words.seed)
+    soak = Soak(ground, words.command.split(), words.seed, words.longest)
     soak.prepare_ground()
     began = time.monotonic()
     if words.kills:
@@ -347,8 +373,6 @@ def main() -> int:
         soak.draws.choice(
             [lambda job: soak.disturb_by_kills(job, 3), soak.disturb_by_full_disk, soak.disturb_by_damage]
         )(job)
-    for fault in soak.tally.faults:
-        print(fault)
     print(soak.tally.line((time.monotonic() - began) / 60))
     if not soak.tally.faults and words.ground is None:
         shutil.rmtree(ground, ignore_errors=True)
