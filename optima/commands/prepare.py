@@ -91,6 +91,8 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
             ]
         except Unusable as fault:
             raise OptimaError(f"{config.root} changed while it was packed: {fault.reason}; start again") from fault
+        except OSError as error:
+            raise OptimaError(f"{config.out} cannot be written to: {error.strerror}; start again") from error
         count = sum(len(report.shards) for report in reports)
         print(f"packed {count} shards into {config.out}; use them with the same data name and this folder as root")
     return reports

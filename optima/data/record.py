@@ -188,8 +188,11 @@ class RejectionLog:
         if self._path is None or not lines:
             return
         if self._written is None:
-            before = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
-            self._written = set(before.splitlines(keepends=True))
+            before = self._path.read_bytes() if self._path.is_file() else b""
+            whole = before[: before.rfind(b"\n") + 1]
+            if whole != before:  # half a line, of a run that was killed
+                os.truncate(self._path, len(whole))
+            self._written = set(whole.decode("utf-8", "replace").splitlines(keepends=True))
         new = [line for line in lines if line not in self._written]
         self._written.update(new)
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,16 +173,20 @@ def _left_behind(name: str) -> bool:
 
 def _lock(path: Path) -> TextIO:
     """The open file whose lock keeps other processes away; it holds the number of this one."""
-    file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another"
-        file.close()
-        raise OptimaError(
-            f"run directory {path} is in use by process {holder}; wait until that ends, or give another with --run"
-        ) from None
+    while True:
+        file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another"
+            file.close()
+            raise OptimaError(
+                f"run directory {path} is in use by process {holder}; wait until that ends, or give another with --run"
+            ) from None
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # a run that never began has removed it in between: the lock of a file that nobody else finds
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

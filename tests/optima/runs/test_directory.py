@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -85,6 +86,26 @@ def test_a_second_process_is_told_who_is_there(tmp_path: Path) -> None:
         assert f"is in use by process {os.getpid()}; wait until that ends" in found.stderr
     with enter(tmp_path / "run", resume=True):
         pass
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a run that never began, and ends just then."""
+    import fcntl
+
+    taken = fcntl.flock
+
+    def removed_just_before(file: TextIO, operation: int) -> None:
+        monkeypatch.setattr("fcntl.flock", taken)
+        (tmp_path / ".lock").unlink()
+        taken(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", removed_just_before)
+    with enter(tmp_path) as directory:
+        directory.write_config(PretrainConfig())
+        with pytest.raises(OptimaError, match=f"is in use by process {os.getpid()}"):
+            enter(tmp_path, resume=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
