@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from optima.limits import MAX_IMAGE_BYTES, MAX_TEXT_CHARACTERS
 from optima.task import Task
 from optima.untrusted import shown
+from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
 
@@ -166,9 +167,7 @@ def counted_kinds(rejected: Iterable[Rejection]) -> str:
 
 def write_rejections(rejected: Iterable[Rejection], path: Path) -> None:
     """Writes rejected.jsonl: an object a line, with the fields of `Rejection`."""
-    with open(path, "w", encoding="utf-8") as file:
-        for rejection in rejected:
-            file.write(rejection.line())
+    write_atomically(path, "".join(rejection.line() for rejection in rejected).encode())
 
 
 class RejectionLog:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from optima_core import CheckpointStore
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "1"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -35,7 +37,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_rounds(run: Path, rounds: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if len(rows_of(run)) >= rounds:
             return
@@ -104,6 +106,34 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
         # The order of sums differs, by some 1e-7 a step, and what a step differs by grows in those that follow.
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-5 * one["round"])
         assert one["probe"] == pytest.approx(other["probe"], rel=1e-5 * one["round"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_rank_changes_no_bit(strategy: str, brief: list[str], tmp_path: Path, seed: int) -> None:
+    words = f"--parallel {strategy} --engine.rounds {5 * KILLS + 5} --engine.steps_per_round 1 --evaluate_every 0"
+    options = [*brief, *words.split(), "--test_items", "4", "--samples", "1", "--report", "false"]
+    whole, run, draws = tmp_path / "whole", tmp_path / "run", Random(seed)
+    process = start([*options, "--run", str(whole)])
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    for _ in range(KILLS):
+        process = start([*options, "--run", str(run), *(["--resume"] if run.exists() else [])])
+        wait_for_rounds(run, len(rows_of(run)) + draws.randint(1, 3), process)
+        time.sleep(draws.uniform(0, 0.05))
+        os.kill(rank_process(process, draws.randrange(2)), signal.SIGKILL)
+        process.communicate(timeout=600)
+        assert process.returncode != 0
+    assert not (run / "student.safetensors").exists(), "it was over before it was killed"
+    process = start([*options, "--run", str(run), "--resume"])
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert (run / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    clock = {"seconds", "step_seconds"}
+    found, expected = (
+        [{name: value for name, value in row.items() if name not in clock} for row in rows_of(place)]
+        for place in (run, whole)
+    )
+    assert found == expected
 
 
 def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:
