@@ -1,7 +1,8 @@
 """Killed, or out of disk, just before any change of a file: the same command then comes to the same bits and files.
 
-An instant is what Python tells its audit hooks before it opens a file to write, makes, renames or removes one. How many
-are drawn of each command OPTIMA_INSTANTS says (1); "all" takes every one of them.
+An instant is what Python tells its audit hooks before it opens a file to write, makes, renames or removes one. One harm
+at one instant of each command is drawn; OPTIMA_INSTANTS says how many are to be drawn of every harm, and "all" takes
+all of them.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from optima.coca.checkpoint import save_coca
 from optima.run import main
 from optima.tasks.pictograms import HEADS
 
-INSTANTS = os.environ.get("OPTIMA_INSTANTS", "1")
+INSTANTS = os.environ.get("OPTIMA_INSTANTS", "")
+HARMS = ("killed", "no space", "cut short")
 MORE_BYTES = 3 * 2**30
 MOST = 300.0
 """Seconds of a command; alone on a machine they take one to ten."""
@@ -122,26 +124,25 @@ def run(job: Job, ground: Path, out: Path, harm: str = "", at: int = 0) -> tuple
     return ended, instants
 
 
-def places(whole: Whole, harm: str, seed: int) -> list[int]:
+def places(whole: Whole, harm: str, draws: Random) -> list[int]:
     """Instants to try, or sizes above which no file may grow."""
-    draws = Random(seed)
     if harm == "cut short":
-        return [
-            draws.randint(4096, max(4097, whole.largest)) for _ in range(10 if INSTANTS == "all" else int(INSTANTS))
-        ]
+        count = 10 if INSTANTS == "all" else int(INSTANTS or 1)
+        return [draws.randint(4096, max(4097, whole.largest)) for _ in range(count)]
     every = list(range(1, whole.instants + 1))
-    return every if INSTANTS == "all" else sorted(draws.sample(every, min(int(INSTANTS), len(every))))
+    return every if INSTANTS == "all" else sorted(draws.sample(every, min(int(INSTANTS or 1), len(every))))
 
 
-@pytest.mark.parametrize("harm", ["killed", "no space", "cut short"])
+@pytest.mark.parametrize("harm", HARMS if INSTANTS else ["drawn"])
 @pytest.mark.parametrize("name", JOBS)
 def test_harm_at_any_instant_costs_nothing(
     name: str, harm: str, ground: Path, whole_of: Callable[[Job], Whole], tmp_path: Path, seed: int
 ) -> None:
-    job = JOBS[name]
+    job, draws = JOBS[name], Random(seed)
+    harm = draws.choice(HARMS) if harm == "drawn" else harm
     whole = whole_of(job)
     wrong = []
-    for at in places(whole, harm, seed):
+    for at in places(whole, harm, draws):
         out = tmp_path / f"{at}"
         ended, _ = run(job, ground, out, harm, at)
         complaint = complaint_about(ended, harm)

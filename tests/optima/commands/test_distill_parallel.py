@@ -17,7 +17,8 @@ from optima_core import CheckpointStore
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
-KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "1"))
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "0"))
+"""Of ranks of each strategy; 0 kills one of FSDP's alone."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -108,15 +109,16 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
         assert one["probe"] == pytest.approx(other["probe"], rel=1e-5 * one["round"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"] if KILLS else ["fsdp"])
 def test_a_killed_rank_changes_no_bit(strategy: str, brief: list[str], tmp_path: Path, seed: int) -> None:
-    words = f"--parallel {strategy} --engine.rounds {5 * KILLS + 5} --engine.steps_per_round 1 --evaluate_every 0"
+    kills = max(1, KILLS)
+    words = f"--parallel {strategy} --engine.rounds {5 * kills + 5} --engine.steps_per_round 1 --evaluate_every 0"
     options = [*brief, *words.split(), "--test_items", "4", "--samples", "1", "--report", "false"]
     whole, run, draws = tmp_path / "whole", tmp_path / "run", Random(seed)
     process = start([*options, "--run", str(whole)])
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start([*options, "--run", str(run), *(["--resume"] if run.exists() else [])])
         wait_for_rounds(run, len(rows_of(run)) + draws.randint(1, 3), process)
         time.sleep(draws.uniform(0, 0.05))
