@@ -6,6 +6,7 @@ unusable item becomes a `Rejection` that says which, where and why, and `Records
 lose too much.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -186,17 +187,18 @@ class RejectionLog:
         lines = dict.fromkeys(rejection.line() for rejection in rejected)
         if self._path is None or not lines:
             return
-        if self._written is None:
-            before = self._path.read_bytes() if self._path.is_file() else b""
-            whole = before[: before.rfind(b"\n") + 1]
-            if whole != before:  # half a line, of a run that was killed
-                os.truncate(self._path, len(whole))
-            self._written = set(whole.decode("utf-8", "replace").splitlines(keepends=True))
-        new = [line for line in lines if line not in self._written]
-        self._written.update(new)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(new)
+        with open(self._path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ranks have one list
+            if self._written is None:
+                file.seek(0)
+                content = file.read()
+                whole = content[: content.rfind(b"\n") + 1]
+                file.truncate(len(whole))  # half a line is of a run that was killed
+                self._written = set(whole.decode("utf-8", "replace").splitlines(keepends=True))
+            new = [line for line in lines if line not in self._written]
+            self._written.update(new)
+            file.write("".join(new).encode())
 
 
 class Collector:
