@@ -83,8 +83,8 @@ class Ended(NamedTuple):
 def run_command(call: Callable[[], int], *, more_bytes: int, patience: float, most: float) -> Ended:
     """Runs a command in a forked child.
 
-    Its seconds are those that it computed, so that a busy machine makes nothing look slow; ten that it only waited
-    count as one.
+    Its seconds are those that it computed, so that a busy machine makes nothing look slow; thirty that it only
+    waited count as one.
 
     Args:
         call: returns the exit status.
@@ -101,7 +101,7 @@ def run_command(call: Callable[[], int], *, more_bytes: int, patience: float, mo
             _run_and_leave(call, more_bytes)
         stopped, status, spent = False, None, 0.0
         while status is None:
-            spent = max(spent, _computed(child), (time.monotonic() - began) / 10)
+            spent = max(spent, _computed(child), (time.monotonic() - began) / 30)
             found, code = os.waitpid(child, os.WNOHANG)
             if found:
                 status = os.waitstatus_to_exitcode(code)

@@ -55,5 +55,5 @@ def test_a_command_is_stopped_and_what_it_wrote_is_kept() -> None:
     ended = run_command(polite, more_bytes=2**28, patience=0.5, most=5)
     assert (ended.status, ended.stopped) == (130, True)
     assert 0.4 < ended.seconds < 5
-    ended = run_command(idle, more_bytes=2**28, patience=0.1, most=0.2)
+    ended = run_command(idle, more_bytes=2**28, patience=0.02, most=0.2)
     assert (ended.status, ended.stopped) == (-signal.SIGTERM, True)
