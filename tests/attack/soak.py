@@ -192,7 +192,7 @@ class Soak:
         while process.poll() is None and used < share * self.seconds[job.name]:
             if time.monotonic() - began > self.longest:
                 break  # whoever waits for its end says that it hangs
-            time.sleep(0.05)
+            time.sleep(0.2)  # looking has a price on a busy machine
             used = spent(process.pid)
         # The same work takes more CPU time where others use the caches.
         self.seconds[job.name] = max(self.seconds[job.name], used)

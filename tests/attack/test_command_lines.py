@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from miniatures import make_folder
 from setting_cases import BOMB
 from tiny import tiny_model
+from warm import import_everything
 
 from optima.coca.checkpoint import save_coca
 from optima.commands import COMMANDS
@@ -95,6 +96,7 @@ def command_line(draws: Random) -> list[str]:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one of everything that a command line may name."""
+    import_everything()
     root = tmp_path_factory.mktemp("ground")
     save_coca(tiny_model(2, HEADS), root / "teacher.safetensors")
     save_coca(tiny_model(1, {}), root / "student.safetensors")

@@ -21,6 +21,7 @@ import pytest
 from boxed import Ended, run_command
 from soak import Job, jobs, results, write_images
 from tiny import tiny_model
+from warm import import_everything
 
 from optima.coca.checkpoint import save_coca
 from optima.run import main
@@ -72,6 +73,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images and models, where the jobs expect them."""
+    import_everything()
     root = tmp_path_factory.mktemp("ground")
     write_images(root / "images", 40)
     for name, layers, heads in (("teacher", 2, HEADS), ("student", 1, {})):
