@@ -66,7 +66,7 @@ def jobs() -> list[Job]:
         ),
         Job(
             "own images",
-            f"distill {SMALL} --threads 1 --data.name folder --data.root {{ground}}/images --data.tokenizer texts "
+            f"distill {SMALL} --init scratch --threads 1 --data.name folder --data.root {{ground}}/images --data.tokenizer texts "
             "--data.loader.workers 0 --data.loader.max_rejected 0.1 --teach.steps 2 --teach.batch_size 4 "
             "--checkpoint_every 1 --quiet",
             "--run",
@@ -98,7 +98,8 @@ def jobs() -> list[Job]:
         ),
         Job(
             "prepare",
-            "prepare --data folder --root {ground}/images --workers 1 --shard_mib 1 --tokenizer words --text_length 9",
+            "prepare --data folder --root {ground}/images --workers 1 --shard_mib 1 --tokenizer words --text_length 9 "
+            "--max_rejected 0.1",
             "--out",
             ("*.tar", "*.idx", "*.json"),
             False,
