@@ -66,9 +66,9 @@ def jobs() -> list[Job]:
         ),
         Job(
             "own images",
-            f"distill {SMALL} --init scratch --threads 1 --data.name folder --data.root {{ground}}/images --data.tokenizer texts "
-            "--data.loader.workers 0 --data.loader.max_rejected 0.1 --teach.steps 2 --teach.batch_size 4 "
-            "--checkpoint_every 1 --quiet",
+            f"distill {SMALL} --init scratch --threads 1 --data.name folder --data.root {{ground}}/images "
+            "--data.tokenizer texts --data.loader.workers 0 --data.loader.max_rejected 0.1 --teach.steps 2 "
+            "--teach.batch_size 4 --checkpoint_every 1 --quiet",
             "--run",
             ("student.safetensors", "teacher/model.safetensors"),
             True,
