@@ -115,7 +115,7 @@ def _settle(config: CompareConfig) -> None:
         config.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptimaError(f"cannot make the directory {config.run}: {error.strerror}; give another --run") from error
-    if any(config.run.iterdir()):
+    if not all(path.name.endswith(".part") for path in config.run.iterdir()):  # of one that was killed at once
         raise OptimaError(f"directory {config.run} holds something, but no comparison; give another with --run")
     write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 

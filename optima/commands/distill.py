@@ -119,7 +119,7 @@ def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskDat
     """The weights of the teacher after it learnt the data, in the run's folder `teacher`; they are made once."""
     run = config.run / "teacher"
     weights = run / "model.safetensors"
-    if weights.exists():
+    if (run / SUMMARY).exists():  # written last
         return weights
     if directory is None or several():
         raise OptimaError(

@@ -25,6 +25,7 @@ from optima.data.record import ImageSource, Records, Rejection, Unusable, write_
 from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizers import named_tokenizer
+from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
 _CHUNK = 1024  # images that are handed to the threads at a time
@@ -76,10 +77,9 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
         raise OptimaError(f"out {config.out} is the data root; give another folder with --out")
     reports = [check(records, config.workers) for records in opened]
     write_rejections((found for report in reports for found in report.records.rejected), config.out / "rejected.jsonl")
-    with open(config.out / "converted.jsonl", "w", encoding="utf-8") as file:
-        for report in reports:
-            for where, traits in report.converted:
-                file.write(json.dumps({"where": where, "traits": traits}) + "\n")
+    converted = [{"where": where, "traits": traits} for report in reports for where, traits in report.converted]
+    lines = "".join(json.dumps(row) + "\n" for row in converted)
+    write_atomically(config.out / "converted.jsonl", lines.encode())
     _print(reports, missing, config)
     for report in reports:
         report.records.refuse_above(config.max_rejected)
@@ -91,6 +91,8 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
             ]
         except Unusable as fault:
             raise OptimaError(f"{config.root} changed while it was packed: {fault.reason}; start again") from fault
+        except OSError as error:
+            raise OptimaError(f"{config.out} cannot be written to: {error.strerror}; start again") from error
         count = sum(len(report.shards) for report in reports)
         print(f"packed {count} shards into {config.out}; use them with the same data name and this folder as root")
     return reports

@@ -6,6 +6,7 @@ unusable item becomes a `Rejection` that says which, where and why, and `Records
 lose too much.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from optima.limits import MAX_IMAGE_BYTES, MAX_TEXT_CHARACTERS
 from optima.task import Task
 from optima.untrusted import shown
+from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
 
@@ -166,9 +168,7 @@ def counted_kinds(rejected: Iterable[Rejection]) -> str:
 
 def write_rejections(rejected: Iterable[Rejection], path: Path) -> None:
     """Writes rejected.jsonl: an object a line, with the fields of `Rejection`."""
-    with open(path, "w", encoding="utf-8") as file:
-        for rejection in rejected:
-            file.write(rejection.line())
+    write_atomically(path, "".join(rejection.line() for rejection in rejected).encode())
 
 
 class RejectionLog:
@@ -187,14 +187,18 @@ class RejectionLog:
         lines = dict.fromkeys(rejection.line() for rejection in rejected)
         if self._path is None or not lines:
             return
-        if self._written is None:
-            before = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
-            self._written = set(before.splitlines(keepends=True))
-        new = [line for line in lines if line not in self._written]
-        self._written.update(new)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(new)
+        with open(self._path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ranks have one list
+            if self._written is None:
+                file.seek(0)
+                content = file.read()
+                whole = content[: content.rfind(b"\n") + 1]
+                file.truncate(len(whole))  # half a line is of a run that was killed
+                self._written = set(whole.decode("utf-8", "replace").splitlines(keepends=True))
+            new = [line for line in lines if line not in self._written]
+            self._written.update(new)
+            file.write("".join(new).encode())
 
 
 class Collector:

@@ -19,14 +19,20 @@ from typing import Any, Self, TextIO
 
 import yaml
 
+from optima.limits import MAX_CONFIG_BYTES
+from optima.plain_yaml import load_yaml
 from optima.runs.reading import CONFIG, METRICS, read_round
 from optima.runs.rows import Round, plain
+from optima.untrusted import read_file
 from optima_core.checkpoint import CheckpointStore, write_atomically
 from optima_core.errors import OptimaError
 
 START = "start.safetensors"
 REJECTED = "rejected.jsonl"
 LOCK = ".lock"
+
+_LAST_BITS = ("threads", "engine.teacher_ahead")
+"""Options that a resumed run may change, and that change the order of sums."""
 
 _LOCKS: "weakref.WeakSet[TextIO]" = weakref.WeakSet()
 
@@ -107,10 +113,29 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
 
     def write_config(self, config: Any) -> None:
-        """Writes config.yaml, the dataclass `config` as `--config` takes it; a later reader starts the run anew."""
+        """Writes config.yaml, the dataclass `config` as `--config` takes it; a later reader starts the run anew.
+
+        Warns if what was there named other threads: sums in another order have other last bits.
+        """
         values = plain(config)
         values["resume"] = False
+        before, now = self._earlier_config(), flat(values)
+        for name in _LAST_BITS:
+            if name in before and name in now and before[name] != now[name]:
+                warnings.warn(
+                    f"{self.path}: {name} was {before[name]} and is {now[name]} now; the last bits of what follows may "
+                    "differ from those of an uninterrupted run",
+                    stacklevel=2,
+                )
         self.write_text(CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+    def _earlier_config(self) -> dict[str, Any]:
+        """What config.yaml holds; nothing if there is none that can be read."""
+        path = self.path / CONFIG
+        with contextlib.suppress(OptimaError, ValueError):
+            values = load_yaml(read_file(path, "config", MAX_CONFIG_BYTES).decode(), "config")
+            return flat(values) if isinstance(values, dict) else {}
+        return {}
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces a file of the directory, atomically."""
@@ -173,16 +198,20 @@ def _left_behind(name: str) -> bool:
 
 def _lock(path: Path) -> TextIO:
     """The open file whose lock keeps other processes away; it holds the number of this one."""
-    file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another"
-        file.close()
-        raise OptimaError(
-            f"run directory {path} is in use by process {holder}; wait until that ends, or give another with --run"
-        ) from None
+    while True:
+        file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another"
+            file.close()
+            raise OptimaError(
+                f"run directory {path} is in use by process {holder}; wait until that ends, or give another with --run"
+            ) from None
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # a run that never began has removed it in between: the lock of a file that nobody else finds
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optima.runs.config import TrackerName
+from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 from optima_core.records import RoundRecord
 
@@ -78,7 +79,7 @@ class _WeightsAndBiases:
         self._run = wandb.init(
             project="optima", name=run.name, dir=str(run), config=dict(config), id=known, resume="allow"
         )
-        kept.write_text(self._run.id, encoding="utf-8")
+        write_atomically(kept, self._run.id.encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -99,7 +100,7 @@ class _MLflow:
         known = kept.read_text(encoding="utf-8") if step and kept.exists() else None
         self._mlflow = mlflow
         started = mlflow.start_run(run_id=known, run_name=None if known else run.name)
-        kept.write_text(started.info.run_id, encoding="utf-8")
+        write_atomically(kept, started.info.run_id.encode())
         if known is None:
             mlflow.log_params(dict(config))
 

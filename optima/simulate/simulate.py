@@ -1,5 +1,6 @@
 """The simulation as the command line runs it: progress, table, plots, and the numbers as JSON."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -56,8 +57,10 @@ def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str
     console.print(regret_table(names, trials, config.rounds))
     console.print(gap_table(names, trials, min(config.early_round, config.rounds)))
     if config.output is not None:
-        plot_regret(names, trials).savefig(config.output / "regret.png")
-        plot_choices(names, trials).savefig(config.output / "choices.png")
+        for name, figure in (("regret", plot_regret(names, trials)), ("choices", plot_choices(names, trials))):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png")
+            write_atomically(config.output / f"{name}.png", drawn.getvalue())
         numbers = json.dumps(_summary(config, names, trials), indent=2) + "\n"
         write_atomically(config.output / "simulation.json", numbers.encode())
         console.print(f"Plots and numbers: {config.output}", markup=False, highlight=False, soft_wrap=True)

@@ -44,6 +44,5 @@ def refuse_headless(model: CoCa, name: str, data: TaskData) -> None:
     if data.classes and data.task not in model.head_specs:
         heads = ", ".join(model.head_specs) or "none"
         raise OptimaError(
-            f"{name} has no head for {data.task} (it has {heads}); "
-            "train it on the task first with `python -m optima.run finetune`"
+            f"{name} has no head for {data.task} (it has {heads}); train it on the task first with `optima finetune`"
         )

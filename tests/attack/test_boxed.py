@@ -33,14 +33,18 @@ def test_a_command_is_stopped_and_what_it_wrote_is_kept() -> None:
     def stubborn() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("here", flush=True)
-        time.sleep(60)
-        return 0
+        while True:
+            pass
 
     def polite() -> int:
         def stop(*_: object) -> None:
             raise SystemExit(130)
 
         signal.signal(signal.SIGTERM, stop)
+        while True:
+            pass
+
+    def idle() -> int:
         time.sleep(60)
         return 0
 
@@ -50,3 +54,6 @@ def test_a_command_is_stopped_and_what_it_wrote_is_kept() -> None:
     assert (ended.status, ended.stopped, ended.out) == (-signal.SIGKILL, True, "here\n")
     ended = run_command(polite, more_bytes=2**28, patience=0.5, most=5)
     assert (ended.status, ended.stopped) == (130, True)
+    assert 0.4 < ended.seconds < 5
+    ended = run_command(idle, more_bytes=2**28, patience=0.02, most=0.2)
+    assert (ended.status, ended.stopped) == (-signal.SIGTERM, True)

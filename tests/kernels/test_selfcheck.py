@@ -1,6 +1,8 @@
 """The check before the first use on a GPU: it passes what is right, catches what is wrong, harms nobody, asks once."""
 
 import json
+import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -154,6 +156,22 @@ def test_what_becomes_of_the_other_process_is_the_answer(name: str, monkeypatch:
     answer = selfcheck_process.ask(LOSS, VARIANT, CPU)
     assert answer.verdict == verdict
     assert words in answer.detail
+
+
+def test_modules_of_the_current_folder_are_not_run(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('it ran')")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PYTHONPATH"] = str(Path(optima_kernels.__file__).parents[1])
+    found = subprocess.run(
+        selfcheck_process.COMMAND,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_a_process_that_cannot_be_started_finds_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:

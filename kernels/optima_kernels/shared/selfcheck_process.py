@@ -29,7 +29,8 @@ REPETITIONS = 8
 MARK = "answer: "  # before an answer; compilers may print, too
 IDLE_SECONDS = 20.0
 ANSWER_SECONDS = 180.0
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "optima_kernels.shared.selfcheck_process")
+# Modules of the current folder take no part (-P).
+COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "optima_kernels.shared.selfcheck_process")
 
 
 @dataclass(frozen=True)

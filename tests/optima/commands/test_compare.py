@@ -16,6 +16,7 @@ from optima.run import main
 from optima.runs.config import DistillConfig
 from optima.runs.directory import flat
 from optima.runs.rows import plain
+from optima_core.errors import OptimaError
 
 SHARED = {
     "engine.rounds": 2, "engine.steps_per_round": 1, "batch_size": 4, "probe_size": 4, "evaluate_every": 2,
@@ -118,6 +119,17 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(Exception, match="holds something, but no comparison"):
         compare(CompareConfig(run=tmp_path))
+
+
+def test_a_comparison_that_was_killed_while_it_wrote_its_settings_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "settings.yaml.part").write_text("engine:")
+    fails = [sys.executable, "-c", "raise SystemExit('it ran')"]
+    monkeypatch.setattr("optima.commands.compare.run_command", lambda *_: fails)
+    with pytest.raises(OptimaError, match="vqa optima seed 0 failed: it ran"):
+        compare(CompareConfig(run=tmp_path, task=["vqa"], method=["optima"], seeds=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.yaml", "vqa"]
 
 
 def test_sigterm_to_the_comparison_alone_stops_its_runs_and_is_told(options: list[str], tmp_path: Path) -> None:

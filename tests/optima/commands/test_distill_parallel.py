@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from optima_core import CheckpointStore
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "0"))
+"""Of ranks of each strategy; 0 kills one of FSDP's alone."""
 
 
 def start(options: list[str], ranks: int = 2) -> subprocess.Popen[str]:
@@ -49,7 +52,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_rounds(run: Path, rounds: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if len(rows_of(run)) >= rounds:
             return
@@ -149,6 +152,35 @@ def test_evaluate_shares_the_batches_too(teacher_file: Path, tmp_path: Path) -> 
     assert output.count("score, %") == 1, "more than one rank shows the table"
     (ours,), (theirs,) = ([path.read_bytes() for path in (tmp_path / name).iterdir()] for name in ("together", "alone"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"] if KILLS else ["fsdp"])
+def test_a_killed_rank_changes_no_bit(strategy: str, brief: list[str], tmp_path: Path, seed: int) -> None:
+    kills = max(1, KILLS)
+    words = f"--parallel {strategy} --engine.rounds {5 * kills + 5} --engine.steps_per_round 1 --evaluate_every 0"
+    options = [*brief, *words.split(), "--test_items", "4", "--samples", "1", "--report", "false"]
+    whole, run, draws = tmp_path / "whole", tmp_path / "run", Random(seed)
+    process = start([*options, "--run", str(whole)])
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    for _ in range(kills):
+        process = start([*options, "--run", str(run), *(["--resume"] if run.exists() else [])])
+        wait_for_rounds(run, len(rows_of(run)) + draws.randint(1, 3), process)
+        time.sleep(draws.uniform(0, 0.05))
+        os.kill(rank_process(process, draws.randrange(2)), signal.SIGKILL)
+        process.communicate(timeout=600)
+        assert process.returncode != 0
+    assert not (run / "student.safetensors").exists(), "it was over before it was killed"
+    process = start([*options, "--run", str(run), "--resume"])
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert (run / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    clock = {"seconds", "step_seconds"}
+    found, expected = (
+        [{name: value for name, value in row.items() if name not in clock} for row in rows_of(place)]
+        for place in (run, whole)
+    )
+    assert found == expected
 
 
 def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_folder_of_captions_is_all_it_takes(
 def test_a_lesson_that_was_interrupted_goes_on_and_is_held_once(
     short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optima.commands import distill
+    from optima.commands import distill, finetune
 
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert main([*short, "--run", str(whole), "--quiet"]) == 0
@@ -80,7 +80,11 @@ def test_a_lesson_that_was_interrupted_goes_on_and_is_held_once(
     with monkeypatch.context() as patch:
         patch.setattr(distill, "finetune_on", interrupt)
         assert main([*short, "--run", str(run), "--quiet"]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "write_words", interrupt)
+        assert main(["--run", str(run), "--resume"]) == 130
     assert main(["--run", str(run), "--resume"]) == 0
+    assert read_words(run / "teacher").tokenizer.words() == read_words(whole / "teacher").tokenizer.words()
     assert (run / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
     taught = (run / "teacher" / "model.safetensors").stat().st_mtime_ns
     assert main(["--run", str(run), "--resume"]) == 0

@@ -1,6 +1,8 @@
 """From a data root to shards and back: the same records, the same images, in DALI's own reader too."""
 
+import errno
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from miniatures import MAKERS, make_coco, make_vqav2
 from optima.commands.prepare import prepare
 from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.loader import make_loader
+from optima.data.record import Unusable
 from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer
@@ -111,6 +114,31 @@ def test_dalis_own_reader_reads_the_shards_by_their_indices(tmp_path: Path) -> N
         assert np.array(images.at(place)).tobytes() == record.images[0].read()
         expected = word_tokenizer().encode(record.texts, 14, truncate=True).numpy()
         assert np.array_equal(np.array(tokens.at(place)).reshape(-1, 14), expected)
+
+
+def test_a_packing_that_breaks_off_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    root, out = make_coco(tmp_path / "root", 4), tmp_path / "out"
+    records = open_records("coco", root, "train")
+    pack(records, out, 1, None)
+    assert len(open_records("coco", out, "train")) == 4
+    Path(records[3].images[0].path).unlink()
+    with pytest.raises(Unusable):
+        pack(records, out, 1, None)
+    with pytest.raises(OptimaError):
+        open_records("coco", out, "train")
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = make_coco(tmp_path / "root", 4), tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("optima.data.shards.tarfile.TarFile.addfile", full)
+    assert main(f"prepare --data coco --root {root} --splits [train] --out {out} --workers 1".split()) == 2
+    assert capsys.readouterr().err == f"optima: {out} cannot be written to: No space left on device; start again\n"
 
 
 def test_shards_of_something_else_or_with_a_part_missing_are_refused(tmp_path: Path) -> None:

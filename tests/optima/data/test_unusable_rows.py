@@ -118,6 +118,9 @@ def test_a_log_names_each_item_once_however_often_it_is_told(tmp_path: Path) -> 
     log.add([first])
     RejectionLog(path).add([first, second])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+    path.write_text(path.read_text()[:-9])  # as a kill or a full disk leaves it
+    RejectionLog(path).add([first, second])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
     RejectionLog(None).add([first])
 
 

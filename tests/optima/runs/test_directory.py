@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
@@ -87,6 +89,26 @@ def test_a_second_process_is_told_who_is_there(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a run that never began, and ends just then."""
+    import fcntl
+
+    taken = fcntl.flock
+
+    def removed_just_before(file: TextIO, operation: int) -> None:
+        monkeypatch.setattr("fcntl.flock", taken)
+        (tmp_path / ".lock").unlink()
+        taken(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", removed_just_before)
+    with enter(tmp_path) as directory:
+        directory.write_config(PretrainConfig())
+        with pytest.raises(OptimaError, match=f"is in use by process {os.getpid()}"):
+            enter(tmp_path, resume=True)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_loaders_process_does_not_hold_the_directory_of_a_run_that_is_gone(tmp_path: Path) -> None:
     directory = enter(tmp_path / "run")
@@ -138,6 +160,36 @@ def test_rows_that_are_all_there_are_kept_without_a_word(tmp_path: Path, recwarn
         directory.rounds(4)
     assert ["round 3 once more" in str(warning.message) for warning in recwarn] == [True]
     assert [json.loads(line)["round"] for line in directory.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"threads": 2}, ["threads was 1 and is 2 now; the last bits of what follows may differ"]),
+        ({"engine": DistillerConfig(teacher_ahead=False)}, ["engine.teacher_ahead was True and is False now"]),
+        ({"quiet": True}, []),
+    ],
+)
+def test_other_threads_are_told_to_change_the_last_bits(
+    change: dict[str, Any], said: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = DistillConfig(run=tmp_path, threads=1)
+    with enter(tmp_path) as directory:
+        directory.write_config(config)
+    with enter(tmp_path, resume=True) as directory:
+        for _ in range(2):
+            directory.write_config(replace(config, **change))
+    assert len(recwarn) == len(said)
+    for warning, expected in zip(recwarn, said, strict=True):
+        assert expected in str(warning.message)
+
+
+@pytest.mark.parametrize("content", [b"[", b"\xff", b"a list", b"threads: {}", b""])
+def test_a_configuration_that_is_damaged_is_written_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with enter(tmp_path, resume=True) as directory:
+        directory.write_config(PretrainConfig())
+    assert "threads: 0" in (tmp_path / "config.yaml").read_text()
 
 
 def test_how_fast_a_run_is_made_may_change_when_it_is_resumed(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Killed, or out of disk, just before any change of a file: the same command then comes to the same bits and files.
+
+An instant is what Python tells its audit hooks before it opens a file to write, makes, renames or removes one. One harm
+at one instant of each command is drawn; OPTIMA_INSTANTS says how many are to be drawn of every harm, and "all" takes
+all of them.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from boxed import Ended, run_command
+from soak import Job, jobs, results, write_images
+from tiny import tiny_model
+from warm import import_everything
+
+from optima.coca.checkpoint import save_coca
+from optima.run import main
+from optima.tasks.pictograms import HEADS
+
+INSTANTS = os.environ.get("OPTIMA_INSTANTS", "")
+HARMS = ("killed", "no space", "cut short")
+MORE_BYTES = 3 * 2**30
+MOST = 300.0
+"""Seconds of a command; alone on a machine they take one to ten."""
+
+JOBS = {job.name: job for job in jobs()}
+GROWING = ("open", "os.mkdir")
+CHANGING = (*GROWING, "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+
+class Watch:
+    """An audit hook: counts changes below a folder, and lets one of them, and all that follow, come to harm."""
+
+    def __init__(self, place: Path, counted: int, harm: str, at: int) -> None:
+        """counted: file descriptor that the count is written to."""
+        self.place, self.counted, self.harm, self.at = os.fspath(place), counted, harm, at
+        self.count = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGING or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        paths = [os.fsdecode(found) for found in arguments if isinstance(found, str | bytes | os.PathLike)]
+        if not any(path.startswith(self.place) for path in paths):
+            return
+        self.count += 1
+        os.pwrite(self.counted, b"%d" % self.count, 0)
+        if self.harm == "killed" and self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.harm == "no space" and self.count >= self.at and event in GROWING:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), paths[0])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an undisturbed command comes to: results, names of its files, bytes of the largest, number of instants."""
+
+    results: dict[str, str]
+    files: set[str]
+    largest: int
+    instants: int
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and models, where the jobs expect them."""
+    import_everything()
+    root = tmp_path_factory.mktemp("ground")
+    write_images(root / "images", 40)
+    for name, layers, heads in (("teacher", 2, HEADS), ("student", 1, {})):
+        (root / name).mkdir()
+        save_coca(tiny_model(layers, heads), root / name / "model.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole_of(ground: Path) -> Callable[[Job], Whole]:
+    """Runs a command undisturbed, once."""
+    found: dict[str, Whole] = {}
+
+    def whole(job: Job) -> Whole:
+        if job.name not in found:
+            out = ground / f"whole of {job.name}"
+            ended, instants = run(job, ground, out)
+            assert ended.status == 0, ended.error
+            largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            found[job.name] = Whole(results(job, out), files(out), largest, instants)
+        return found[job.name]
+
+    return whole
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def run(job: Job, ground: Path, out: Path, harm: str = "", at: int = 0) -> tuple[Ended, int]:
+    """Runs a job's command, also as the one that goes on -> how it ended, and how many instants it had."""
+    words = job.command(ground, out, again=out.exists())
+    counted = os.open(ground / "counted", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    group = ground / "group"
+
+    def call() -> int:
+        os.setsid()
+        group.write_text(str(os.getpid()))
+        if harm == "cut short":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+        else:
+            sys.addaudithook(Watch(out, counted, harm, at))
+        return main(words)
+
+    ended = run_command(call, more_bytes=MORE_BYTES, patience=MOST, most=MOST)
+    with contextlib.suppress(ProcessLookupError):  # what a killed one had started, as the death of a machine does
+        os.killpg(int(group.read_text()), signal.SIGKILL)
+    instants = int(os.pread(counted, 20, 0) or b"0")
+    os.close(counted)
+    return ended, instants
+
+
+def places(whole: Whole, harm: str, draws: Random) -> list[int]:
+    """Instants to try, or sizes above which no file may grow."""
+    if harm == "cut short":
+        count = 10 if INSTANTS == "all" else int(INSTANTS or 1)
+        return [draws.randint(4096, max(4097, whole.largest)) for _ in range(count)]
+    every = list(range(1, whole.instants + 1))
+    return every if INSTANTS == "all" else sorted(draws.sample(every, min(int(INSTANTS or 1), len(every))))
+
+
+@pytest.mark.parametrize("harm", HARMS if INSTANTS else ["drawn"])
+@pytest.mark.parametrize("name", JOBS)
+def test_harm_at_any_instant_costs_nothing(
+    name: str, harm: str, ground: Path, whole_of: Callable[[Job], Whole], tmp_path: Path, seed: int
+) -> None:
+    job, draws = JOBS[name], Random(seed)
+    harm = draws.choice(HARMS) if harm == "drawn" else harm
+    whole = whole_of(job)
+    wrong = []
+    for at in places(whole, harm, draws):
+        out = tmp_path / f"{at}"
+        ended, _ = run(job, ground, out, harm, at)
+        complaint = complaint_about(ended, harm)
+        if not complaint:
+            ended, _ = run(job, ground, out)
+            if ended.status != 0:
+                complaint = f"then status {ended.status}"
+            elif results(job, out) != whole.results:
+                complaint = "then other results"
+            elif files(out) != whole.files:
+                complaint = f"then other files: {sorted(files(out) ^ whole.files)}"
+        if complaint:
+            wrong.append(f"{harm} at {at} of {whole.instants}: {complaint}: {ended.error[-600:]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def complaint_about(ended: Ended, harm: str) -> str:
+    """What is wrong with how a command that came to harm ended; "" if nothing."""
+    if harm == "killed":
+        return "" if ended.status == -signal.SIGKILL else f"status {ended.status}, though it was to be killed"
+    said = [line for line in ended.error.splitlines() if not line.startswith("optima: warning: ")]
+    if ended.status == 0 and harm == "cut short":  # no file was as large
+        return ""
+    return "" if ended.status == 2 and len(said) == 1 and said[0].startswith("optima: ") else f"status {ended.status}"
