@@ -98,7 +98,7 @@ COMMANDS = {
         _OPTIONS + "AnswerConfig", _HERE + "use:run_answer", bare="image",
     ),
     "report": Command(
-        "Write a finished run's report.html anew, or several runs side by side.",
+        "Write the page of a finished run or comparison anew, or several runs side by side.",
         _OPTIONS + "ReportConfig", _HERE + "report:run_report", bare="run",
     ),
     "watch": Command(

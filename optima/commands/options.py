@@ -150,11 +150,13 @@ class AnswerConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Writes report.html anew, or one page that sets several runs side by side.
+    """Writes report.html anew, the page of a comparison, or one that sets several runs side by side.
 
     Attributes:
-        run: Run directory of a finished distillation, or several: `report runs/a runs/b`.
-        output: The page to write; of one run it is report.html in its directory, of several side_by_side.html here.
+        run: Run directory of a finished distillation, or several: `report runs/a runs/b`; or the directory of a
+            `compare`, whose finished runs are drawn.
+        output: The page to write; of one run it is report.html in its directory, of a comparison comparison.html in
+            its own, of several runs side_by_side.html here.
     """
 
     run: list[Path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from page_reader import Page
@@ -30,6 +31,15 @@ def test_comparison_shows_each_run_and_refers_to_nothing_outside(pair: list[Path
     assert all(name in page.text for name in ("optima", "uniform"))
     assert [address for address in page.references if not address.startswith(("data:", "#"))] == []
     assert page.all("script") == []
+
+
+def test_a_name_leads_to_the_runs_own_report(pair: list[Path], tmp_path: Path) -> None:
+    (pair[0] / "report.html").write_text("its report")
+    runs = [pair[0], Path(shutil.move(pair[1], tmp_path / "a run & more"))]
+    (runs[1] / "report.html").write_text("another")
+    output = tmp_path / "deep" / "page.html"
+    links = [found["href"] for found in Page(write_side_by_side(runs, output)).all("a")]
+    assert [(output.parent / unquote(link)).resolve() for link in links] == [run / "report.html" for run in runs]
 
 
 def test_only_differing_configuration_is_listed(pair: list[Path], tmp_path: Path) -> None:
