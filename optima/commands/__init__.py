@@ -75,7 +75,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Score a model on a held-out split.", _OPTIONS + "EvaluateConfig", _HERE + "evaluate:run_evaluate",
-        matter=("model", "tasks", "data.name", "data.root", "split", "items", "batch_size", "predictions"),
+        matter=("model", "tasks", "data.name", "data.root", "split", "items", "batch_size", "predictions", "threads"),
     ),
     "import": Command(
         "Read an open_clip CoCa checkpoint.", _OPTIONS + "ImportConfig", _HERE + "exchange:run_import"

@@ -22,6 +22,7 @@ from optima.coca.pairs import module_pairs
 from optima.commands.console import make_console, make_table
 from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
+from optima.runs.confidence import usual_probability
 from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, Tracked, make_display
@@ -312,7 +313,8 @@ def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progr
     """Keeps the student, scores all models on the test split, and writes what the report is drawn from."""
     config, data, student = job.config, job.data, models["after"]
     save_coca(student, directory.path / "student.safetensors")
-    write_words(directory, data, config.data.loader.transform)
+    usual = usual_probability(student, data, config.evaluate_batch) if config.task == "captioning" else None
+    write_words(directory, data, config.data.loader.transform, usual)
     say = _sayer(config)
     say("scoring the teacher, and the student before and after, on the test split")
     evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch, say)

@@ -23,6 +23,8 @@ from optima_core.errors import OptimaError
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores, and writes its predictions if asked to."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_coca(config.model).to(device)
     for task in config.tasks or _own_tasks(config, model):

@@ -42,6 +42,7 @@ class EvaluateConfig:
         batch_size: Items a forward pass.
         generation: How captions are generated.
         predictions: Folder to write predictions to, in the benchmark's submission format; null writes none.
+        threads: CPU threads; 0 takes what torch chooses.
     """
 
     model: Path
@@ -52,9 +53,10 @@ class EvaluateConfig:
     batch_size: int = 250
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     predictions: Path | None = None
+    threads: int = 0
 
     def __post_init__(self) -> None:
-        refuse_below(0, self, "items")
+        refuse_below(0, self, "items", "threads")
         refuse_below(1, self, "batch_size")
 
 
@@ -101,12 +103,17 @@ class ExportConfig:
             open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
             images and tokens to logits, for batches of any size.
         task: The program's task; by default that of words.json.
+        threads: CPU threads; 0 takes what torch chooses.
     """
 
     model: Path
     output: Path
     format: Literal["safetensors", "open_clip", "torch_export", "onnx"] = "safetensors"
     task: Task | None = None
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        refuse_below(0, self, "threads")
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,9 @@ def _dots(rows: Sequence[MethodRow], reference: str, layout: Layout) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
     names = [formatting.spelled(row.method) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
+    low, high = axes.get_xlim()  # an interval of two seeds may leave what a score can be
+    per_cent = all(score <= 100 for row in rows for score in row.scores.values())
+    axes.set_xlim(max(low, 0.0), min(high, 100.0) if per_cent else high)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
     axes.set_xlabel("score, %")
     return figure

@@ -153,7 +153,12 @@ def _curves(names: Sequence[str], runs: Sequence[Run], panels: Sequence[str], la
         for place, run in enumerate(runs):
             steps, values = _curve(run, panel)
             axes.plot(
-                steps, values, color=arm_colour(place), linewidth=plots.LINE, dashes=(1, 0) if place < 8 else (3, 2)
+                steps,
+                values,
+                color=arm_colour(place),
+                linewidth=plots.LINE,
+                dashes=(1, 0) if place < 8 else (3, 2),
+                marker="o" if len(steps) == 1 else None,  # a line of one point is nothing
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.margins(x=0.01)

@@ -68,6 +68,16 @@ def test_runs_of_different_tasks_share_losses_but_no_score_curve(written: Path, 
     assert not any("score" in label for label in labels)
 
 
+def test_a_curve_of_one_point_is_seen(pair: list[Path], tmp_path: Path) -> None:
+    for run in pair:
+        edit_json(run / "summary.json", lambda summary: summary.update(learning_curve=summary["learning_curve"][:1]))
+    before, after = (
+        Page(write_side_by_side(runs, tmp_path / "page.html")).source.count("<use")
+        for runs in ([pair[0], write_run(tmp_path / "other", task="nlvr2", samples=1)], pair)
+    )
+    assert after >= before + 4  # a point of either run, on the wide drawing and on the narrow one
+
+
 def test_one_run_is_no_comparison(written: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run_dirs: 1 given"):
         write_side_by_side([written], tmp_path / "page.html")
