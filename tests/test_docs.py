@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,23 @@ def test_a_shown_command_is_one_that_the_program_takes(
             assert find_spec(words[2]) is not None
         elif words[:2] == ["pip", "install"]:
             refuse_unknown_extras(words)
+
+
+def test_nobody_is_sent_to_a_package_index_for_what_is_not_there() -> None:
+    """OPTIMA is installed from a clone; hints name packages that exist."""
+    for folder in ("optima", "core", "kernels", "docs", "examples", "README.md", "Dockerfile"):
+        for path in [ROOT / folder, *(ROOT / folder).rglob("*")]:
+            if path.suffix in (".py", ".md", "") and path.is_file():
+                assert not re.search(r"pip install[^\n]*optima-", path.read_text(encoding="utf-8")), path
+
+
+def test_the_three_distributions_agree_in_their_torch_and_say_why_it_ends_there() -> None:
+    wanted = set()
+    for folder in (".", "core", "kernels"):
+        text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")
+        wanted |= {need for need in tomllib.loads(text)["project"]["dependencies"] if need.startswith("torch")}
+        assert "# torch 2.14 brings Triton 3.8" in text
+    assert len(wanted) == 1
 
 
 def refuse_unknown_extras(words: list[str]) -> None:
