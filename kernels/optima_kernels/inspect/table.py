@@ -1,8 +1,11 @@
 """The committed table of what the gate found: a section for every Triton version it was run with."""
 
+import platform
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -87,7 +90,7 @@ def section(outcomes: Sequence[Outcome]) -> str:
     faults = sum(len(outcome.faults) for outcome in outcomes)
     asked, targets = {x.problem for x in outcomes}, ", ".join(dict.fromkeys(x.target for x in outcomes))
     counts = f"{len(asked)} problems on {targets}, {len(rows)} different kernels, {faults} faults"
-    lines = [f"torch {torch.__version__}; {counts}.", ""]
+    lines = [f"{_made()}; torch {torch.__version__}; {counts}.", ""]
     unlaunched: dict[str, list[str]] = {}
     for outcome in outcomes:
         for fault in outcome.faults if not outcome.launches else ():
@@ -97,6 +100,13 @@ def section(outcomes: Sequence[Outcome]) -> str:
     lines += [f"- refused with an error, as it may be: {text}" for text in refused]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+
+
+def _made() -> str:
+    """When, at which commit and on what machine."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return f"{datetime.now(UTC):%Y-%m-%d}, commit {found.stdout.strip() or 'unknown'}, {platform.machine()}"
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
