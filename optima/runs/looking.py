@@ -21,4 +21,4 @@ def attention_over_image(model: CoCa, images: Tensor, tokens: Tensor) -> Tensor 
     scores = found.q @ found.k.transpose(-1, -2) * found.q.shape[-1] ** -0.5
     side = image_encoder.image_size // image_encoder.patch_size
     maps: Tensor = scores.float().softmax(dim=-1).mean(dim=1)
-    return maps.unflatten(-1, (side, side))
+    return maps.reshape(*maps.shape[:2], side, side)
