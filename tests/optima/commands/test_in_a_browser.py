@@ -90,6 +90,7 @@ def address(folder: Path, finished: Path, running: Path) -> Iterator[Open]:
 def opened(browser: Any, address: str, width: int = 1100, scheme: str = "light") -> Iterator[Any]:
     """The page, which must not have complained or asked for anything elsewhere when the test is over."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(180_000)  # milliseconds; a busy machine is no fault of a page
     page = context.new_page()
     complaints: list[str] = []
     asked: list[str] = []
