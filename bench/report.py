@@ -1,4 +1,8 @@
-"""The results: JSON a suite and machine in bench/results/, rows of a table, and bench/RESULTS.md of all of them."""
+"""The results: JSON a suite and machine in bench/results/, rows of a table, and the pages that are made of it.
+
+bench/RESULTS.md has the contests of all machines; a study has a page of its own. Every page says by which command, at
+which commit, when and on what its numbers were made.
+"""
 
 import json
 import os
@@ -13,9 +17,11 @@ from typing import Any
 
 import torch
 
-from bench.measure import ROOT
+from bench.harness.measure import RESULTS, ROOT
+from bench.harness.study import Table
 
-RESULTS = ROOT / "bench" / "results"
+REMARKS = "\n## What it says\n"
+"""What a person adds to a study's page below this stays when the page is written anew."""
 PACKAGES = (
     "torch",
     "triton",
@@ -85,12 +91,11 @@ def _processor() -> str:
     return platform.processor() or "CPU"
 
 
-def write(suite: str, about: Mapping[str, Any], contests: list[Any], growth: list[Any], folder: Path = RESULTS) -> Path:
-    """bench/results/<device>/<suite>.json."""
+def write(suite: str, about: Mapping[str, Any], folder: Path = RESULTS, **found: list[Any]) -> Path:
+    """bench/results/<device>/<suite>.json; found: "contests" and their "growth", or "tables"."""
     path = folder / re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-") / f"{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"suite": suite, "about": about, "contests": contests, "growth": growth}, indent=1)
-    path.write_text(text + "\n")
+    path.write_text(json.dumps({"suite": suite, "about": about, **found}, indent=1) + "\n")
     return path
 
 
@@ -160,19 +165,31 @@ def markdown(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(found: Mapping[str, Any]) -> list[str]:
-    about = found["about"]
+def provenance(suite: str, about: Mapping[str, Any]) -> str:
+    """How, when, at which commit and with what a suite's numbers were made."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    commit = f"{about['date'][:10]}, commit {about['commit']}"
     where = (
         f"CUDA {about['cuda']}, {about['memory_gib']} GiB"
         if "cuda" in about
-        else f"{about['threads']} of {about['cores']} cores, {about['instructions']}, {CLOCKS[about['clock']]}"
+        else f"{about['threads']} of {about['cores']} cores, {about['instructions']}"
     )
-    parts = [
-        f"### {found['suite']}",
-        f"`python -m bench --only {found['suite']}`, {commit}, {where}; {versions}",
-    ]
+    clock = f", {CLOCKS[about['clock']]}" if about.get("clock") == "cpu" or "cuda" not in about else ""
+    return (
+        f"`python -m bench --only {suite}`, {about['date'][:10]}, commit {about['commit']}, {where}{clock}; {versions}"
+    )
+
+
+def study_page(module: Any, suite: str, about: Mapping[str, Any], tables: Iterable[Table], before: str = "") -> str:
+    """A study's page: its module's docstring, how it was made, its tables, and the remarks of the page before."""
+    parts = [f"# {module.TITLE}", str(module.__doc__).strip(), f"{provenance(suite, about)}; {about['device']}"]
+    for table in tables:
+        parts += [f"## {table.name}", _table(table.header, table.rows)]
+    _, separator, remarks = before.partition(REMARKS)
+    return "\n\n".join(parts) + "\n" + separator + remarks
+
+
+def _section(found: Mapping[str, Any]) -> list[str]:
+    parts = [f"### {found['suite']}", provenance(found["suite"], found["about"])]
     rows = [row for contest in found["contests"] for row in rows_of(contest)]
     if rows:
         parts.append(_table(HEADER, rows))

@@ -6,12 +6,13 @@ Equality is checked first, as there; memory and exponents are that command's own
 import pytest
 import torch
 
-from bench.contest import Contest, Unavailable
-from bench.measure import difference
-from bench.suites import SUITES
+from bench.harness.contest import Contest, Unavailable
+from bench.harness.measure import difference
+from bench.suites import CONTESTS as SUITES
+from bench.suites import suite
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONTESTS = {f"{suite}: {contest.name}": contest for suite in SUITES for contest in SUITES[suite].contests(DEVICE)}
+CONTESTS = {f"{name}: {contest.name}": contest for name in SUITES for contest in suite(name).contests(DEVICE)}
 EXPECTED: dict[str, list[torch.Tensor]] = {}
 
 

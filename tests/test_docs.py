@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,10 +53,14 @@ def test_a_shown_command_is_one_that_the_program_takes(
     for run in ("distill", "uniform", "vqa"):
         (tmp_path / "runs" / run).mkdir(parents=True)
     for part in re.split(r" && ", line):
-        words = [word for word in shlex.split(part, comments=True) if not re.fullmatch(r"\$\{\w+\[@]\}", word)]
+        words = [
+            word
+            for word in shlex.split(part.partition(" >> ")[0], comments=True)
+            if not re.fullmatch(r"\$\{\w+\[@]\}", word)
+        ]
         if "-m" in words and words[0] == "torchrun":
             words = ["optima", *words[words.index("optima.run") + 1 :]]
-        if words[0] == "optima" and {"--help", "help"} & set(words):
+        if words[0] == "optima" and {"--help", "help", "--completion"} & set(words):
             with pytest.raises(SystemExit):
                 parse(words[1:])
             assert capsys.readouterr().out
@@ -78,6 +83,23 @@ SCRIPTS = [
 def test_a_shown_script_is_one_that_bash_reads(page: Path, script: str) -> None:
     read = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert (read.returncode, read.stderr) == (0, "")
+
+
+def test_nobody_is_sent_to_a_package_index_for_what_is_not_there() -> None:
+    """OPTIMA is installed from a clone; hints name packages that exist."""
+    for folder in ("optima", "core", "kernels", "docs", "examples", "README.md", "Dockerfile"):
+        for path in [ROOT / folder, *(ROOT / folder).rglob("*")]:
+            if path.suffix in (".py", ".md", "") and path.is_file():
+                assert not re.search(r"pip install[^\n]*optima-", path.read_text(encoding="utf-8")), path
+
+
+def test_the_three_distributions_agree_in_their_torch_and_say_why_it_ends_there() -> None:
+    wanted = set()
+    for folder in (".", "core", "kernels"):
+        text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")
+        wanted |= {need for need in tomllib.loads(text)["project"]["dependencies"] if need.startswith("torch")}
+        assert "# torch 2.14 brings Triton 3.8" in text
+    assert len(wanted) == 1
 
 
 def refuse_what_cannot_be_installed(words: list[str]) -> None:

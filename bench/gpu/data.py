@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.gpu.context import Context, Item
-from bench.measure import measure
+from bench.harness.measure import measure
 
 
 def loaders(context: Context) -> Iterator[Item]:
     if importlib.util.find_spec("nvidia.dali" if importlib.util.find_spec("nvidia") else "nvidia") is None:
         yield Item("DALI", lambda: {"note": "nvidia-dali is not installed: nothing to measure"})
         return
-    from bench import loaders as suite
+    from bench.suites import loaders as suite
 
     for contest in suite.contests(context.device):
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from bench.contest import Unavailable
 from bench.gpu import shapes, timing
 from bench.gpu.context import Context, Item
 from bench.gpu.shapes import Shape
+from bench.harness.contest import Unavailable
 
 
 def ceilings(context: Context) -> Iterator[Item]:

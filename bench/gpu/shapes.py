@@ -288,7 +288,7 @@ def _products(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Run:
 
 
 def _liger(context: Context, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    from bench.peers import liger
+    from bench.harness.peers import liger
 
     loss = liger().LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=TEMPERATURE, compiled=True

@@ -1,7 +1,8 @@
 """The whole distillation step on a GPU, beside the same step written the usual way.
 
-The contests of `bench.whole_step` are the seam: it says what a step is and which contenders there are; here their runs
-are timed by the wall, on the host and, where a step can be captured, by replay, and the dearest kernels are named.
+The contests of `bench.suites.whole_step` are the seam: it says what a step is and which contenders there are; here
+their runs are timed by the wall, on the host and, where a step can be captured, by replay, and the dearest kernels are
+named.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,13 +10,13 @@ from typing import Any
 
 import torch
 
-from bench.contest import Contest, Run, Unavailable
 from bench.gpu import timing
 from bench.gpu.context import Context, Item
+from bench.harness.contest import Contest, Run, Unavailable
 
 
 def towers(context: Context) -> Iterator[Item]:
-    from bench import whole_step
+    from bench.suites import whole_step
 
     sizes = None
     if context.rehearse:

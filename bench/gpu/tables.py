@@ -138,8 +138,8 @@ def _ahead(timed: Sequence[Line]) -> Iterator[str]:
 
 def not_measured(timed: Sequence[Line]) -> list[str]:
     """What the command would have timed, had there been time: shapes, or contenders of them."""
-    from bench import whole_step
     from bench.gpu import kernels
+    from bench.suites import whole_step
 
     context = Context(torch.device("cuda"), rehearse=False)
     names = [item.name for group in kernels.GROUPS.values() for item in group(context)]

@@ -52,6 +52,22 @@ def generate(
 
 
 @torch.no_grad()
+def token_probability(model: CoCa, images: Tensor, tokens: Tensor) -> Tensor:
+    """How probable the model holds the tokens of captions: the geometric mean over those behind the start, fp32 [B].
+
+    images: [B, 3, S, S] normalised. tokens: int64 [B, length], as `generate` makes them; the end counts, padding does
+    not.
+    """
+    pad_id = model.config.text_decoder.pad_id
+    logits = model.caption_logits(model(images[:, None], tokens).states[:, :-1]).float()
+    logits[..., pad_id] = -math.inf
+    said = tokens[:, 1:] != pad_id
+    chosen = tokens[:, 1:].masked_fill(~said, (pad_id + 1) % logits.shape[-1])
+    log_probability = logits.log_softmax(dim=-1).gather(2, chosen[..., None])[..., 0]
+    return ((log_probability * said).sum(dim=1) / said.sum(dim=1).clamp_min(1)).exp()
+
+
+@torch.no_grad()
 def beam_search(
     model: CoCa,
     images: Tensor,

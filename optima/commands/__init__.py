@@ -75,7 +75,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Score a model on a held-out split.", _OPTIONS + "EvaluateConfig", _HERE + "evaluate:run_evaluate",
-        matter=("model", "tasks", "data.name", "data.root", "split", "items", "batch_size", "predictions"),
+        matter=("model", "tasks", "data.name", "data.root", "split", "items", "batch_size", "predictions", "threads"),
     ),
     "import": Command(
         "Read an open_clip CoCa checkpoint.", _OPTIONS + "ImportConfig", _HERE + "exchange:run_import"
@@ -98,7 +98,7 @@ COMMANDS = {
         _OPTIONS + "AnswerConfig", _HERE + "use:run_answer", bare="image",
     ),
     "report": Command(
-        "Write a finished run's report.html anew, or several runs side by side.",
+        "Write the page of a finished run or comparison anew, or several runs side by side.",
         _OPTIONS + "ReportConfig", _HERE + "report:run_report", bare="run",
     ),
     "watch": Command(

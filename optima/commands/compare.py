@@ -35,7 +35,7 @@ from optima.report.comparison import (
 from optima.report.formatting import task_title
 from optima.runs.directory import flat
 from optima.runs.reading import CONFIG, SUMMARY, read_summary
-from optima.runs.rows import Summary, plain
+from optima.runs.rows import parsed, plain, read
 from optima.task import Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
@@ -59,11 +59,25 @@ METHODS: dict[str, dict[str, Any]] = {
 """Method -> the options in which its runs differ from the settings that all share."""
 
 
+ASKED = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """comparison.json: the runs that a comparison is made of, where they are scored, and the command."""
+
+    task: tuple[str, ...]
+    method: tuple[str, ...]
+    seeds: int
+    split: str
+    command: str
+
+
 @dataclass(frozen=True)
 class _Cell:
     """One run of the comparison."""
 
-    task: Task
+    task: str
     method: str
     seed: int
 
@@ -71,7 +85,7 @@ class _Cell:
         return root / self.task / self.method / f"seed-{self.seed}"
 
 
-def run_command(root: Path, task: Task, method: str, seed: int) -> list[str]:
+def run_command(root: Path, task: str, method: str, seed: int) -> list[str]:
     """The command of one run of the comparison in `root`; modules in the current folder do not take part (-P)."""
     path = _Cell(task, method, seed).path(root)
     words = [sys.executable, "-P", "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
@@ -84,16 +98,33 @@ def run_command(root: Path, task: Task, method: str, seed: int) -> list[str]:
 def compare(config: CompareConfig) -> None:
     """Runs what is missing, prints a table a task, and writes comparison.html and comparison.md."""
     _settle(config)
-    cells = [
-        _Cell(task, method, seed) for task in config.task for seed in range(config.seeds) for method in config.method
-    ]
-    _run_missing([cell for cell in cells if not (cell.path(config.run) / SUMMARY).exists()], config)
-    outcomes = [_outcome(cell, config) for cell in cells]
     command = "optima " + shlex.join(sys.argv[1:])
+    asked = Asked(tuple(config.task), tuple(config.method), config.seeds, config.split, command)
+    write_atomically(config.run / ASKED, json.dumps(plain(asked)).encode())
+    _run_missing([cell for cell in _cells(asked) if not (cell.path(config.run) / SUMMARY).exists()], config)
+    outcomes = [_outcome(cell, config.run, config.split) for cell in _cells(asked)]
     text = f"{markdown(outcomes)}\n`{command}`\n"
     write_atomically(config.run / "comparison.md", text.encode())
-    page = write_comparison(outcomes, config.run / "comparison.html", command=command, split=config.split)
-    _print(outcomes, config, page)
+    _print(outcomes, config, draw_comparison(config.run))
+
+
+def draw_comparison(run: Path, output: Path | None = None) -> Path:
+    """Writes the page of a comparison's directory, comparison.html in it by default, of the runs that have finished.
+
+    A task of which no run of optima has finished is left out. Raises OptimaError if that leaves nothing.
+    """
+    asked = read(Asked, parsed((run / ASKED).read_text(encoding="utf-8"), str(run / ASKED)), str(run / ASKED))
+    finished = [cell for cell in _cells(asked) if (cell.path(run) / SUMMARY).exists()]
+    tasks = {cell.task for cell in finished if cell.method == "optima"}
+    outcomes = [_outcome(cell, run, asked.split) for cell in finished if cell.task in tasks]
+    if not outcomes:
+        raise OptimaError(f"no run of optima in {run} has finished, which the others are compared with")
+    page = output or run / "comparison.html"
+    return write_comparison(outcomes, page, command=asked.command, split=asked.split)
+
+
+def _cells(asked: Asked) -> list[_Cell]:
+    return [_Cell(task, method, seed) for task in asked.task for seed in range(asked.seeds) for method in asked.method]
 
 
 def _settle(config: CompareConfig) -> None:
@@ -130,7 +161,7 @@ def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
             for done, finished in enumerate(as_completed(pending), 1):
                 cell = pending[finished]
                 finished.result()
-                outcome = _outcome(cell, config)
+                outcome = _outcome(cell, config.run, config.split)
                 left = (time.monotonic() - started) / done * (len(cells) - done)
                 print(
                     f"{done}/{len(cells)}  {cell.task}  {cell.method}  seed {cell.seed}: {outcome.score:.1f} % in "
@@ -177,20 +208,17 @@ def _processes() -> Iterator[Any]:
             process.terminate()
 
 
-def _outcome(cell: _Cell, config: CompareConfig) -> Outcome:
-    summary = _summary(cell, config)
+def _outcome(cell: _Cell, root: Path, split: str) -> Outcome:
+    summary, report = read_summary(cell.path(root) / SUMMARY), cell.path(root) / "report.html"
     metric = summary.headline_metric
-    score = summary.learning_curve[-1][metric] if config.split == "validation" else summary.scores["after"][metric]
-    return Outcome(cell.task, cell.method, cell.seed, score, summary.seconds, summary.peak_mib)
-
-
-def _summary(cell: _Cell, config: CompareConfig) -> Summary:
-    return read_summary(cell.path(config.run) / SUMMARY)
+    score = summary.learning_curve[-1][metric] if split == "validation" else summary.scores["after"][metric]
+    page = report if report.exists() else None
+    return Outcome(cell.task, cell.method, cell.seed, score, summary.seconds, summary.peak_mib, page)
 
 
 def _ends(config: CompareConfig, task: Task) -> str:
     """What the student scored before distillation, and the teacher."""
-    summary = _summary(_Cell(task, "optima", 0), config)
+    summary = read_summary(_Cell(task, "optima", 0).path(config.run) / SUMMARY)
     before, teacher = (summary.scores[model][summary.headline_metric] for model in ("before", "teacher"))
     return f"Student before {before:.1f}, teacher {teacher:.1f} (test)."
 

@@ -16,6 +16,7 @@ from optima.coca.checkpoint import load_coca
 from optima.commands.local import LocalHandler, listen, serve
 from optima.commands.options import DemoConfig
 from optima.limits import MAX_IMAGE_BYTES
+from optima.report.images import spotlight
 from optima.report.page import render
 from optima.runs.reading import read_run
 from optima.runs.student import Student, load_student
@@ -44,18 +45,28 @@ class _Pair:
     lock: threading.Lock
 
     def said(self, images: list[bytes], text: str) -> dict[str, Any]:
-        """What each says of the images, and in how many milliseconds."""
+        """What each says of the images, how probable it is, in how many milliseconds, and where each word looks."""
         found = {}
         with self.lock:
             for name, model in (("teacher", self.teacher), ("student", self.student)):
+                captions = model.words.task == "captioning"
                 begun = time.monotonic()
-                lines: list[tuple[str, float | None]] = []
-                if model.words.task == "captioning":
-                    lines += [(caption, None) for caption in model.caption(images)]
-                else:
-                    lines += model.answer(text, images).items()
-                found[name] = {"lines": lines[:SHOWN], "milliseconds": 1000 * (time.monotonic() - begun)}
+                lines = model.probable_captions(images) if captions else [*model.answer(text, images).items()][:SHOWN]
+                seconds = time.monotonic() - begun
+                texts = [caption for caption, _ in lines] if captions else [text] * len(images)
+                found[name] = {
+                    "lines": lines,
+                    "milliseconds": 1000 * seconds,
+                    "unsure": captions and name == "student" and lines[0][1] < (model.words.usual or 0),
+                    "looks": [_lit(model, words, image) for words, image in zip(texts, images, strict=True)],
+                }
         return found
+
+
+def _lit(model: Student, text: str, image: bytes) -> list[tuple[str, str]]:
+    """Each word, and the image lit where the model looks for it."""
+    seen, words = model.looks(text, image)
+    return [(word, spotlight(seen, weights)) for word, weights in words]
 
 
 def _load(run: Path, device: str | None) -> _Pair:

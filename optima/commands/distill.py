@@ -22,6 +22,7 @@ from optima.coca.pairs import module_pairs
 from optima.commands.console import make_console, make_table
 from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
+from optima.runs.confidence import usual_probability
 from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
 from optima.runs.directory import REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, Tracked, make_display
@@ -326,7 +327,8 @@ def _finish(job: _Job, models: dict[Model, CoCa], progress: _Progress) -> Summar
     say = _sayer(config, speaks=job.ranks.first)
     if directory is not None:
         save_coca(student, directory.path / "student.safetensors")
-        write_words(directory, data, config.data.loader.transform)
+        usual = usual_probability(student, data, config.evaluate_batch) if config.task == "captioning" else None
+        write_words(directory, data, config.data.loader.transform, usual)
     say("scoring the teacher, and the student before and after, on the test split")
     evaluations = score_models(models, data, config.test_items, config.evaluate_batch, say, job.ranks)
     if directory is None:

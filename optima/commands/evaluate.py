@@ -3,6 +3,8 @@
 import contextlib
 from dataclasses import replace
 
+import torch
+
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
 from optima.commands.console import make_console, make_table
@@ -23,6 +25,8 @@ from optima_core.parallel import Ranks, join_ranks
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores, and writes its predictions if asked to."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     with join_ranks() as ranks:
         model = load_coca(config.model).to(ranks.device)
         for task in config.tasks or _own_tasks(config, model):

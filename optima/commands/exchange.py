@@ -44,6 +44,8 @@ def run_import(config: ImportConfig) -> None:
 
 def run_export(config: ExportConfig) -> None:
     """Exports a model and prints what was written."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     model = load_coca(config.model)
     if config.output.exists() and not config.output.is_dir():
         raise OptimaError(f"output {config.output} is a file; give a directory")

@@ -42,6 +42,7 @@ class EvaluateConfig:
         batch_size: Items a forward pass. Processes that torchrun started, one a device, take whole batches in turn.
         generation: How captions are generated.
         predictions: Folder to write predictions to, in the benchmark's submission format; null writes none.
+        threads: CPU threads; 0 takes what torch chooses.
     """
 
     model: Path
@@ -52,9 +53,10 @@ class EvaluateConfig:
     batch_size: int = 250
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     predictions: Path | None = None
+    threads: int = 0
 
     def __post_init__(self) -> None:
-        refuse_below(0, self, "items")
+        refuse_below(0, self, "items", "threads")
         refuse_below(1, self, "batch_size")
 
 
@@ -101,12 +103,17 @@ class ExportConfig:
             open_clip.create_model("local-dir:OUTPUT") loads; "torch_export" and "onnx" a program of one task from
             images and tokens to logits, for batches of any size.
         task: The program's task; by default that of words.json.
+        threads: CPU threads; 0 takes what torch chooses.
     """
 
     model: Path
     output: Path
     format: Literal["safetensors", "open_clip", "torch_export", "onnx"] = "safetensors"
     task: Task | None = None
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        refuse_below(0, self, "threads")
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,13 @@ class AnswerConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Writes report.html anew, or one page that sets several runs side by side.
+    """Writes report.html anew, the page of a comparison, or one that sets several runs side by side.
 
     Attributes:
-        run: Run directory of a finished distillation, or several: `report runs/a runs/b`.
-        output: The page to write; of one run it is report.html in its directory, of several side_by_side.html here.
+        run: Run directory of a finished distillation, or several: `report runs/a runs/b`; or the directory of a
+            `compare`, whose finished runs are drawn.
+        output: The page to write; of one run it is report.html in its directory, of a comparison comparison.html in
+            its own, of several runs side_by_side.html here.
     """
 
     run: list[Path]

@@ -1,6 +1,5 @@
 """From words on a command line to a typed configuration: recipes, YAML files, overrides, and errors that teach."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -11,10 +10,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from optima import __version__
 from optima.commands import COMMANDS, DEFAULT, Command
+from optima.commands.completion import completion_script
+from optima.commands.parser import HELP_ALL, make_parser
 from optima.limits import MAX_CONFIG_BYTES, MAX_SHOWN_CHARACTERS
 from optima.plain_yaml import load_yaml, refuse_hostile_yaml
 from optima.recipes import RECIPES, recipes_of
@@ -22,14 +23,13 @@ from optima.untrusted import read_file, shown
 from optima_core.errors import OptimaError
 
 _HELP = ("-h", "--help", "help")
-_HELP_ALL = "--help-all"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     """The command and its configuration; without a command's name `distill` is meant.
 
     Raises OptimaError for unknown names (with the nearest known one), wrong types and values out of range, SystemExit
-    after help or the version, which are printed.
+    after help, the version or a completion script, which are printed.
     """
     words = list(arguments)
     for word in words:
@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
             raise OptimaError(f"words must be UTF-8, got {word!r:.80}")
     if words[:1] == ["--version"]:
         print(f"optima {__version__}")
+        raise SystemExit(0)
+    if words[:1] == ["--completion"]:
+        print(completion_script(" ".join(words[1:])), end="")
         raise SystemExit(0)
     if words and words[0] in _HELP:
         if words[1:2] and words[1] in COMMANDS:
@@ -54,8 +57,8 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
 def _configured(name: str, command: Command, words: list[str]) -> Any:
     config = command.config()
     # What help does not show, a printed configuration would leave out, too.
-    parser = _parser(name, command, config, whole=_HELP_ALL in words or not {"--help", "-h"} & {*words})
-    words = ["--help" if word == _HELP_ALL else word for word in words]
+    parser = make_parser(name, command, config, whole=HELP_ALL in words or not {"--help", "-h"} & {*words})
+    words = ["--help" if word == HELP_ALL else word for word in words]
     words = _with_bare_words(_with_values(_with_recipes(words, name, command), config), command.bare)
     if command.resumes:
         words = _with_own_config(words, config)
@@ -74,30 +77,9 @@ def _overview() -> str:
         "usage: optima [COMMAND] [OPTIONS]\n\n"
         f"Distils multimodal models, module by module. Without a command: {DEFAULT}.\n\n{commands}\n\n"
         "optima COMMAND --help explains its options, --help-all every one of them.\n"
-        "--version prints the version, -v shows the traceback of an error."
+        "--version prints the version, -v shows the traceback of an error; --completion bash (zsh, tcsh) prints the "
+        "script\nthat completes words in that shell."
     )
-
-
-class _Parser(ArgumentParser):
-    """One whose help names types as people do."""
-
-    def format_help(self, *arguments: Any, **named: Any) -> str:
-        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help(*arguments, **named))
-
-
-def _parser(name: str, command: Command, config: type[Any], whole: bool) -> ArgumentParser:
-    """whole: whether help shows every option, not only those that matter."""
-    parser = _Parser(prog=f"optima {name}", description=command.summary, exit_on_error=False, allow_abbrev=False)
-    recipes = ", ".join(recipes_of(command.recipes))
-    named = f", or the name of a recipe: {recipes}" if recipes else ""
-    parser.add_argument("--config", action="config", help=f"a YAML file of options{named}")
-    parser.add_class_arguments(config, as_group=False)
-    if command.matter and not whole:
-        parser.epilog = f"optima {name} {_HELP_ALL} shows every option."
-        for action in parser._actions:
-            if action.dest not in ("help", "config", *command.matter):
-                action.help = argparse.SUPPRESS
-    return parser
 
 
 def _built(config: type[Any], values: dict[str, Any], prefix: str) -> Any:

@@ -25,6 +25,7 @@ from optima.data.record import ImageSource, Records, Rejection, Unusable, write_
 from optima.data.records import FORMATS, open_records
 from optima.data.shards import Tokens, pack
 from optima.data.tokenizers import named_tokenizer
+from optima.data.vocabulary import text_tokenizer, unknown_words
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -183,6 +184,22 @@ def _print(reports: Sequence[SplitReport], missing: dict[str, str], config: Prep
     for report in reports:
         for reason, count in report.records.left_out.items():
             print(f"left out of {report.records.split}: {count:,} with {reason}")
+    for line in _told_of_words([report.records for report in reports], config.tokenizer):
+        print(line)
+
+
+def _told_of_words(splits: Sequence[Records], named: str | None) -> Iterator[str]:
+    """What a vocabulary lacks of each split's texts: that of the named tokenizer, or else of training's own words."""
+    texts = {records.split: [text for record in records.items for text in record.texts] for records in splits}
+    if named is not None:
+        tokenizer, whose = named_tokenizer(named), f"the tokenizer {named}"
+    elif "train" in texts:
+        tokenizer, whose = text_tokenizer(texts.pop("train"))[0], "the words of train"
+    else:
+        return
+    for split, found in ((split, unknown_words(tokenizer, own)) for split, own in texts.items()):
+        if found.different:
+            yield f"{split}, read with {whose}: {found}"
 
 
 def _print_counts(what: str, counts: Counter[str], config: PrepareConfig) -> None:

@@ -13,8 +13,13 @@ from pathlib import Path
 from optima.commands.local import LocalHandler, listen, serve
 from optima.commands.options import WatchConfig
 from optima.report.page import render_report, render_running
+from optima.runs.directory import LOCK
 from optima.runs.reading import CONFIG, METRICS, SUMMARY, read_run, read_running
+from optima.runs.usage import Usage
 from optima_core.errors import OptimaError
+
+USED = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands in a drawn page for what the run uses, which is another every time."""
 
 Page = tuple[str, bool]
 """HTML, and whether the run goes on."""
@@ -34,7 +39,7 @@ class _Drawn:
     """The page of a run, drawn anew when its files have changed."""
 
     def __init__(self, run: Path, every: int) -> None:
-        self.run, self.every = run, every
+        self.run, self.every, self.used = run, every, Usage(run / LOCK)
         self._lock = threading.Lock()  # what draws is no friend of threads
         self._seen: object = None
         self._page: Page = ("", True)
@@ -46,10 +51,14 @@ class _Drawn:
             if now != self._seen:
                 ended = (self.run / SUMMARY).exists()
                 page = (
-                    render_report(read_run(self.run)) if ended else render_running(read_running(self.run), self.every)
+                    render_report(read_run(self.run))
+                    if ended
+                    else render_running(read_running(self.run), self.every, USED)
                 )
                 self._seen, self._page = now, (page, not ended)
-            return self._page
+            page, goes_on = self._page
+            used = "; ".join(f"{name}: {text}" for name, text in self.used().items()) if goes_on else ""
+            return page.replace(USED, html.escape(used)), goes_on
 
 
 def _handler(page: Callable[[], Page], every: int) -> type[LocalHandler]:

@@ -6,7 +6,7 @@ JPEGs of one or three components that lie upright; the few others of a batch are
 `optima.data.images`, so that both engines agree on them bit for bit.
 
 On a CPU, DALI decodes the windows and torch resamples them, since torch's antialiased kernel takes half the time of
-DALI's (bench/bench_loaders.py). On a GPU, DALI does both.
+DALI's (bench/suites/loaders.py). On a GPU, DALI does both.
 
 Damage that libjpeg only warns of, such as a hole in the compressed data, goes unnoticed here; `prepare` finds it.
 """

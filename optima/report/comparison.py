@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
 from optima.report.intervals import Interval, mean_interval, paired_difference
+from optima.report.links import address
 from optima.report.page import render, write_page
 from optima.report.svg import Layout, colour, inline
 
@@ -20,7 +21,10 @@ MEAN_OF_TASKS = "mean_of_tasks"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a comparison came to. `score` is an accuracy on a held-out split, in per cent."""
+    """What one run of a comparison came to. `score` is an accuracy on a held-out split, in per cent.
+
+    report: its own page, if it has one.
+    """
 
     task: str
     method: str
@@ -28,6 +32,7 @@ class Outcome:
     score: float
     seconds: float
     peak_mib: float
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -192,12 +197,13 @@ def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
 
 @dataclass(frozen=True)
 class TaskSection:
-    """A task's part of the page."""
+    """A task's part of the page; `reports` has the seed and the address of each run's own page, by method."""
 
     title: str
     conclusion: str
     plot: Markup
     rows: Sequence[MethodText]
+    reports: Mapping[str, Sequence[tuple[int, str]]]
 
 
 def write_comparison(
@@ -214,6 +220,7 @@ def write_comparison(
             conclusion=conclusion(rows, reference),
             plot=_plot(rows, reference, number),
             rows=row_texts(rows),
+            reports=_reports(outcomes, task, Path(output)),
         )
         for number, (task, rows) in enumerate(method_rows(outcomes, reference).items())
     ]
@@ -222,6 +229,15 @@ def write_comparison(
         "comparison.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
     )
     return write_page(page, Path(output))
+
+
+def _reports(outcomes: Sequence[Outcome], task: str, page: Path) -> dict[str, list[tuple[int, str]]]:
+    found: dict[str, list[tuple[int, str]]] = {}
+    for outcome in outcomes:
+        if outcome.task == task and outcome.report is not None:
+            method = formatting.spelled(outcome.method)
+            found.setdefault(method, []).append((outcome.seed, address(outcome.report, page)))
+    return found
 
 
 def _plot(rows: Sequence[MethodRow], reference: str, number: int) -> Markup:
@@ -254,6 +270,9 @@ def _dots(rows: Sequence[MethodRow], reference: str, layout: Layout) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.9 if layout.compact else -0.6)
     names = [formatting.spelled(row.method) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
+    low, high = axes.get_xlim()  # an interval of two seeds may leave what a score can be
+    per_cent = all(score <= 100 for row in rows for score in row.scores.values())
+    axes.set_xlim(max(low, 0.0), min(high, 100.0) if per_cent else high)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
     axes.set_xlabel("score, %")
     return figure

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,17 @@ def data_uri(path: str | Path) -> str:
 
 def spotlights(attention: CrossAttention) -> list[tuple[str, str]]:
     """(word, data URI) per word: the image, lit in proportion to the word's weights, the largest at full light."""
-    image = _open(attention.image).convert("RGB").resize((SPOTLIGHT_SIDE, SPOTLIGHT_SIDE), Image.Resampling.NEAREST)
-    pixels = np.asarray(image, dtype=np.float32)
-    lit = []
-    for word, table in zip(attention.caption, attention.maps, strict=True):
-        weights = np.asarray(table, dtype=np.float32)
-        weights = weights / max(float(weights.max()), 1e-12)
-        smooth = Image.fromarray(weights).resize(image.size, Image.Resampling.BICUBIC)
-        light = AMBIENT + (1 - AMBIENT) * np.clip(np.asarray(smooth), 0, 1)
-        lit.append((word, _encode(Image.fromarray((pixels * light[..., None]).astype(np.uint8)))))
-    return lit
+    image = _open(attention.image)
+    return [(word, spotlight(image, table)) for word, table in zip(attention.caption, attention.maps, strict=True)]
+
+
+def spotlight(image: Image.Image, weights: Sequence[Sequence[float]]) -> str:
+    """A data URI of the image, lit in proportion to weights over it (rows of columns), the largest at full light."""
+    shown = image.convert("RGB").resize((SPOTLIGHT_SIDE, SPOTLIGHT_SIDE), Image.Resampling.NEAREST)
+    table = np.asarray(weights, dtype=np.float32)
+    smooth = Image.fromarray(table / max(float(table.max()), 1e-12)).resize(shown.size, Image.Resampling.BICUBIC)
+    light = AMBIENT + (1 - AMBIENT) * np.clip(np.asarray(smooth), 0, 1)
+    return _encode(Image.fromarray((np.asarray(shown, dtype=np.float32) * light[..., None]).astype(np.uint8)))
 
 
 def _open(path: str | Path) -> Image.Image:

@@ -61,10 +61,10 @@ def render_report(run: Run) -> str:
     )
 
 
-def render_running(run: Run, every: int) -> str:
+def render_running(run: Run, every: int, used: str = "") -> str:
     """The page of a run that goes on, as HTML: the report without what only its end tells.
 
-    every: seconds after which it is asked for again.
+    every: seconds after which it is asked for again. used: what the run's process uses.
     """
     rounds = run.rounds
     task = formatting.task_title(run.summary.task, run.data)
@@ -80,6 +80,7 @@ def render_running(run: Run, every: int) -> str:
         done=len(rounds),
         rounds=max(total, len(rounds), 1),
         every=every,
+        used=used,
         facts=_pace(rounds, total),
         arms=arm_table(rounds) if rounds else [],
         timeline=inline(lambda layout: plots.timeline(rounds, layout), "timeline", _timeline_label(rounds))

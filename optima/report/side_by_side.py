@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from optima.report import formatting, plots
+from optima.report.links import address
 from optima.report.page import Bar, Fact, facts, hero, render, write_page
 from optima.report.svg import Layout, arm_colour, colour, inline
 from optima.runs.reading import Run, read_run
@@ -28,11 +29,11 @@ def write_side_by_side(run_dirs: Sequence[Path], output: Path) -> Path:
     """
     if len(run_dirs) < 2:
         raise ValueError(f"run_dirs: {len(run_dirs)} given; two or more run directories are needed")
-    return write_page(render_side_by_side([read_run(Path(path)) for path in run_dirs]), Path(output))
+    return write_page(render_side_by_side([read_run(Path(path)) for path in run_dirs], Path(output)), Path(output))
 
 
-def render_side_by_side(runs: Sequence[Run]) -> str:
-    """The page of several runs, as HTML."""
+def render_side_by_side(runs: Sequence[Run], output: Path) -> str:
+    """The page of several runs, as HTML; `output` is where it is to lie."""
     names = run_names(runs)
     swatch = {
         name: i for i, name in enumerate(dict.fromkeys(a for run in runs for a in plots.colour_indices(run.rounds)))
@@ -41,7 +42,7 @@ def render_side_by_side(runs: Sequence[Run]) -> str:
     return render(
         "side_by_side.html",
         title=f"{len(runs)} runs side by side",
-        rows=[_row(name, run) for name, run in zip(names, runs, strict=True)],
+        rows=[_row(name, run, output) for name, run in zip(names, runs, strict=True)],
         fact_names=list(dict.fromkeys(fact.name for run in runs for fact in facts(run.summary))),
         swatch=swatch,
         arms=[arm for arm in swatch if any(r.chosen == arm for run in runs for r in run.rounds)],
@@ -75,19 +76,25 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """A run's line of the table; `mix` holds its arms with their share of the rounds in per cent."""
+    """A run's line of the table; `mix` holds its arms with their share of the rounds in per cent.
+
+    report: the address of its own page, if it has one.
+    """
 
     name: str
+    report: str | None
     task: str
     hero: Bar
     facts: Mapping[str, Fact]
     mix: Mapping[str, float]
 
 
-def _row(name: str, run: Run) -> Row:
+def _row(name: str, run: Run, output: Path) -> Row:
     chosen = [r.chosen for r in run.rounds]
+    report = run.path / "report.html"
     return Row(
         name=name,
+        report=address(report, output) if report.exists() else None,
         task=run.summary.task,
         hero=hero(run.summary),
         facts={fact.name: fact for fact in facts(run.summary)},
@@ -146,7 +153,12 @@ def _curves(names: Sequence[str], runs: Sequence[Run], panels: Sequence[str], la
         for place, run in enumerate(runs):
             steps, values = _curve(run, panel)
             axes.plot(
-                steps, values, color=arm_colour(place), linewidth=plots.LINE, dashes=(1, 0) if place < 8 else (3, 2)
+                steps,
+                values,
+                color=arm_colour(place),
+                linewidth=plots.LINE,
+                dashes=(1, 0) if place < 8 else (3, 2),
+                marker="o" if len(steps) == 1 else None,  # a line of one point is nothing
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.margins(x=0.01)

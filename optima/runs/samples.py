@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 
 from optima.coca import CoCa
 from optima.runs.directory import RunDirectory
+from optima.runs.looking import attention_over_image
 from optima.runs.reading import CROSS_ATTENTION, SAMPLES
 from optima.runs.rows import CrossAttention, Model, Sample
 from optima.tasks.data import Evaluation, TaskData
@@ -52,11 +54,11 @@ def write_cross_attention(directory: RunDirectory, model: CoCa, data: TaskData, 
     """Writes cross_attention.json: where the student looked for each word of its longest right caption.
 
     The map of a word (of a piece of one, if the tokenizer cuts words) is the attention of the position that predicted
-    it, in the last layer, averaged over the heads. A student without a right caption writes none, nor does one whose
+    it (`optima.runs.looking`). A student without a right caption writes none, nor does one whose
     pooler hides which patch a token stands for.
     """
     right = [i for i, good in enumerate(evaluation.correct) if good]
-    if not right or model.config.image_encoder.pooler_queries:
+    if not right:
         return
     longest = max(right, key=lambda i: len(evaluation.predictions[i].split()))
     index = evaluation.indices[longest]
@@ -66,16 +68,14 @@ def write_cross_attention(directory: RunDirectory, model: CoCa, data: TaskData, 
     tokens = tokenizer.encode([evaluation.predictions[longest]], data.text_length).to(device)
     written = [token for token in tokens[0, 1:].tolist() if token not in (tokenizer.end_id, tokenizer.pad_id)]
     words = tokenizer.decode([[token] for token in written])
-    last = model.config.multimodal_decoder.layers - 1
-    cross = model(images, tokens, {"multimodal_decoder": (last,)}).taps["multimodal_decoder"][0].attention[1]
-    scores = cross.q @ cross.k.transpose(-1, -2) * cross.q.shape[-1] ** -0.5
-    maps = scores.softmax(dim=-1)[0].mean(dim=0)
-    side = model.config.image_encoder.image_size // model.config.image_encoder.patch_size
+    maps = attention_over_image(model, images[:, 0], tokens)
+    if maps is None:
+        return
     name = f"samples/attention-{index:04d}.png"
     image = data.shown("test", index).images[0]
     _write_image(directory.path / name, image)
-    table = maps[: len(words)].view(len(words), side, side).tolist()
-    directory.write_json(CROSS_ATTENTION, CrossAttention(name, tuple(words), table, (side, side)))
+    table: Any = maps[0, : len(words)].tolist()
+    directory.write_json(CROSS_ATTENTION, CrossAttention(name, tuple(words), table, tuple(maps.shape[2:])))
 
 
 def _write_image(path: Path, image: NDArray[np.uint8]) -> None:

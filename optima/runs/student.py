@@ -19,11 +19,12 @@ from torch import Tensor
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
 from optima.coca.config import GenerationConfig
-from optima.coca.generate import generate
+from optima.coca.generate import generate, token_probability
 from optima.data.images import inspect
 from optima.data.normalise import normalise
 from optima.data.record import ImageSource, Unusable
 from optima.data.transform import evaluation_window, make_square, resample
+from optima.runs.looking import attention_over_image
 from optima.runs.words import NAME, Words, read_words
 from optima_core.errors import OptimaError
 
@@ -52,19 +53,33 @@ class Student:
 
         Raises OptimaError if the student was not taught captioning, or something is no image.
         """
+        listed, single = _listed(images)
+        captions = self.words.tokenizer.decode(self._captions(self._images(listed), generation))
+        return captions[0] if single else captions
+
+    def probable_captions(
+        self, images: Sequence[ShownImage], generation: GenerationConfig | None = None
+    ) -> list[tuple[str, float]]:
+        """The captions of images, and how probable the student holds a token of each: the geometric mean, 0 to 1.
+
+        Raises OptimaError if the student was not taught captioning, or something is no image.
+        """
+        shown = self._images(images)
+        tokens = self._captions(shown, generation)
+        probabilities = token_probability(self.model, shown, tokens).tolist()
+        return list(zip(self.words.tokenizer.decode(tokens), probabilities, strict=True))
+
+    def _captions(self, shown: Tensor, generation: GenerationConfig | None) -> Tensor:
         self._refuse_other_task(captioning=True)
         tokenizer = self.words.tokenizer
-        listed, single = _listed(images)
-        tokens = generate(
+        return generate(
             self.model,
-            self._images(listed),
+            shown,
             start_id=tokenizer.start_id,
             end_id=tokenizer.end_id,
             length=self.words.text_length,
             config=generation,
         )
-        captions = tokenizer.decode(tokens)
-        return captions[0] if single else captions
 
     def answer(self, text: str, images: ShownImage | Sequence[ShownImage]) -> dict[str, float]:
         """Probabilities of all answers to a question, statement or hypothesis about one image (nlvr2: a list of two).
@@ -88,6 +103,30 @@ class Student:
         probabilities = self.model.class_logits(task, output)[0].softmax(dim=-1)
         order = probabilities.argsort(descending=True).tolist()
         return {self.words.classes[index]: float(probabilities[index]) for index in order}
+
+    def looks(self, text: str, image: ShownImage) -> tuple[Image.Image, list[tuple[str, list[list[float]]]]]:
+        """Where the student looks for each word of its caption, or of a question about the image.
+
+        Returns the square it sees, and for each word (a piece of one, if the tokenizer cuts words) weights over the
+        square, rows of columns, which sum to 1. They are empty where a pooler hides which part of the image a token
+        stands for.
+        """
+        tokenizer, told = self.words.tokenizer, int(self.words.task == "captioning")
+        square = self._square(image, "number 1")
+        # A caption may fill the whole row; its words are told by the positions before them, which see no end.
+        tokens = tokenizer.encode([text], self.words.text_length, end=not told, truncate=True)
+        maps = attention_over_image(self.model, normalise(square[None]).to(self.device), tokens.to(self.device))
+        seen = Image.fromarray(square.permute(1, 2, 0).numpy())
+        if maps is None:
+            return seen, []
+        places = [place for place, token in enumerate(tokens[0].tolist()) if token not in self._silent()]
+        named = tokenizer.decode([[int(tokens[0, place])] for place in places])
+        return seen, [(word, maps[0, place - told].tolist()) for word, place in zip(named, places, strict=True)]
+
+    def _silent(self) -> set[int]:
+        """Tokens that are no words."""
+        tokenizer = self.words.tokenizer
+        return {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
 
     def _refuse_other_task(self, captioning: bool) -> None:
         if captioning != (self.words.task == "captioning"):

@@ -1,7 +1,7 @@
 """The words of a run: what its student reads and says, kept beside the student so that it can be used without the data.
 
-words.json holds the task, the tokenizer, the length of a text, the answers by class, and how an image becomes the
-square that the student was trained on.
+words.json holds the task, the tokenizer, the length of a text, the answers by class, how an image becomes the square
+that the student was trained on, and how sure of its captions it usually is.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +23,23 @@ NAME = "words.json"
 
 @dataclass(frozen=True)
 class Words:
-    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its images."""
+    """What a student of one task reads and says; `classes` is empty for captioning. transform: of its images.
+
+    usual: mean token probability that its captions usually reach (`optima.runs.confidence`); None if it was not looked
+    at.
+    """
 
     task: Task
     tokenizer: Tokenizer
     text_length: int
     classes: tuple[str, ...]
     transform: TransformConfig
+    usual: float | None = None
 
 
-def write_words(directory: RunDirectory, data: TaskData, transform: TransformConfig) -> None:
+def write_words(
+    directory: RunDirectory, data: TaskData, transform: TransformConfig, usual: float | None = None
+) -> None:
     """Writes words.json of a run on the data, whose images went through the transform."""
     directory.write_json(
         NAME,
@@ -42,6 +49,7 @@ def write_words(directory: RunDirectory, data: TaskData, transform: TransformCon
             "classes": list(data.classes),
             "tokenizer": data.tokenizer.to_json(),
             "transform": asdict(replace(transform, image_size=data.image_size)),
+            "usual": usual,
         },
     )
 
@@ -79,6 +87,15 @@ def read_words(run: Path) -> Words:
             whole_number(values["text_length"], "text_length", 2, MAX_TEXT_LENGTH),
             tuple(classes),
             TransformConfig(**values["transform"]),
+            _share(values.get("usual")),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptimaError(f"{path} cannot be read ({shown(' '.join(str(error).split()))})") from None
+
+
+def _share(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"usual must be a number within 0..1, got {value!r:.80}")
+    return float(value)

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, bandit, hidden, loaders, logits, report, whole_step
+from bench import report
 from bench.__main__ import main as bench_main
-from bench.contest import Bar, Contest, Sweep, Unavailable
-from bench.growth import exponent, grow
-from bench.measure import measure, own_memory, prepare
+from bench.harness.contest import Bar, Contest, Sweep, Unavailable
+from bench.harness.growth import exponent, grow
+from bench.harness.measure import measure, own_memory, prepare
+from bench.harness.study import Table
+from bench.suites import CONTESTS as SUITES
+from bench.suites import STUDIES, attention, bandit, generation, hidden, loaders, logits, suite, whole_step
 from optima_core import Step
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 SIZES = whole_step.Sizes(
     teacher=(4, 32, 4), student=(2, 24, 3), image=32, patch=16, batch=2, classes=8, relation_heads=2
 )
@@ -30,7 +33,9 @@ CONTESTS = [
     logits.predictions(CPU, 5, 30),
     *whole_step.contests(CPU, SIZES),
     *bandit.contests(CPU, batch=3),
-    loaders.contest(5, (200, 150), 32, batch=3),
+    loaders.contest(5, (150, 200), 32, batch=3),
+    generation.contest(CPU, 64, 1, 40, batch=2, tokens=6),
+    generation.contest(CPU, 64, 1, 40, batch=2, tokens=6, beams=3),
 ]
 
 
@@ -145,10 +150,45 @@ def test_the_step_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch) 
 def test_results_are_written_per_machine_and_rendered(tmp_path: Path) -> None:
     given = replace(contest(eager=1.0, optima=1.0), bars=(Bar("optima", "eager", "time", 1e9),))
     found = measure(given, CPU, rounds=1, memory=False)
-    path = report.write("made up", report.describe(CPU) | {"clock": "wall"}, [found], [], tmp_path)
+    path = report.write("made up", report.describe(CPU) | {"clock": "wall"}, tmp_path, contests=[found], growth=[])
     stored = json.loads(path.read_text())
     assert {"date", "device", "versions", "threads"} <= set(stored["about"])
     text = report.markdown(tmp_path)
     assert "| constants | optima |" in text
     assert "met: constants: optima" in text
     assert stored["about"]["date"][:10] in text
+
+
+def test_a_studys_page_says_how_it_was_made_and_keeps_what_people_added() -> None:
+    about = report.describe(CPU) | {"clock": "wall", "commit": "abc1234"}
+    tables = [Table("200 steps", ("start", "score"), [["scratch", "1.0"]])]
+    page = report.study_page(suite("starts"), "starts", about, tables, "# old\n\n1.5\n\n## What it says\n\nA remark.\n")
+    assert "| scratch | 1.0 |" in page
+    assert "1.5" not in page
+    assert page.endswith("\n## What it says\n\nA remark.\n")
+    for fact in ("`python -m bench --only starts`", about["date"][:10], "commit abc1234", about["device"]):
+        assert fact in page
+
+
+@pytest.mark.parametrize("name", [*SUITES, *STUDIES])
+def test_every_suite_offers_what_the_command_asks_of_it(name: str) -> None:
+    if name == "estimates":
+        pytest.importorskip("triton")
+    module = suite(name)
+    if name in STUDIES:
+        assert callable(module.tables)
+        assert (ROOT / "bench" / module.PAGE).exists()
+    else:
+        contests = module.contests(CPU)
+        assert contests
+        assert {contest.suite for contest in contests} == {name}
+        assert len({contest.name for contest in contests}) == len(contests)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "bench").glob("*.md")), ids=lambda page: page.name)
+def test_every_page_says_its_command_commit_date_and_machine(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"`(python|optima) [^`]+`|^    (python|optima) ", text, re.MULTILINE)
+    assert re.search(r"commit [0-9a-f]{7}\b", text)
+    assert re.search(r"20\d\d-\d\d-\d\d", text)
+    assert re.search(r"EPYC|NVIDIA|x86_64", text)

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from optima_core import RewardConfig
+from optima_core import DistillerConfig, RewardConfig
 from optima_core.reward import RewardMeter, absolute_decrement, relative_decrement
 
 
 def meter_of(**options):
     """Of relative decrements as they are, unless the options say otherwise."""
     return RewardMeter(RewardConfig(**{"kind": "relative", "normaliser": "none"} | options))
+
+
+def test_a_meter_alone_measures_as_the_engine_does() -> None:
+    assert RewardMeter().config == DistillerConfig().reward == RewardConfig()
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """The committed table of what the gate found: a section for every Triton version it was run with."""
 
+import platform
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -94,9 +97,16 @@ def section(outcomes: Sequence[Outcome]) -> str:
     refused = dict.fromkeys(f"{x.problem}: {x.refused}" for x in outcomes if x.refused and not x.faults)
     notes = [f"- {text} ({', '.join(places)})" for text, places in unlaunched.items()]
     notes += [f"- refused with an error, as it may be: {text}" for text in refused]
-    head = [f"torch {torch.__version__}; {counts}.", "", *notes, *([""] if notes else [])]
+    head = [f"{_made()}; torch {torch.__version__}; {counts}.", "", *notes, *([""] if notes else [])]
     table = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     return "\n".join([*head, *table, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+
+
+def _made() -> str:
+    """When, at which commit and on what machine."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return f"{datetime.now(UTC):%Y-%m-%d}, commit {found.stdout.strip() or 'unknown'}, {platform.machine()}"
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:

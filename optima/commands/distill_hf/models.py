@@ -45,7 +45,7 @@ def with_adapters(student: Any, rank: int) -> Any:
     try:
         import peft
     except ImportError:
-        raise OptimaError("lora is on and peft is not installed; pip install 'optima-distill[hf]'") from None
+        raise OptimaError("lora is on and peft is not installed; `pip install peft`") from None
     return peft.get_peft_model(student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 

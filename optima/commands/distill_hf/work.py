@@ -28,7 +28,7 @@ def run_distill_hf(config: DistillHfConfig) -> None:
     try:
         import transformers
     except ImportError:
-        raise OptimaError("transformers is not installed; pip install 'optima-distill[hf]'") from None
+        raise OptimaError("transformers is not installed; `pip install transformers datasets`") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     scores = distill_hf(config)

@@ -1,5 +1,6 @@
 """The comparison of methods: what its runs differ in, that finished ones are kept, and what it refuses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def test_a_comparison_runs_what_is_missing_and_keeps_what_is_there(
     assert '"modules": ["text_decoder"]' in rows
     assert "image_encoder" not in rows.partition('"modules"')[2].partition("]")[0]
 
+    page = (tmp_path / "runs" / "comparison.html").read_text()
+    (tmp_path / "runs" / "comparison.html").unlink()
+    assert main(["report", str(tmp_path / "runs")]) == 0
+    assert (tmp_path / "runs" / "comparison.html").read_text() == page
+
     assert main([*options, "--distill.batch_size", "6"]) == 2
     assert "distill.batch_size 4, now it is 6" in capsys.readouterr().err
 
@@ -148,3 +154,27 @@ def test_sigterm_to_the_comparison_alone_stops_its_runs_and_is_told(options: lis
     assert process.returncode == 130
     assert error.strip().splitlines()[-1].startswith("optima: stopped")
     assert list((run / "checkpoints").glob("step-*.pt")), "what it had done is saved"
+
+
+def summary_of(after: float) -> str:
+    scores = {model: {"accuracy": 50.0} for model in ("teacher", "before")} | {"after": {"accuracy": after}}
+    return json.dumps({"task": "vqa", "scores": scores, "headline_metric": "accuracy", "seconds": 1, "peak_mib": 1})
+
+
+def test_the_page_of_a_comparison_under_way_is_of_the_runs_that_have_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"task": ["vqa", "nlvr2"], "method": ["optima", "uniform"], "seeds": 2, "split": "test", "command": "c"}
+    (tmp_path / "comparison.json").write_text(json.dumps(asked))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run of optima" in capsys.readouterr().err
+    for cell, score in (("vqa/optima/seed-0", 61.25), ("vqa/uniform/seed-1", 72.5), ("nlvr2/uniform/seed-0", 93.75)):
+        (tmp_path / cell).mkdir(parents=True)
+        (tmp_path / cell / "summary.json").write_text(summary_of(score))
+    (tmp_path / "vqa/uniform/seed-1/report.html").write_text("its report")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "61.2" in page
+    assert "72.5" in page
+    assert "93.8" not in page
+    assert 'href="vqa/uniform/seed-1/report.html"' in page

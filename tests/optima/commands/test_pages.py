@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,30 +15,10 @@ import pytest
 from optima import load_student
 from optima.commands.demo import make_server as make_demo
 from optima.commands.options import DemoConfig, WatchConfig
-from optima.commands.watch import make_server
+from optima.commands.watch import USED, make_server
 from optima.report.page import render_report
 from optima.run import main
 from optima.runs.reading import read_run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, student_file: Path) -> Path:
-    run = tmp_path_factory.mktemp("watch") / "run"
-    options = (
-        f"--teacher {teacher_file} --student {student_file} --engine.rounds 4 --engine.steps_per_round 2 --batch_size 4"
-        f" --probe_size 6 --evaluate_every 0 --test_items 8 --samples 2 --threads 1 --quiet --run {run}"
-    )
-    assert main(options.split()) == 0
-    return run
-
-
-@pytest.fixture
-def running(finished: Path, tmp_path: Path) -> Path:
-    """The directory of the same run as it was in its third round, a row of which is half written."""
-    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
-    return tmp_path
 
 
 @contextmanager
@@ -69,6 +50,11 @@ def test_a_running_run_is_shown_as_far_as_it_is_and_then_its_report(running: Pat
         with open(running / "metrics.jsonl", "a") as file:
             file.write((finished / "metrics.jsonl").read_text().splitlines(keepends=True)[2][40:])
         assert "3 of 4 rounds" in asked(port)[2]
+        (running / ".lock").write_text(str(os.getpid()))
+        page = asked(port)[2]
+        assert f"of {os.cpu_count()} cores" in page
+        assert "<dt>left</dt>" in page
+        assert USED not in page
         for name in ("metrics.jsonl", "summary.json"):
             (running / name).write_bytes((finished / name).read_bytes())
         _, again, page = asked(port)
@@ -117,8 +103,13 @@ def test_the_demo_says_what_student_and_teacher_say(finished: Path, teacher_file
             assert status == 200
             assert page.count("data:image/png") == len(samples)
             said = posted(port, [base64.b64encode(image).decode()])
-            assert said["student"]["lines"] == [[load_student(finished, "cpu").caption(image), None]]
-            assert said["teacher"]["lines"] == [[samples[0]["teacher"], None]]
+            assert said["teacher"]["lines"][0][0] == samples[0]["teacher"]
+            (caption, probability), *_ = said["student"]["lines"]
+            assert [(caption, pytest.approx(probability))] == load_student(finished, "cpu").probable_captions([image])
+            for model in ("teacher", "student"):
+                looks = said[model]["looks"][0]
+                assert " ".join(word for word, _ in looks) == said[model]["lines"][0][0]
+                assert all(address.startswith("data:image/png") for _, address in looks)
             assert "error" in posted(port, ["no image"])
             assert "error" in posted(port, [base64.b64encode(b"no image").decode()])
             assert posted(port, [], origin="http://evil.example") == {}

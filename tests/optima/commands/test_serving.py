@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from optima.tasks.pictograms import PictogramTask
 from optima_core.errors import OptimaError
 
 LENGTH = 7
+USE = Path(__file__).parents[3] / "docs" / "use.md"
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(("task", "image_count"), [("captioning", 1), ("nlvr2", 2)])
@@ -84,6 +87,7 @@ def test_a_program_needs_to_know_its_task(
     words = ["export", "--model", str(teacher_file), "--output", str(tmp_path / "out"), "--format", "torch_export"]
     assert main(words) == 2
     assert "give --task" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "what is refused leaves no folder behind"
 
 
 @pytest.mark.parametrize(("task", "fit"), [("captioning", "crop"), ("vqa", "squash")])
@@ -110,8 +114,30 @@ def test_an_onnx_program_says_all_that_its_user_must_know(
     student = load_student(run, device="cpu")
     text = [] if task == "captioning" else [example.text]
     expected = student.caption(files)[0] if task == "captioning" else next(iter(student.answer(example.text, files)))
-    said = subprocess.run([sys.executable, out / "use.py", *files, *text], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == expected
+    assert said_without_optima(f"runpy.run_path({str(out / 'use.py')!r})", tmp_path, *files, *text) == expected
+
+
+def said_without_optima(code: str, folder: Path, *words: str) -> str:
+    """What a program prints that may import neither torch nor anything of ours."""
+    hidden = ("torch", "optima", "optima_core", "optima_kernels", "safetensors", "onnx")
+    begin = f"import runpy, sys\nsys.modules.update(dict.fromkeys({hidden}))\n"
+    command = [sys.executable, "-I", "-c", begin + code, *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_ten_lines_of_the_documentation_use_a_program(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the packages of the extra onnx")
+    run = tmp_path / "runs" / "vqa"
+    write_words(RunDirectory(run, resume=False, keep=1), PictogramTask("vqa"), TransformConfig())
+    (run / "student.safetensors").write_bytes(TEACHER.read_bytes())
+    options = ["--model", f"{run}/student.safetensors", "--format", "onnx", "--output", str(tmp_path / "exported")]
+    assert main(["export", *options]) == 0
+    scene = Pictograms("test").scene(3)
+    Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "image.png")
+    (code,) = (block for block in PYTHON.findall(USE.read_text(encoding="utf-8")) if "onnxruntime" in block)
+    assert len([line for line in code.splitlines() if line]) == 10
+    expected = next(iter(load_student(run, device="cpu").answer("is there a dog?", tmp_path / "image.png")))
+    assert said_without_optima(code, tmp_path) == expected
 
 
 def test_a_torch_program_carries_the_same_facts(make_coca: Callable[..., CoCa]) -> None:

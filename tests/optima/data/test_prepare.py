@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from miniatures import MAKERS, make_coco, make_vqav2
+from PIL import Image
 
 from optima.commands.prepare import prepare
 from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
@@ -231,3 +232,26 @@ def test_mistakes_end_in_one_line(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ([], "test, read with the words of train: 2 of 4 different words, 50.0 % of all, are not in the vocabulary"),
+        (["--tokenizer", "words"], "test, read with the tokenizer words: 3 of 4 different words, 75.0 % of all"),
+    ],
+)
+def test_words_that_a_vocabulary_lacks_are_counted(
+    options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(root / f"{name}.png")
+    (root / "train.tsv").write_text("a.png\ta yurt\n")
+    (root / "test.tsv").write_text("b.png\ta yurt eats quinces\n")
+    words = ["prepare", "--data", "folder", "--root", str(root), "--out", str(tmp_path / "out"), "--pack", "false"]
+    assert main([*words, *options]) == 0
+    told = capsys.readouterr().out
+    assert line in told
+    assert ("train, read" in told) == bool(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
     assert "−10.0 ± 0.5 worse" in page.text
     assert "run <this> & that" in page.text
     assert [address for address in page.references if not address.startswith(("data:", "#"))] == []
+
+
+def test_an_interval_wider_than_the_scores_is_drawn_within_them(tmp_path: Path) -> None:
+    """Two seeds that lie 40 points apart have an interval from -194 to 314 %."""
+    found = [
+        Outcome("captioning", method, seed, 40.0 + 40 * seed, 1.0, 1.0)
+        for method in ("optima", "uniform")
+        for seed in (0, 1)
+    ]
+    page = Page(write_comparison(found, tmp_path / "comparison.html"))
+    ticks = [int(text) for text in map(str.strip, page.words) if re.fullmatch(r"\d+", text)]
+    assert {0, 100} <= set(ticks)
+    assert max(ticks) == 100
+    assert not any(re.fullmatch(r"[−-]\d+", text.strip()) for text in page.words)
 
 
 def test_missing_reference_and_repeated_seeds_are_named() -> None:

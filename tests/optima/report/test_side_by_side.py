@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from page_reader import Page
@@ -32,6 +33,15 @@ def test_comparison_shows_each_run_and_refers_to_nothing_outside(pair: list[Path
     assert page.all("script") == []
 
 
+def test_a_name_leads_to_the_runs_own_report(pair: list[Path], tmp_path: Path) -> None:
+    (pair[0] / "report.html").write_text("its report")
+    runs = [pair[0], Path(shutil.move(pair[1], tmp_path / "a run & more"))]
+    (runs[1] / "report.html").write_text("another")
+    output = tmp_path / "deep" / "page.html"
+    links = [found["href"] for found in Page(write_side_by_side(runs, output)).all("a")]
+    assert [(output.parent / unquote(link)).resolve() for link in links] == [run / "report.html" for run in runs]
+
+
 def test_only_differing_configuration_is_listed(pair: list[Path], tmp_path: Path) -> None:
     text = Page(write_side_by_side(pair, tmp_path / "page.html")).text
     assert "policy.gamma 0.9 0.75" in text
@@ -56,6 +66,16 @@ def test_runs_of_different_tasks_share_losses_but_no_score_curve(written: Path, 
     labels = [svg["aria-label"] for svg in Page(write_side_by_side([written, other], tmp_path / "c.html")).all("svg")]
     assert any("task, logits" in label for label in labels)
     assert not any("score" in label for label in labels)
+
+
+def test_a_curve_of_one_point_is_seen(pair: list[Path], tmp_path: Path) -> None:
+    for run in pair:
+        edit_json(run / "summary.json", lambda summary: summary.update(learning_curve=summary["learning_curve"][:1]))
+    before, after = (
+        Page(write_side_by_side(runs, tmp_path / "page.html")).source.count("<use")
+        for runs in ([pair[0], write_run(tmp_path / "other", task="nlvr2", samples=1)], pair)
+    )
+    assert after >= before + 4  # a point of either run, on the wide drawing and on the narrow one
 
 
 def test_one_run_is_no_comparison(written: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Captions and answers about image files: the same as evaluation gives, and one line for what cannot be done."""
 
 import json
+import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from optima.coca.checkpoint import load_coca
+from optima.coca.generate import generate
 from optima.data.config import TransformConfig
 from optima.data.pictograms.stream import Pictograms
 from optima.data.tokenizer import word_tokenizer
@@ -49,7 +52,47 @@ def test_captions_are_those_of_the_evaluation(runs: Path, capsys: pytest.Capture
     assert load_student(runs / "captioning").caption(files) == expected
     assert main(["caption", *files, "--run", str(runs / "captioning")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)]
+    assert [line.rpartition("  ")[0] for line in lines] == [
+        f"{file}: {caption}" for file, caption in zip(files, expected, strict=True)
+    ]
+
+
+def test_a_caption_is_as_probable_as_its_tokens_are_one_by_one(runs: Path) -> None:
+    """Against the teacher-forced logits of ever longer beginnings, without a cache and without a batch."""
+    student = load_student(runs / "captioning", device="cpu")
+    tokenizer, model = student.words.tokenizer, student.model
+    files = [runs / "captioning" / f"{number}-0.png" for number in range(3)]
+    for file, (caption, probability) in zip(files, student.probable_captions(files), strict=True):
+        row = generate(
+            model,
+            student._images([file]),
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            length=student.words.text_length,
+        )[0].tolist()
+        row = row[: row.index(tokenizer.end_id) + 1] if tokenizer.end_id in row else row
+        logs = []
+        for place in range(1, len(row)):
+            output = model(student._images([file])[:, None], torch.tensor([row[:place]]))
+            logits = model.caption_logits(output.states)[0, -1].double()
+            logits[tokenizer.pad_id] = -math.inf
+            logs.append(float(logits.log_softmax(-1)[row[place]]))
+        assert probability == pytest.approx(math.exp(sum(logs) / len(logs)), rel=1e-4)
+        assert caption == student.caption(file)
+
+
+@pytest.mark.parametrize(("usual", "warned"), [(1.0, True), (0.0, False), (None, False)])
+def test_a_caption_that_is_less_probable_than_usual_is_warned_of(
+    usual: float | None, warned: bool, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(runs / "captioning", tmp_path / "run"))
+    words = json.loads((run / "words.json").read_text()) | {"usual": usual}
+    (run / "words.json").write_text(json.dumps(words))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main(["caption", str(run / "0-0.png"), "--run", str(run)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(" %")
+    assert any("less sure of" in str(one.message) for one in told) == warned
 
 
 def test_a_image_may_be_a_path_a_name_pixels_or_a_pil_image(runs: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Contest:
     """Contenders by name; the first is the one that ratios refer to.
 
     Attributes:
-        suite: The file of bench/ that it comes from.
+        suite: The file of bench/suites/ that it comes from.
         name: What is done, with its sizes.
         contenders: Name -> a function that makes the inputs and returns the `Run`. It raises `Unavailable` where a
             package is missing.

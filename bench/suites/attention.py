@@ -6,7 +6,7 @@ gradients of q and k. TextBrewer's cross entropy differs from KL by a constant, 
 compared. What it is handed is scores for "kl" and maps for "mse", as its users do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contest import Bar, Contest, Run, Sweep, Work
-from bench.peers import compiled, textbrewer
+from bench.harness.contest import Contest, Sweep, Work
+from bench.harness.losses import Loss, LossContest, by_layer, draws, dtype_of
+from bench.harness.peers import compiled, textbrewer
 from optima_kernels import attention_map_losses
 
 KINDS = ("kl", "mse")
@@ -70,59 +71,42 @@ def contest(
     variant: str = "plain",
 ) -> Contest:
     """Maps of `layers` layers; float32 on a CPU, else bfloat16."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype_of(device)
 
     @cache
     def tensors() -> list[list[Tensor]]:
-        generator = torch.Generator(device).manual_seed(0)
+        """Queries and keys of student and teacher, each with an entry a layer."""
+        normal = draws(device, dtype)
         heads_t = heads + 4 * (variant == "mean")
         keys_of = GROUP if variant == "grouped" else 1
-        made = [
-            [
-                torch.randn(batch, count, tokens, width, generator=generator, device=device).to(dtype)
-                for _ in range(layers)
-            ]
-            for count in (heads, heads // keys_of, heads_t, heads_t // keys_of)
-        ]
+        counts = (heads, heads // keys_of, heads_t, heads_t // keys_of)
+        made = [[normal(batch, count, tokens, width) for _ in range(layers)] for count in counts]
         return [[x.requires_grad_(i < 2) for x in side] for i, side in enumerate(made)]
 
-    def of_maps(make: Callable[[], Maps]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            loss = make()
-            return lambda: gradients(sum((loss(*each) for each in zip(*tensors(), strict=True)), torch.zeros(())))
-
-        return prepare
-
-    def gradients(total: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(total, [*tensors()[0], *tensors()[1]])
-
-    def ours(backend: str | None = None, gate: float | None = None) -> Run:
+    def ours(backend: str | None = None, gate: float | None = None) -> Loss:
         gates = None if gate is None else torch.full((layers,), gate, device=device)
         options: dict[str, Any] = {
             "kind": kind,
             "heads": "mean" if variant == "mean" else "match",
             "causal": variant == "causal",
         }
-        return lambda: gradients(attention_map_losses(*tensors(), backend=backend, gate=gates, **options).sum())
+        return lambda *sides: attention_map_losses(*sides, backend=backend, gate=gates, **options).sum()
 
-    contenders = {"eager": of_maps(lambda: eager(kind, variant)), "optima": ours}
+    others: dict[str, Callable[[], Loss]] = {}
     if peers:
-        contenders["torch.compile(eager)"] = of_maps(lambda: compiled(eager(kind, variant)))
+        others["torch.compile(eager)"] = lambda: by_layer(compiled(eager(kind, variant)))
         if variant == "plain":
-            contenders["TextBrewer"] = of_maps(lambda: with_textbrewer(kind))
-    if device.type != "cpu":
-        contenders["optima, blocked"] = lambda: ours("blocked")
-        contenders["optima, gate closed"] = lambda: ours(gate=0.0)
+            others["TextBrewer"] = lambda: by_layer(with_textbrewer(kind))
     elements = layers * batch * heads * tokens**2 // (2 if variant == "causal" else 1)
     title = kind if variant == "plain" else f"{kind} {variant}"
     moved = 6 * layers * batch * heads * tokens * width * dtype.itemsize
-    return Contest(
-        suite="attention",
-        name=f"{title}, L {layers}, B {batch}, H {heads}, N {tokens}, d {width}",
-        contenders=contenders,
-        unequal=("optima, gate closed",),
-        tolerance=1e-4 if device.type == "cpu" else 5e-2,
-        bars=tuple(Bar("optima", "eager", quantity, most) for quantity, most in (bars or {}).items()),
+    measured = LossContest(device, tensors, lambda sides: [*sides[0], *sides[1]], bars=bars or {})
+    return measured.contest(
+        "attention",
+        f"{title}, L {layers}, B {batch}, H {heads}, N {tokens}, d {width}",
+        lambda: by_layer(eager(kind, variant)),
+        ours,
+        others,
         # Two products of scores and two of gradients; each element of both maps once.
         work=Work(8.0 * elements * width, 2.0 * elements, moved),
     )

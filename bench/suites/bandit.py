@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contest import Contest, Run, Sweep
-from bench.peers import compiled, mabwiser, smpybandits
+from bench.harness.contest import Contest, Run, Sweep
+from bench.harness.peers import compiled, mabwiser, smpybandits
 from optima_core.bandit import make_policy
 
 GAMMA = 0.98

@@ -23,9 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.contest import Contest, Run, Unavailable
+from bench.harness.contest import Contest, Run, Unavailable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 Clock = Literal["wall", "cpu"]
 LEAST_SECONDS = 0.02  # a sample shorter than this repeats its work
 

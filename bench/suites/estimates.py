@@ -1,7 +1,5 @@
 """What the losses should take on an H100, estimated from what is launched there, beside the same estimate for others.
 
-    python -m bench.predict [--measured bench/results/gpu-*.jsonl]
-
 The project's own launch code runs under a driver that is not there (`optima_kernels.inspect.fake_driver`): it tells
 every kernel's grid, how many of its blocks an SM holds, the vendor's products by size, and how many operators of torch
 run. A launch takes as long as the slowest of four resources needs, times what its last, partly filled wave costs:
@@ -15,11 +13,13 @@ run. A launch takes as long as the slowest of four resources needs, times what i
 A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
 and the share of issue slots that latency leaves were fitted to one run on an H100 (bench/GPU.md, commit b63acce).
 torch's own operators are passes over memory.
-Others are estimated by their passes over maps and logits. Writes bench/PREDICTED.md; with `--measured`, beside each
-estimate what a GPU said.
+Others are estimated by their passes over maps and logits. Beside each estimate stands what GPUs said, by the files
+bench/results/gpu-*.jsonl: a replay of a CUDA graph or else the wall's clock; "host" is what the calling thread takes.
+Share: the products that the definition asks for, over the estimated time, of the rate that torch's product of 8192^3
+reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said otherwise; hidden 16 x 577 tokens, 768 to
+1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096, 2048 and 3584.
 """
 
-import argparse
 import json
 import math
 import re
@@ -29,12 +29,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.harness.measure import RESULTS
+from bench.harness.study import Table
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
 from optima_kernels.shared.scaling import BLOCK
 
-TABLE = Path(__file__).with_name("PREDICTED.md")
+PAGE = "PREDICTED.md"
+TITLE = "Estimates, and what a GPU said"
 TARGET = "sm_90"
 
 
@@ -309,7 +312,7 @@ def measurements(path: Path) -> dict[str, dict[str, float]]:
 Measured = dict[str, dict[str, float]]
 
 
-def rows(measured: Sequence[Measured]) -> Iterator[list[str]]:
+def estimates(measured: Sequence[Measured]) -> Iterator[list[str]]:
     """A case's rows: ours, then others; `measured` on each card."""
     for case in cases():
         ours = estimated(case)
@@ -332,29 +335,6 @@ def _row(
     return [case, who, f"{1e3 * seconds:.3f}", *gpus, f"{host:.2f}", *hosts, share, note]
 
 
-HEAD = """# Estimates, and what a GPU said
-
-`python -m bench.predict` estimates the losses, forward pass and gradients in bf16, on an H100 from what is launched
-there: grids and resident blocks, instructions of the compiled loops, the vendor's products by size, passes over memory;
-its head says how. Others are estimated by passes over their maps and logits. An estimate is no measurement: where one
-was made (`python bench/run_on_gpu.py --part kernels`), it stands beside it, a replay of a CUDA graph or else the wall's
-clock; "host" is what the calling thread takes. What the host needs a launch and how many issue slots latency leaves
-were fitted to the run on the H100: beside that run they are no prediction.
-Share: the products that the definition asks for, over the estimated time, of the {flops:.0f} TFLOP/s that torch's
-product of 8192^3 reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said otherwise; hidden
-16 x 577 tokens, 768 to 1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096, 2048
-and 3584.
-"""
-
-
-def markdown(found: Sequence[Sequence[str]], cards: Sequence[str]) -> str:
-    said = [f"measured, {card}" for card in cards]
-    columns = ["loss", "who", "GPU, ms, estimate", *said, "host, ms, estimate", *said, "share", "bound by"]
-    head = HEAD.format(flops=MACHINE.flops / 1e12)
-    lines = [head, "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in found)]) + "\n"
-
-
 def card_of(path: Path) -> str:
     """The device that a file's lines are of, and the commit."""
     told = [json.loads(text) for text in path.read_text().splitlines()]
@@ -362,17 +342,9 @@ def card_of(path: Path) -> str:
     return f"{about['device']} ({about.get('commit', 'unknown')})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, nargs="+", default=[], help="gpu.jsonl of the GPU command, one a card")
-    options = parser.parse_args()
-    found = []
-    for row in rows([measurements(path) for path in options.measured]):
-        print(" | ".join(row), flush=True)
-        found.append(row)
-    TABLE.write_text(markdown(found, [card_of(path) for path in options.measured]))
-    print(f"wrote {TABLE}")
-
-
-if __name__ == "__main__":
-    main()
+def tables(rounds: int | None) -> Iterator[Table]:
+    """The estimates beside what every card said that there is a file of."""
+    files = sorted(RESULTS.glob("gpu-*.jsonl"))
+    said = [f"measured, {card_of(path)}" for path in files]
+    header = ("loss", "who", "GPU, ms, estimate", *said, "host, ms, estimate", *said, "share", "bound by")
+    yield Table("bf16, forward pass and gradients", header, list(estimates([measurements(path) for path in files])))

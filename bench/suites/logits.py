@@ -9,19 +9,20 @@ not.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contest import Bar, Contest, Run, Sweep, Work
-from bench.peers import compiled, liger, textbrewer, torchdistill
+from bench.harness.contest import Bar, Contest, Run, Sweep, Work
+from bench.harness.losses import Loss, LossContest, draws, dtype_of
+from bench.harness.peers import compiled, liger, textbrewer, torchdistill
 from optima_kernels import linear_kl, prediction_kl
 
 TEMPERATURE = 2.0
 CHUNK_TOKENS = 1024
 NO_SLOWER = Bar("optima", "torch.compile(eager)", "time", 1.0)
-Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 def contests(device: torch.device) -> list[Contest]:
@@ -67,36 +68,23 @@ def linear(
     peers: bool = True,
 ) -> Contest:
     """From states and heads."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype_of(device)
 
     @cache
     def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
-
+        normal = draws(device, dtype)
         h_s, w_s = normal(tokens, d_s), normal(size, d_s, std=d_s**-0.5)
         return h_s.requires_grad_(), w_s.requires_grad_(), normal(tokens, d_t), normal(size, d_t, std=d_t**-0.5)
 
-    def gradients(loss: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(loss, tensors()[:2])
+    def of_logits(compare: Loss) -> Loss:
+        def loss(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+            with torch.no_grad():
+                z_t = h_t @ w_t.t()
+            return compare(h_s @ w_s.t(), z_t)
 
-    def of_logits(make: Callable[[], Compare]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            compare = make()
+        return loss
 
-            def loss(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
-                with torch.no_grad():
-                    z_t = h_t @ w_t.t()
-                return compare(h_s @ w_s.t(), z_t)
-
-            called = compiled(loss) if make is as_compiled else loss
-            return lambda: gradients(called(*tensors()))
-
-        return prepare
-
-    def of_liger() -> Run:
+    def of_liger() -> Loss:
         loss = liger().LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
             weight_soft_loss=1.0,
@@ -105,7 +93,7 @@ def linear(
             compiled=device.type != "cpu",
         )
         labels = torch.zeros(tokens, dtype=torch.int64, device=device)
-        return lambda: gradients(loss(*tensors(), labels) * TEMPERATURE**2)
+        return lambda *heads: loss(*heads, labels) * TEMPERATURE**2
 
     def of_chunks() -> Run:
         parts = compiled(forward_parts)
@@ -124,36 +112,28 @@ def linear(
 
         return run
 
-    def ours(backend: str | None = None, gate: float | None = None) -> Run:
-        closed = None if gate is None else torch.tensor(gate, device=device)
+    def ours(backend: str | None = None, gate: float | None = None) -> Loss:
+        gates = None if gate is None else torch.tensor(gate, device=device)
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "divergence": divergence, "backend": backend}
+        return lambda *heads: linear_kl(*heads, gate=gates, **options)
 
-        def run() -> Sequence[Tensor]:
-            loss = linear_kl(*tensors(), temperature=TEMPERATURE, divergence=divergence, backend=backend, gate=closed)
-            return gradients(loss)
-
-        return run
-
-    contenders: dict[str, Callable[[], Run]] = {"eager": of_logits(lambda: eager(divergence)), "optima": ours}
+    others: dict[str, Callable[[], Loss]] = {}
     if peers and divergence == "forward":
-        contenders["torch.compile(eager)"] = of_logits(as_compiled)
-        contenders["chunks"] = of_chunks
-        contenders["Liger"] = of_liger
-        contenders["TextBrewer"] = of_logits(with_textbrewer)
-        contenders["torchdistill"] = of_logits(with_torchdistill)
-    if device.type != "cpu":
-        contenders["optima, blocked"] = lambda: ours("blocked")
-        contenders["optima, gate open"] = lambda: ours(gate=1.0)
-        contenders["optima, gate closed"] = lambda: ours(gate=0.0)
+        others["torch.compile(eager)"] = lambda: compiled(of_logits(eager("forward")))
+        others["Liger"] = of_liger
+        others["TextBrewer"] = lambda: of_logits(with_textbrewer())
+        others["torchdistill"] = lambda: of_logits(with_torchdistill())
     moved = dtype.itemsize * (2 * (tokens + size) * d_s + (tokens + size) * d_t)
-    return Contest(
-        suite="logits",
-        name=f"linear {divergence}, {tokens} tokens, V {size}, {d_s} and {d_t}",
-        contenders=contenders,
-        unequal=("optima, gate closed",),
-        tolerance=1e-4 if device.type == "cpu" else 5e-2,
-        rounds=3,
+    return LossContest(device, tensors, lambda heads: heads[:2]).contest(
+        "logits",
+        f"linear {divergence}, {tokens} tokens, V {size}, {d_s} and {d_t}",
+        lambda: of_logits(eager(divergence)),
+        ours,
+        others,
+        runs={"chunks": of_chunks} if "Liger" in others else {},
         bars=bars,
         work=Work(2.0 * tokens * size * (3 * d_s + d_t), 2.0 * tokens * size, moved),
+        rounds=3,
     )
 
 
@@ -162,32 +142,28 @@ def predictions(device: torch.device, rows: int, size: int) -> Contest:
 
     @cache
     def tensors() -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(device).manual_seed(0)
-        z_s, z_t = (torch.randn(rows, size, generator=generator, device=device) for _ in range(2))
-        return z_s.requires_grad_(), z_t
+        normal = draws(device, torch.float32)
+        return normal(rows, size).requires_grad_(), normal(rows, size)
 
-    def of(make: Callable[[], Compare]) -> Callable[[], Run]:
-        def prepare() -> Run:
-            compare = compiled(make()) if make is as_compiled else make()
-            return lambda: torch.autograd.grad(compare(*tensors()), tensors()[:1])
+    def ours(backend: str | None = None, gate: float | None = None) -> Loss:
+        return lambda z_s, z_t: prediction_kl(z_s, z_t, temperature=TEMPERATURE)
 
-        return prepare
-
-    return Contest(
-        suite="logits",
-        name=f"predictions, {rows} rows, V {size}",
-        contenders={
-            "eager": of(lambda: eager("forward")),
-            "optima": of(lambda: lambda z_s, z_t: prediction_kl(z_s, z_t, temperature=TEMPERATURE)),
-            "torch.compile(eager)": of(as_compiled),
-            "TextBrewer": of(with_textbrewer),
-            "torchdistill": of(with_torchdistill),
+    return LossContest(device, tensors, lambda logits: logits[:1]).contest(
+        "logits",
+        f"predictions, {rows} rows, V {size}",
+        lambda: eager("forward"),
+        ours,
+        {
+            "torch.compile(eager)": lambda: compiled(eager("forward")),
+            "TextBrewer": with_textbrewer,
+            "torchdistill": with_torchdistill,
         },
         bars=(NO_SLOWER,),
+        variants=False,
     )
 
 
-def eager(divergence: str) -> Compare:
+def eager(divergence: str) -> Loss:
     def loss(z_s: Tensor, z_t: Tensor) -> Tensor:
         log_s, log_t = ((z / TEMPERATURE).log_softmax(-1) for z in (z_s, z_t))
         if divergence == "jsd":
@@ -205,17 +181,12 @@ def forward_parts(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
     return (log_t.exp() * (log_t - log_s)).sum(), (log_s.exp() - log_t.exp()).to(z_s.dtype)
 
 
-def as_compiled() -> Compare:
-    """Eager's forward divergence; the whole of it is compiled, heads included."""
-    return eager("forward")
-
-
-def with_textbrewer() -> Compare:
+def with_textbrewer() -> Loss:
     losses = textbrewer()
     return lambda z_s, z_t: losses.kd_ce_loss(z_s, z_t, TEMPERATURE) * TEMPERATURE**2
 
 
-def with_torchdistill() -> Compare:
+def with_torchdistill() -> Loss:
     place = ("head", "output")
     loss = torchdistill().KDLoss(*place, *place, temperature=TEMPERATURE, alpha=0.0)
     return lambda z_s, z_t: loss({"head": {"output": z_s}}, {"head": {"output": z_t}}) * TEMPERATURE**2

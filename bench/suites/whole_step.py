@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.contest import Bar, Contest, Run, Sweep
+from bench.harness.contest import Bar, Contest, Run, Sweep
 from optima.coca.config import ImageEncoderConfig
 from optima.coca.image_encoder import ImageEncoder
 from optima.coca.layers import Linear

@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import predict
+from bench.suites import estimates
 from optima_kernels.inspect.fake_driver import Compiled, Launch, VendorProduct
 
+ROOT = Path(__file__).parents[2]
 COMPILED = Compiled("a_kernel", "sm_90", 4, 3, 128, 0, 0, 0, True, "wgmma.mma_async", False, False)
 
 
@@ -25,22 +26,22 @@ def launch(programs: int, registers: int = 128) -> Launch:
 )
 def test_a_last_wave_costs_what_its_fullest_multiprocessor_does(programs: int, slower: float) -> None:
     assert launch(1).compiled.resident == 4
-    assert predict.last_wave(launch(programs), predict.MACHINE) == pytest.approx(slower, rel=1e-6)
+    assert estimates.last_wave(launch(programs), estimates.MACHINE) == pytest.approx(slower, rel=1e-6)
 
 
 def test_a_product_takes_its_operations_or_its_bytes() -> None:
-    machine = predict.MACHINE
+    machine = estimates.MACHINE
     large = VendorProduct(1, 8192, 8192, 8192, torch.bfloat16)
-    seconds = predict.of_product(large, machine)
+    seconds = estimates.of_product(large, machine)
     assert large.flops / machine.flops <= seconds <= 1.1 * large.flops / machine.flops
     thin = VendorProduct(1, 8192, 8192, 1, torch.bfloat16)
-    assert predict.of_product(thin, machine) == pytest.approx(2 * 8192 * (8192 + 2) / machine.bytes, rel=0.01)
+    assert estimates.of_product(thin, machine) == pytest.approx(2 * 8192 * (8192 + 2) / machine.bytes, rel=0.01)
 
 
 def test_passes_run_one_after_the_other() -> None:
-    machine = predict.MACHINE
+    machine = estimates.MACHINE
     expected = 1.0 + 1.0 / 0.85 + 3 * machine.launch_seconds
-    assert predict.of_passes(machine.bytes, machine.flops, 3) == pytest.approx(expected)
+    assert estimates.of_passes(machine.bytes, machine.flops, 3) == pytest.approx(expected)
 
 
 def test_measured_times_stand_beside_estimates(tmp_path: Path) -> None:
@@ -51,17 +52,18 @@ def test_measured_times_stand_beside_estimates(tmp_path: Path) -> None:
         {"part": "correctness", "item": "attention #0", "ok": True},
     ]
     file.write_text("\n".join(map(json.dumps, lines)))
-    found = predict.measurements(file)
+    found = estimates.measurements(file)
     assert found["attention kl | optima"] == {"gpu": 0.25, "host": 0.7}
     assert found["attention kl | eager"]["gpu"] == 3.5
     assert len(found) == 2
 
 
-def test_every_row_has_a_cell_a_column_and_cards_stand_side_by_side() -> None:
+def test_every_row_has_a_cell_a_column_and_cards_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [{"gpu": 2.0, "host": 0.5}, {}]
-    row = predict._row("attention kl", "optima", 1e-3, said, 0.3, "20%", "issue")
-    text = predict.markdown([row], ["A card (abc)", "B card (def)"])
-    header, _, cells = text.splitlines()[-3:]
-    assert header.count("|") == cells.count("|")
-    assert "| measured, A card (abc) | measured, B card (def) |" in header
-    assert "| attention kl | optima | 1.000 | 2.000 | not measured | 0.30 | 0.50 | not measured |" in cells
+    row = estimates._row("attention kl", "optima", 1e-3, said, 0.3, "20%", "issue")
+    assert row[:8] == ["attention kl", "optima", "1.000", "2.000", "not measured", "0.30", "0.50", "not measured"]
+    monkeypatch.setattr(estimates, "estimates", lambda measured: [row for _ in measured])
+    (table,) = estimates.tables(None)
+    assert len(table.rows) == len(list((ROOT / "bench/results").glob("gpu-*.jsonl"))) == 2
+    assert len(table.header) == len(row)
+    assert "measured, NVIDIA H200" in " ".join(table.header)

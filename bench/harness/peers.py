@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.contest import Unavailable
+from bench.harness.contest import Unavailable
 
 
 def peer(module: str, package: str, install: str) -> ModuleType:

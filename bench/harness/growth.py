@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bench.contest import Sweep
-from bench.measure import Clock, memory_of, prepare, seconds_of
+from bench.harness.contest import Sweep
+from bench.harness.measure import Clock, memory_of, prepare, seconds_of
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:

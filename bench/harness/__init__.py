@@ -1,0 +1,1 @@
+"""What every suite is measured with: contests, equality, time, memory, growth, and other people's packages."""
