@@ -12,8 +12,8 @@ from miniatures import MAKERS, make_coco, make_vqav2
 from optima.commands.prepare import prepare
 from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.loader import make_loader
+from optima.data.packing import Tokens, pack
 from optima.data.records import FORMATS, open_records
-from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
 from optima_core.errors import OptimaError
