@@ -125,7 +125,7 @@ def keep_index(
         OptimaError: if a shard at an address cannot be read, or an index cannot be written.
     """
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "optima" / "shards"
-    paths = [folder / f"{_digest(tar, reader)}.index" for tar in tars]
+    paths = [index_path(folder, tar, reader) for tar in tars]
     facts = {number: known for number in range(len(tars)) if (known := _facts(paths[number], tars[number])) is not None}
     missing = [number for number in range(len(tars)) if number not in facts]
 
@@ -156,6 +156,12 @@ def keep_index(
         IndexedShard(str(path), tar.address, prefix(tar), facts[number])
         for number, (tar, path) in enumerate(zip(tars, paths, strict=True))
     ]
+
+
+def index_path(folder: Path, tar: Tar, reader: str) -> Path:
+    """Where the index of a shard is kept."""
+    address = tar.address if is_address(tar.address) else os.path.abspath(tar.address)
+    return folder / f"{hashlib.blake2b(json.dumps([reader, address]).encode(), digest_size=16).hexdigest()}.index"
 
 
 def rejections(shards: Sequence[IndexedShard]) -> tuple[Rejection, ...]:
@@ -290,11 +296,6 @@ def _write(path: Path, tar: Tar, found: Found, prefix: str) -> Facts:
             f"cannot write {path}, the index of {tar.name}: {error.strerror}; give --data.index"
         ) from error
     return facts
-
-
-def _digest(tar: Tar, reader: str) -> str:
-    address = tar.address if is_address(tar.address) else os.path.abspath(tar.address)
-    return hashlib.blake2b(json.dumps([reader, address]).encode(), digest_size=16).hexdigest()
 
 
 def _say(line: str) -> None:

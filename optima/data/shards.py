@@ -47,7 +47,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2
 IN_MEMORY = 2**30
 """Bytes of local tars that are read at every start; of more an index is kept."""
 
-_READERS = {"webdataset": "webdataset 1", "packed": "packed 1"}  # to be raised when what they read becomes another
+READERS = {"webdataset": "webdataset 1", "packed": "packed 1"}
+"""What an index was made by; the numbers are raised when the same tar would become other records."""
 
 
 class _LocalShard:
@@ -170,7 +171,7 @@ def read_packed(root: str | Path, name: str, split: str, index: Path | None = No
         here = gather(shard, collector)
         return Found(collector, [here[record.id] for record in collector.items], shard.length)
 
-    reader = f"{_READERS['packed']} {len(content.classes)}"
+    reader = f"{READERS['packed']} {len(content.classes)}"
     shards = keep_index(tars, index, reader, read, lambda _: "")
     few = sum(shard.facts.records for shard in shards) <= WHOLE
     items = IndexedRecords(shards, np.argsort(places(shards), kind="stable") if few and shards else None)
@@ -251,7 +252,7 @@ def read_webdataset(root: str | Path, split: str, index: Path | None = None) -> 
         gather(shard, tar.stem, collector)
         return Found(collector, [0] * len(collector.items), shard.length)
 
-    shards = keep_index(tars, index, _READERS["webdataset"], read, lambda tar: f"{tar.stem}/")
+    shards = keep_index(tars, index, READERS["webdataset"], read, lambda tar: f"{tar.stem}/")
     return Records("webdataset", split, "captioning", IndexedRecords(shards), (), rejections(shards))
 
 
