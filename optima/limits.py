@@ -46,6 +46,9 @@ MAX_TAR_HEADER_BYTES = 2**20
 MAX_SHARDS = 1_000_000
 """Tars of a split."""
 
+MAX_REMOTE_SHARD_BYTES = 2**36
+"""Bytes of a tar at an address."""
+
 MAX_TRIES = 5
 """Tries to read a range of bytes over the network, before it counts as lost."""
 

@@ -22,6 +22,7 @@ import yaml
 from optima.coca import MODULES
 from optima.commands.console import make_console, make_table
 from optima.commands.options import CompareConfig
+from optima.data.records import FORMATS
 from optima.plain_yaml import load_yaml
 from optima.report.comparison import (
     HEADINGS,
@@ -36,7 +37,7 @@ from optima.report.formatting import task_title
 from optima.runs.directory import flat
 from optima.runs.reading import CONFIG, SUMMARY, read_summary
 from optima.runs.rows import Summary, plain
-from optima.task import Task
+from optima.task import TASKS, Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -83,6 +84,7 @@ def run_command(root: Path, task: Task, method: str, seed: int) -> list[str]:
 
 def compare(config: CompareConfig) -> None:
     """Runs what is missing, prints a table a task, and writes comparison.html and comparison.md."""
+    config = replace(config, task=_served(config))
     _settle(config)
     cells = [
         _Cell(task, method, seed) for task in config.task for seed in range(config.seeds) for method in config.method
@@ -94,6 +96,17 @@ def compare(config: CompareConfig) -> None:
     write_atomically(config.run / "comparison.md", text.encode())
     page = write_comparison(outcomes, config.run / "comparison.html", command=command, split=config.split)
     _print(outcomes, config, page)
+
+
+def _served(config: CompareConfig) -> list[Task]:
+    """The tasks to compare on: of all four, which are the default, a data set other than pictograms serves one."""
+    name = config.distill.data.name
+    if name == "pictograms":
+        return config.task
+    served = FORMATS[name].task
+    if set(config.task) not in ({served}, set(TASKS)):
+        raise OptimaError(f"data {name} serves task {served}, not {', '.join(config.task)}; give --task {served}")
+    return [served]
 
 
 def _settle(config: CompareConfig) -> None:

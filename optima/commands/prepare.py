@@ -20,6 +20,7 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from optima.commands.console import make_console, make_table
 from optima.data.config import LoaderConfig, PrepareConfig
+from optima.data.find_shards import is_pattern
 from optima.data.images import decode, inspect
 from optima.data.packing import Tokens, pack
 from optima.data.record import ImageSource, Records, Rejection, Unusable, write_rejections
@@ -148,6 +149,11 @@ def _open(config: PrepareConfig) -> tuple[list[Records], dict[str, str]]:
     """The splits that are there, and why the others are not."""
     if config.data not in FORMATS:
         raise OptimaError(f"data {config.data!r} is unknown; known are {', '.join(FORMATS)}")
+    patterns = [split for split in config.splits or () if is_pattern(split)]
+    if config.pack and patterns:
+        raise OptimaError(
+            f"splits {patterns[0]}: shards are named after their split, and a pattern is none; --pack false"
+        )
     opened, missing = [], {}
     for split in config.splits or FORMATS[config.data].splits:
         try:

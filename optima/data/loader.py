@@ -129,7 +129,7 @@ class Loader:
             raise OptimaError(
                 f"{lost} of {total} records of {self.records.name} {self.records.split} have unusable images, more "
                 f"than the share of {self._config.max_rejected:g} that is allowed, or a whole batch; the last: "
-                f"{last.where}: {last.reason}; find them with `python -m optima.run prepare`, or raise max_rejected"
+                f"{last.where}: {last.reason}; find them with `optima prepare`, or raise max_rejected"
             )
         return batch
 

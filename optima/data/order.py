@@ -6,7 +6,7 @@ comes exactly once an epoch on any number of ranks, a batch is always full (it m
 step s needs nothing but s.
 
 More than `WHOLE` records that lie in shards are not drawn from all at once, which would take memory and time for each
-of them: an epoch shuffles the shards, cuts their row into blocks of about `WHOLE` records, and shuffles each block when
+of them: an epoch shuffles the shards, cuts their row into blocks of about `BLOCK` records, and shuffles each block when
 a step first falls into it.
 """
 
@@ -18,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 WHOLE = 2**20
-"""Records that are shuffled as a whole: 8 MiB of places."""
+"""Most records that are shuffled as a whole: 8 MiB of places."""
+
+BLOCK = 2**17
+"""Records of a block of shards, of more; a last shard may add to it."""
 
 _PERMUTATIONS = 1 << 63  # the half of a seed's keys that permutations are drawn with; windows have the other
 
@@ -88,7 +91,7 @@ class Order:
             sizes = np.asarray(self.shards, dtype=np.int64)
             shuffled = self._generator(epoch).permutation(len(sizes))
             before = np.cumsum(sizes[shuffled]) - sizes[shuffled]
-            _, firsts = np.unique(before // WHOLE, return_index=True)
+            _, firsts = np.unique(before // BLOCK, return_index=True)
             self._cuts[epoch] = (np.split(shuffled, firsts[1:]), before[firsts])
         return self._cuts[epoch]
 

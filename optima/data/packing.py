@@ -52,6 +52,7 @@ def pack(records: Records, out: Path, shard_bytes: int, tokens: Tokens | None) -
     for place, record in enumerate(records.items):
         groups.setdefault(record.images, []).append(place)
     out.mkdir(parents=True, exist_ok=True)
+    (out / f"{records.split}.json").unlink(missing_ok=True)  # of an earlier packing, of which parts will be replaced
     shards: list[dict[str, Any]] = []
     writer: _ShardWriter | None = None
     for number, (sources, places) in enumerate(groups.items()):

@@ -11,7 +11,7 @@
 | `webdataset` | captioning | tars of images with .txt or .json captions |
 
 The readers are in `optima.data.formats`; each says in its first lines where it looks for which file. Instead of the
-official files, the root may hold the shards that `python -m optima.run prepare` packed from them. Shards, packed ones
+official files, the root may hold the shards that `optima prepare` packed from them. Shards, packed ones
 and those of `webdataset`, may lie at an address instead of in a folder.
 """
 

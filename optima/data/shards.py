@@ -35,7 +35,7 @@ from optima.data.record import (
 from optima.data.remote import RemoteFile, fetch_whole, is_address, joined
 from optima.data.shard_index import Found, IndexedRecords, keep_index, places, rejections
 from optima.data.tar_index import BLOCK, Member, members_of, tar_members
-from optima.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES
+from optima.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES, MAX_REMOTE_SHARD_BYTES
 from optima.task import TASKS, Task
 from optima.untrusted import parse_json, read_json, shown
 from optima_core.errors import OptimaError
@@ -83,6 +83,9 @@ class _RemoteShard:
         self.address = tar.address
         self._file = RemoteFile(tar.address)
         self.length = self._file.length
+        if self.length > MAX_REMOTE_SHARD_BYTES:
+            most = f"{MAX_REMOTE_SHARD_BYTES} are the most at an address"
+            raise OptimaError(f"shard {shown(tar.address)} has {self.length} bytes; {most}")
         if tar.size not in (-1, self.length):
             raise OptimaError(
                 f"shard {shown(tar.address)} has {self.length} bytes; {tar.size} are wanted: copy it again"

@@ -15,6 +15,12 @@ def drawn_sizes(draws: random.Random) -> list[int]:
     return [draws.choice([0, 1, 2, draws.randrange(3, 40)]) for _ in range(draws.randrange(2, 30))] + [17, 9]
 
 
+def blocks(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
+    """Makes blocks of so many records, of whatever number there is."""
+    monkeypatch.setattr(module, "WHOLE", 0)
+    monkeypatch.setattr(module, "BLOCK", records)
+
+
 def stream(order: Order, steps: int) -> list[Place]:
     return [place for step in range(steps) for place in order.step(step)]
 
@@ -38,7 +44,7 @@ def test_blocks_of_shards_hold_every_record_once_an_epoch(monkeypatch: pytest.Mo
     for _ in range(20):
         sizes = drawn_sizes(draws)
         records, whole = sum(sizes), draws.randrange(1, 25)
-        monkeypatch.setattr(module, "WHOLE", whole)
+        blocks(monkeypatch, whole)
         batch = draws.randrange(1, 7)
         places = stream(Order(records, batch, seed, shards=sizes), -(-3 * records // batch))
         epochs = [[place.record for place in places if place.epoch == epoch] for epoch in range(3)]
@@ -53,7 +59,7 @@ def test_blocks_of_shards_hold_every_record_once_an_epoch(monkeypatch: pytest.Mo
 
 def test_another_number_of_ranks_divides_the_same_stream(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     draws = random.Random(seed)
-    monkeypatch.setattr(module, "WHOLE", 20)
+    blocks(monkeypatch, 20)
     sizes = drawn_sizes(draws)
     one = stream(Order(sum(sizes), 12, seed, shards=sizes), 20)
     for ranks in (2, 3, 4):
@@ -63,7 +69,7 @@ def test_another_number_of_ranks_divides_the_same_stream(monkeypatch: pytest.Mon
 
 def test_any_step_comes_without_those_before(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     draws = random.Random(seed)
-    monkeypatch.setattr(module, "WHOLE", 20)
+    blocks(monkeypatch, 20)
     sizes = drawn_sizes(draws)
     walked = Order(sum(sizes), 5, seed, shards=sizes)
     whole = [walked.step(step) for step in range(60)]
@@ -72,7 +78,7 @@ def test_any_step_comes_without_those_before(monkeypatch: pytest.MonkeyPatch, se
 
 
 def test_epochs_and_seeds_differ_and_records_of_a_block_are_mixed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(module, "WHOLE", 500)
+    blocks(monkeypatch, 500)
     sizes = [100] * 20
     rows = [[place.record for place in stream(Order(2000, 50, s, shards=sizes), 80)] for s in (seed, seed + 1)]
     assert len({tuple(row[first : first + 2000]) for row in rows for first in (0, 2000)}) == 4

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -272,6 +273,20 @@ def test_a_server_that_sends_other_than_was_asked_for_fills_no_memory(server: Se
     server.floods, server.ignores_ranges = False, True
     with pytest.raises(OptimaError, match="ignores ranges of bytes"):
         open_records("webdataset", root, PATTERN)
+
+
+def test_a_tar_that_is_said_to_be_endless_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_REMOTE_SHARD_BYTES", 2000)
+    with pytest.raises(OptimaError, match=r"train-000.\.tar has \d+ bytes; 2000 are the most at an address"):
+        open_records("webdataset", f"{server.address}/tars", PATTERN)
+
+
+def test_a_pattern_is_checked_but_not_packed(server: Server, tmp_path: Path) -> None:
+    config = PrepareConfig("webdataset", f"{server.address}/tars", [PATTERN], tmp_path / "out", pack=False, workers=1)
+    (report,) = prepare(config)
+    assert (report.images, report.records.rejected) == (20, ())
+    with pytest.raises(OptimaError, match="a pattern is none"):
+        prepare(replace(config, pack=True))
 
 
 def test_shards_of_a_web_server_must_be_named(server: Server) -> None:
