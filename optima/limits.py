@@ -43,6 +43,18 @@ MAX_TAR_NAME_BYTES = 2**16
 MAX_TAR_HEADER_BYTES = 2**20
 """Bytes of a pax header of a tar."""
 
+MAX_SHARDS = 1_000_000
+"""Tars of a split."""
+
+MAX_REMOTE_SHARD_BYTES = 2**36
+"""Bytes of a tar at an address."""
+
+MAX_TRIES = 5
+"""Tries to read a range of bytes over the network, before it counts as lost."""
+
+MAX_WAIT_SECONDS = 60
+"""Seconds that such a try may take."""
+
 MAX_METADATA_BYTES = 2**20
 """Bytes of a model file's configuration, and of the description of its heads."""
 

@@ -22,6 +22,7 @@ import yaml
 from optima.coca import MODULES
 from optima.commands.console import make_console, make_table
 from optima.commands.options import CompareConfig
+from optima.data.records import FORMATS
 from optima.plain_yaml import load_yaml
 from optima.report.comparison import (
     HEADINGS,
@@ -36,7 +37,7 @@ from optima.report.formatting import task_title
 from optima.runs.directory import flat
 from optima.runs.reading import CONFIG, SUMMARY, read_summary
 from optima.runs.rows import parsed, plain, read
-from optima.task import Task
+from optima.task import TASKS, Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -97,6 +98,7 @@ def run_command(root: Path, task: str, method: str, seed: int) -> list[str]:
 
 def compare(config: CompareConfig) -> None:
     """Runs what is missing, prints a table a task, and writes comparison.html and comparison.md."""
+    config = replace(config, task=_served(config))
     _settle(config)
     command = "optima " + shlex.join(sys.argv[1:])
     asked = Asked(tuple(config.task), tuple(config.method), config.seeds, config.split, command)
@@ -125,6 +127,17 @@ def draw_comparison(run: Path, output: Path | None = None) -> Path:
 
 def _cells(asked: Asked) -> list[_Cell]:
     return [_Cell(task, method, seed) for task in asked.task for seed in range(asked.seeds) for method in asked.method]
+
+
+def _served(config: CompareConfig) -> list[Task]:
+    """The tasks to compare on: of all four, which are the default, a data set other than pictograms serves one."""
+    name = config.distill.data.name
+    if name == "pictograms":
+        return config.task
+    served = FORMATS[name].task
+    if set(config.task) not in ({served}, set(TASKS)):
+        raise OptimaError(f"data {name} serves task {served}, not {', '.join(config.task)}; give --task {served}")
+    return [served]
 
 
 def _settle(config: CompareConfig) -> None:

@@ -241,7 +241,7 @@ class CompareConfig:
     Attributes:
         run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
             command continues; more tasks, methods and seeds may be asked for later.
-        task: The tasks; all four by default.
+        task: The tasks; by default all four, or the one that distill.data serves.
         method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
             module in every round, uniform a random one; discounted_ucb and optima are bandits. optima runs the
             settings under `distill` as they are. All methods by default.

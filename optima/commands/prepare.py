@@ -20,10 +20,12 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from optima.commands.console import make_console, make_table
 from optima.data.config import LoaderConfig, PrepareConfig
+from optima.data.find_shards import is_pattern
 from optima.data.images import decode, inspect
+from optima.data.packing import Tokens, pack
 from optima.data.record import ImageSource, Records, Rejection, Unusable, write_rejections
 from optima.data.records import FORMATS, open_records
-from optima.data.shards import Tokens, pack
+from optima.data.remote import is_address
 from optima.data.tokenizers import named_tokenizer
 from optima.data.vocabulary import text_tokenizer, unknown_words
 from optima_core.checkpoint import write_atomically
@@ -74,7 +76,7 @@ def prepare(config: PrepareConfig) -> list[SplitReport]:
         )
     opened, missing = _open(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    if config.out.resolve() == config.root.resolve():
+    if not is_address(config.root) and config.out.resolve() == Path(config.root).resolve():
         raise OptimaError(f"out {config.out} is the data root; give another folder with --out")
     reports = [check(records, config.workers) for records in opened]
     write_rejections((found for report in reports for found in report.records.rejected), config.out / "rejected.jsonl")
@@ -150,10 +152,15 @@ def _open(config: PrepareConfig) -> tuple[list[Records], dict[str, str]]:
     """The splits that are there, and why the others are not."""
     if config.data not in FORMATS:
         raise OptimaError(f"data {config.data!r} is unknown; known are {', '.join(FORMATS)}")
+    patterns = [split for split in config.splits or () if is_pattern(split)]
+    if config.pack and patterns:
+        raise OptimaError(
+            f"splits {patterns[0]}: shards are named after their split, and a pattern is none; --pack false"
+        )
     opened, missing = [], {}
     for split in config.splits or FORMATS[config.data].splits:
         try:
-            opened.append(open_records(config.data, config.root, split, max_rejected=1, answers=config.answers))
+            opened.append(_open_split(config, split))
         except OptimaError as error:
             if config.splits:
                 raise
@@ -161,6 +168,10 @@ def _open(config: PrepareConfig) -> tuple[list[Records], dict[str, str]]:
     if not opened:
         raise OptimaError(f"no split of {config.data} is whole: " + "; ".join(missing.values()))
     return opened, missing
+
+
+def _open_split(config: PrepareConfig, split: str) -> Records:
+    return open_records(config.data, config.root, split, max_rejected=1, answers=config.answers, index=config.index)
 
 
 def _print(reports: Sequence[SplitReport], missing: dict[str, str], config: PrepareConfig) -> None:

@@ -94,8 +94,10 @@ class DataConfig:
     Attributes:
         name: "pictograms" needs no files; the others are official data sets as downloaded, "folder" one's own images
             with captions, and "webdataset" tars of them. Each but pictograms serves one task.
-        root: Data root of any but pictograms; `prepare` checks it.
-        train: Split to train on.
+        root: Data root of any but pictograms; `prepare` checks it. For tars also an address: s3://..., https://...
+        index: Folder that keeps where the samples of tars lie, once it is known: of tars at an address, and of more
+            than 1 GiB of them. null takes the user's cache; processes on many machines had better share one.
+        train: Split to train on; of webdataset also a pattern of tars, such as "shard-{000..098}.tar".
         validation: Split of the learning curve and the probe.
         test: Split of the final scores; null takes "test", or "validation" where test answers are not published.
         tokenizer: "texts" is a word list made of the training split's texts, "clip" is CLIP's, "words" the word list of
@@ -109,7 +111,8 @@ class DataConfig:
     """
 
     name: DataSetName = "pictograms"
-    root: Path | None = None
+    root: str | Path | None = None
+    index: Path | None = None
     train: str = "train"
     validation: str = "validation"
     test: str | None = None
@@ -138,7 +141,8 @@ class PrepareConfig:
 
     Attributes:
         data: Format of the data set.
-        root: Where its files are, as they were downloaded.
+        root: Where its files are, as they were downloaded; of tars also an address: s3://..., https://...
+        index: Folder that keeps where the samples of tars lie, as `data.index` of the other commands.
         splits: Splits to prepare; null takes all that are there.
         out: Folder for the shards and the lists of rejected and converted items.
         pack: Write tar shards after the check.
@@ -151,7 +155,7 @@ class PrepareConfig:
     """
 
     data: DataName
-    root: Path
+    root: str | Path
     splits: list[str] | None = None
     out: Path = Path("prepared")
     pack: bool = True
@@ -161,6 +165,7 @@ class PrepareConfig:
     answers: int = ANSWERS
     max_rejected: float = 0.01
     workers: int = -1
+    index: Path | None = None
 
     def __post_init__(self) -> None:
         if self.shard_mib < 1 or self.text_length < 2 or self.answers < 1:

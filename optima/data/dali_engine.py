@@ -110,11 +110,11 @@ class DaliEngine(Engine):
     def _read(self, job: Job) -> _Batch:
         batch = _Batch(job)
         reader = self._reader
-        for (row, place), side in itertools.product(enumerate(job.places), range(reader.sides)):
+        for row, place, side, content in reader.read_all(job):
             if row in batch.lost:
                 continue
             try:
-                ready = reader.read(place, row, side, job.training)
+                ready = reader.ready(place, row, side, job.training, content)
                 if ready.header.turbo and ready.header.orientation == 1:
                     batch.ready.append(ready)
                 else:

@@ -33,6 +33,7 @@ from optima.data.engine import Engine, Fault, ImageBatch, ImageReader, Job
 from optima.data.order import Order
 from optima.data.order import once as order_once
 from optima.data.record import Records, Rejection, RejectionLog
+from optima.data.shard_index import IndexedRecords
 from optima.data.torch_engine import TorchEngine
 from optima_core.errors import OptimaError
 
@@ -68,7 +69,8 @@ class Loader:
         self.rejected: dict[int, Rejection] = {}
         self._config = config
         self._engine = engine
-        self._order = Order(len(records), batch_size, seed, rank, world_size)
+        shards = records.items.sizes if isinstance(records.items, IndexedRecords) else ()
+        self._order = Order(len(records), batch_size, seed, rank, world_size, shards)
         self._log = log or RejectionLog(None)
         self._training = training
         self._next = -1

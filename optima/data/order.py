@@ -4,14 +4,24 @@ The training stream is the epochs one after another, each a permutation of all r
 takes the next `batch_size * world_size` places of the stream, rank r the r-th `batch_size` of them. So every record
 comes exactly once an epoch on any number of ranks, a batch is always full (it may straddle two epochs), and resuming at
 step s needs nothing but s.
+
+More than `WHOLE` records that lie in shards are not drawn from all at once, which would take memory and time for each
+of them: an epoch shuffles the shards, cuts their row into blocks of about `BLOCK` records, and shuffles each block when
+a step first falls into it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+WHOLE = 2**20
+"""Most records that are shuffled as a whole: 8 MiB of places."""
+
+BLOCK = 2**17
+"""Records of a block of shards, of more; a last shard may add to it."""
 
 _PERMUTATIONS = 1 << 63  # the half of a seed's keys that permutations are drawn with; windows have the other
 
@@ -33,6 +43,7 @@ class Order:
         seed: Seed of the permutations.
         rank: This process, 0 to world_size - 1.
         world_size: Number of processes.
+        shards: Records of each shard, in turn, if they lie in shards; together `records` of them.
     """
 
     records: int
@@ -40,7 +51,11 @@ class Order:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    _drawn: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
+    shards: Sequence[int] | NDArray[np.int64] = ()
+    _cuts: dict[int, tuple[list[NDArray[np.int64]], NDArray[np.int64]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _drawn: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.records < 1 or self.batch_size < 1:
@@ -54,16 +69,48 @@ class Order:
         places = []
         for position in range(first, first + self.batch_size):
             epoch, within = divmod(position, self.records)
-            places.append(Place(epoch, int(self._permutation(epoch)[within])))
+            if self.records <= WHOLE or len(self.shards) < 2:
+                places.append(Place(epoch, int(self._permutation(epoch)[within])))
+            else:
+                _, starts = self._blocks(epoch)
+                block = int(np.searchsorted(starts, within, "right")) - 1
+                places.append(Place(epoch, int(self._block(epoch, block)[within - int(starts[block])])))
         return places
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._drawn:
+        """All records in the order of an epoch."""
+        if (epoch, 0) not in self._drawn:
             self._drawn.clear()
-            key = np.array([self.seed, _PERMUTATIONS + epoch], dtype=np.uint64)
-            generator = np.random.Generator(np.random.Philox(key=key))
-            self._drawn[epoch] = generator.permutation(self.records)
-        return self._drawn[epoch]
+            self._drawn[epoch, 0] = self._generator(epoch).permutation(self.records)
+        return self._drawn[epoch, 0]
+
+    def _blocks(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+        """The shards of each block of an epoch, and how many records come before it."""
+        if epoch not in self._cuts:
+            self._cuts.clear()
+            sizes = np.asarray(self.shards, dtype=np.int64)
+            shuffled = self._generator(epoch).permutation(len(sizes))
+            before = np.cumsum(sizes[shuffled]) - sizes[shuffled]
+            _, firsts = np.unique(before // BLOCK, return_index=True)
+            self._cuts[epoch] = (np.split(shuffled, firsts[1:]), before[firsts])
+        return self._cuts[epoch]
+
+    def _block(self, epoch: int, block: int) -> NDArray[np.int64]:
+        """The records of a block in the order of an epoch."""
+        if (epoch, block) not in self._drawn:
+            while len(self._drawn) > 1:  # a batch may straddle two blocks
+                self._drawn.pop(next(iter(self._drawn)))
+            sizes = np.asarray(self.shards, dtype=np.int64)
+            ends = np.cumsum(sizes)
+            mine = self._blocks(epoch)[0][block]
+            records = np.concatenate([np.arange(ends[shard] - sizes[shard], ends[shard]) for shard in mine])
+            self._drawn[epoch, block] = self._generator(epoch, 1 + block).permutation(records)
+        return self._drawn[epoch, block]
+
+    def _generator(self, epoch: int, stream: int = 0) -> np.random.Generator:
+        """stream: of an epoch, each 2**192 numbers long."""
+        key = np.array([self.seed, _PERMUTATIONS + epoch], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(counter=np.array([0, 0, 0, stream], dtype=np.uint64), key=key))
 
 
 def once(records: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[Place]]:

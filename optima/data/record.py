@@ -14,11 +14,12 @@ import stat
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from optima.data.remote import Unreachable, fetch, is_address
 from optima.limits import MAX_IMAGE_BYTES, MAX_TEXT_CHARACTERS
 from optima.task import Task
 from optima.untrusted import shown
@@ -27,14 +28,26 @@ from optima_core.errors import OptimaError
 
 
 class ImageSource(NamedTuple):
-    """Where the bytes of an image are: `size` bytes of the file from `offset` on; size -1 takes the whole file."""
+    """Where the bytes of an image are: `size` bytes of the file from `offset` on; size -1 takes the whole file.
+
+    path: of a file, or an address, whose size must be known. checksum: CRC-32 of the bytes, where it is known.
+    """
 
     path: str
     offset: int = 0
     size: int = -1
+    checksum: int | None = None
 
     def read(self) -> bytes:
         """The encoded image. Raises Unusable if there is none, it ends early, or it is too large to be one."""
+        return self._fetch() if self.remote else self._read_file()
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading waits for a network."""
+        return is_address(self.path)
+
+    def _read_file(self) -> bytes:
         name = shown(self.path)
         try:
             # A pipe that is opened without O_NONBLOCK waits for a writer.
@@ -52,6 +65,20 @@ class ImageSource(NamedTuple):
             raise Unusable("image-unreadable", f"{name} cannot be read: {error.strerror or error}") from error
         if len(data) != size:
             raise Unusable("image-truncated", f"{name} ends within the image at byte {self.offset}")
+        return data
+
+    def _fetch(self) -> bytes:
+        try:
+            data = fetch(self.path, self.offset, self.size, self.checksum)
+        except FileNotFoundError as error:
+            raise Unusable("image-missing", f"there is no {shown(self.path)}") from error
+        except Unreachable as error:
+            raise Unusable("image-unreachable", str(error)) from error
+        if len(data) != self.size:
+            raise Unusable("image-truncated", f"{shown(self.path)} ends within the image at byte {self.offset}")
+        if self.checksum not in (None, zlib.crc32(data)):
+            name = f"{shown(self.path)} at byte {self.offset}"
+            raise Unusable("image-changed", f"{name} are other bytes than when it was first read; read it again")
         return data
 
     def __str__(self) -> str:
@@ -146,6 +173,11 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         return self.items[index]
+
+    def texts(self, most: int) -> Iterator[str]:
+        """The texts of all records, or, of more than `most`, of as many at even distances."""
+        for number in range(0, len(self.items), max(1, -(-len(self.items) // most))):
+            yield from self.items[number].texts
 
     def refuse_above(self, share: float) -> None:
         """Raises OptimaError if more than `share` (0 to 1) of the items was rejected, or nothing is left."""

@@ -11,7 +11,8 @@
 | `webdataset` | captioning | tars of images with .txt or .json captions |
 
 The readers are in `optima.data.formats`; each says in its first lines where it looks for which file. Instead of the
-official files, the root may hold the shards that `optima prepare` packed from them.
+official files, the root may hold the shards that `optima prepare` packed from them. Shards, packed ones
+and those of `webdataset`, may lie at an address instead of in a folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from optima.data.answers import agreed_answer
 from optima.data.config import ANSWERS, DataName
+from optima.data.find_shards import is_pattern
 from optima.data.formats.coco import KARPATHY, read_coco, read_coco_karpathy
 from optima.data.formats.folder import read_folder
 from optima.data.formats.nlvr2 import SPLITS as NLVR2_SPLITS
@@ -29,53 +31,70 @@ from optima.data.formats.snli_ve import read_snli_ve
 from optima.data.formats.vqav2 import SPLITS as VQAV2_SPLITS
 from optima.data.formats.vqav2 import read_vqav2
 from optima.data.record import ImageSource, Record, Records, Rejection, write_rejections
+from optima.data.remote import is_address, joined
 from optima.data.shards import is_packed, read_packed, read_webdataset
 from optima.task import Task
+from optima.untrusted import shown
 from optima_core.errors import OptimaError
+
+Reader = Callable[[str | Path, str, int, Sequence[str] | None, Path | None], Records]
+"""(root, split, answers, classes, index) -> records."""
 
 
 @dataclass(frozen=True)
 class DataFormat:
-    """A registered format: its task, its splits, and its reader (root, split, answers, classes) -> records."""
+    """A registered format: its task, its splits, its reader, and whether that reads an address, too."""
 
     task: Task
     splits: tuple[str, ...]
-    read: Callable[[Path, str, int, Sequence[str] | None], Records]
+    read: Reader
+    remote: bool = False
 
 
+def _plain(read: Callable[[Path, str], Records]) -> Reader:
+    return lambda root, split, *_: read(Path(root), split)
+
+
+def _read_vqav2(
+    root: str | Path, split: str, answers: int, classes: Sequence[str] | None, index: Path | None
+) -> Records:
+    return read_vqav2(Path(root), split, answers, classes)
+
+
+_SPLITS = ("train", "validation", "test")
 FORMATS: dict[DataName, DataFormat] = {
-    "coco": DataFormat("captioning", ("train", "validation", "test"), lambda root, split, *_: read_coco(root, split)),
-    "coco_karpathy": DataFormat("captioning", tuple(KARPATHY), lambda root, split, *_: read_coco_karpathy(root, split)),
-    "vqav2": DataFormat("vqa", tuple(VQAV2_SPLITS), read_vqav2),
-    "nlvr2": DataFormat("nlvr2", tuple(NLVR2_SPLITS), lambda root, split, *_: read_nlvr2(root, split)),
-    "snli_ve": DataFormat("snli_ve", tuple(SNLI_VE_SPLITS), lambda root, split, *_: read_snli_ve(root, split)),
+    "coco": DataFormat("captioning", _SPLITS, _plain(read_coco)),
+    "coco_karpathy": DataFormat("captioning", tuple(KARPATHY), _plain(read_coco_karpathy)),
+    "vqav2": DataFormat("vqa", tuple(VQAV2_SPLITS), _read_vqav2),
+    "nlvr2": DataFormat("nlvr2", tuple(NLVR2_SPLITS), _plain(read_nlvr2)),
+    "snli_ve": DataFormat("snli_ve", tuple(SNLI_VE_SPLITS), _plain(read_snli_ve)),
     "webdataset": DataFormat(
-        "captioning", ("train", "validation", "test"), lambda root, split, *_: read_webdataset(root, split)
+        "captioning", _SPLITS, lambda root, split, _, __, index: read_webdataset(root, split, index), remote=True
     ),
-    "folder": DataFormat(
-        "captioning", ("train", "validation", "test"), lambda root, split, *_: read_folder(root, split)
-    ),
+    "folder": DataFormat("captioning", _SPLITS, _plain(read_folder)),
 }
 
 
 def open_records(
     name: DataName,
-    root: Path,
+    root: str | Path,
     split: str,
     *,
     max_rejected: float = 0.01,
     answers: int = ANSWERS,
     classes: Sequence[str] | None = None,
+    index: Path | None = None,
 ) -> Records:
     """Reads the records of a split. Images are looked for, but not opened: that is `prepare`'s and the loader's work.
 
     Args:
         name: the format.
-        root: the data root, laid out as the format's reader says.
-        split: "train", "validation", "test", or a further split of the benchmark.
+        root: the data root, laid out as the format's reader says; of shards also an address.
+        split: "train", "validation", "test", or a further split of the benchmark; of webdataset also a pattern of tars.
         max_rejected: share of the items, 0 to 1, that may be unusable; 1 takes what there is.
         answers: size of VQAv2's answer vocabulary.
         classes: VQAv2's answer vocabulary, if it is given by a trained model.
+        index: folder of the index of large or remote shards; None takes the user's cache.
 
     Raises:
         OptimaError: if the format, the split or a file does not exist, or too many items are unusable.
@@ -83,16 +102,20 @@ def open_records(
     if name not in FORMATS:
         raise OptimaError(f"data {name!r} is unknown; known are {', '.join(FORMATS)}")
     found = FORMATS[name]
-    if split not in found.splits:
-        raise OptimaError(f"{name} has no split {split!r}; it has {', '.join(found.splits)}")
-    if not root.is_dir():
+    tars = name == "webdataset" and is_pattern(split)
+    if split not in found.splits and not tars:
+        raise OptimaError(f"{name} has no split {shown(split)!r}; it has {', '.join(found.splits)}")
+    if not is_address(root) and not Path(root).is_dir():
         raise OptimaError(f"data root {root} is not a folder")
-    if is_packed(root, split):
-        records = read_packed(root, name, split)
+    if not tars and is_packed(root, split):
+        records = read_packed(root, name, split, index)
         if classes is not None and records.task == "vqa" and tuple(classes) != records.classes:
             records = _with_classes(records, tuple(classes))
+    elif is_address(root) and not found.remote:
+        missing = joined(str(root), f"{split}.json")
+        raise OptimaError(f"there is no {shown(missing)}: at an address, {name} is read from what `prepare` packed")
     else:
-        records = found.read(root, split, answers, classes)
+        records = found.read(root, split, answers, classes, index)
     records.refuse_above(max_rejected)
     return records
 

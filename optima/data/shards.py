@@ -1,27 +1,26 @@
-"""Tar shards in WebDataset's layout: written by `prepare`, read in place, never unpacked.
+"""Reads tar shards in WebDataset's layout, in a folder or at an address, in place: nothing is unpacked.
 
-    OUT/train.json              what was packed: name, task, classes, shards, tokenizer
-    OUT/train-000000.tar        000000000.jpg (or .left.jpg and .right.jpg), .json and .tokens of each sample
-    OUT/train-000000.idx        where each component lies, for DALI's `fn.readers.webdataset`
+Shards that `optima.data.packing` wrote open under the name of the data set that they were packed from; tars of other
+origin open as `webdataset`: samples of one image with a caption in `.txt` or `.json`. No tar is trusted: members that
+are not plain files, or whose names would leave a folder, are rejected.
 
-A sample is an image, or a pair of them, once, with all its records: `.json` lists them, `.tokens` holds one row of
-int32 token ids (little-endian, text_length of them) for each of their texts in turn. A folder with such a `.json` opens
-under the name of the data set that it was packed from.
-
-Tars of other origin open as `webdataset`: samples of one image with a caption in `.txt` or `.json`. No tar is
-trusted: members that are not plain files, or whose names would leave a folder, are rejected.
+Up to 1 GiB of local tars are read at every start, and their records kept in memory. Of more, and of tars at an
+address, `optima.data.shard_index` keeps where everything lies, with the checksum of each image at an address. Why not
+WebDataset's own pipeline: it streams, so its order depends on workers, ranks and the size of a buffer, and resuming
+exactly means to read again all that was read; with an index a batch is a function of its number.
 """
 
-import io
 import json
-import os
-import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optima.data.images import FORMATS, inspect
+import numpy as np
+
+from optima.data.find_shards import Tar, find_tars
+from optima.data.order import WHOLE
 from optima.data.record import (
     Collector,
     ImageSource,
@@ -33,28 +32,76 @@ from optima.data.record import (
     identifier,
     safe_name,
 )
-from optima.data.tar_index import BLOCK, tar_members
-from optima.data.tokenizer import Tokenizer
-from optima.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES
+from optima.data.remote import RemoteFile, fetch_whole, is_address, joined
+from optima.data.shard_index import Found, IndexedRecords, keep_index, places, rejections
+from optima.data.tar_index import BLOCK, Member, members_of, tar_members
+from optima.limits import MAX_IMAGE_BYTES, MAX_LINE_BYTES, MAX_REMOTE_SHARD_BYTES
 from optima.task import TASKS, Task
-from optima.untrusted import read_json, shown
-from optima_core.checkpoint import write_atomically
+from optima.untrusted import parse_json, read_json, shown
 from optima_core.errors import OptimaError
 
 VERSION = 1
 SIDES = ("left", "right")
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2")
-ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"} | {
-    name: name.lower() for name in FORMATS if name not in ("JPEG", "TIFF", "JPEG2000")
-}
+
+IN_MEMORY = 2**30
+"""Bytes of local tars that are read at every start; of more an index is kept."""
+
+READERS = {"webdataset": "webdataset 1", "packed": "packed 1"}
+"""What an index was made by; the numbers are raised when the same tar would become other records."""
 
 
-class Tokens(NamedTuple):
-    """How texts are turned into the rows of `.tokens`; longer texts are cut."""
+class _LocalShard:
+    """A tar in a folder; only its headers are read, and the texts."""
 
-    name: str
-    tokenizer: Tokenizer
-    length: int
+    def __init__(self, tar: Tar) -> None:
+        self.name = tar.name
+        self.address = tar.address
+        self.length = tar.size
+
+    def members(self) -> Iterator[Member]:
+        path = Path(self.address)
+        if not path.is_file():
+            raise Unusable("shard-broken", f"{self.name} is no plain file")
+        yield from tar_members(path)
+
+    def read(self, source: ImageSource) -> bytes:
+        return source.read()
+
+    def known(self, source: ImageSource) -> ImageSource:
+        return source
+
+
+class _RemoteShard:
+    """A tar at an address, of which all is read once, so that the checksums of its images are known.
+
+    Raises OptimaError if it cannot be read, or has not the size that its list says.
+    """
+
+    def __init__(self, tar: Tar) -> None:
+        self.name = tar.name
+        self.address = tar.address
+        self._file = RemoteFile(tar.address)
+        self.length = self._file.length
+        if self.length > MAX_REMOTE_SHARD_BYTES:
+            most = f"{MAX_REMOTE_SHARD_BYTES} are the most at an address"
+            raise OptimaError(f"shard {shown(tar.address)} has {self.length} bytes; {most}")
+        if tar.size not in (-1, self.length):
+            raise OptimaError(
+                f"shard {shown(tar.address)} has {self.length} bytes; {tar.size} are wanted: copy it again"
+            )
+
+    def members(self) -> Iterator[Member]:
+        yield from members_of(self._file, self.length)
+
+    def read(self, source: ImageSource) -> bytes:
+        return self._file.at(source.offset, source.size)
+
+    def known(self, source: ImageSource) -> ImageSource:
+        return source._replace(checksum=zlib.crc32(self.read(source)))
+
+
+_Shard = _LocalShard | _RemoteShard
 
 
 @dataclass
@@ -63,88 +110,47 @@ class _Sample:
 
     key: str
     where: str
+    shard: _Shard
     parts: dict[str, ImageSource]
 
 
-def pack(records: Records, out: Path, shard_bytes: int, tokens: Tokens | None) -> list[Path]:
-    """Writes the shards of a split, and last its `.json`, so that a packing that was stopped is not taken for whole.
-
-    Args:
-        records: what to pack; its images have been found usable.
-        out: folder to write into.
-        shard_bytes: a shard is closed when it has reached this size.
-        tokens: how to make `.tokens`; None writes none.
-
-    Returns:
-        The shards.
-    """
-    groups: dict[tuple[ImageSource, ...], list[int]] = {}
-    for place, record in enumerate(records.items):
-        groups.setdefault(record.images, []).append(place)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{records.split}.json").unlink(missing_ok=True)  # of an earlier packing, of which parts will be replaced
-    shards: list[dict[str, Any]] = []
-    writer: _ShardWriter | None = None
-    for number, (sources, places) in enumerate(groups.items()):
-        if writer is None:
-            writer = _ShardWriter(out / f"{records.split}-{len(shards):06d}.tar")
-        writer.add(f"{number:09d}", _components(records, sources, places, tokens))
-        if writer.bytes >= shard_bytes:
-            shards.append(writer.close())
-            writer = None
-    if writer is not None:
-        shards.append(writer.close())
-    content = {
-        "optima_shards": VERSION,
-        "name": records.name,
-        "split": records.split,
-        "task": records.task,
-        "classes": records.classes,
-        "records": len(records),
-        "left_out": records.left_out,
-        "tokenizer": tokens.name if tokens else None,
-        "text_length": tokens.length if tokens else None,
-        "shards": shards,
-    }
-    write_atomically(out / f"{records.split}.json", (json.dumps(content, indent=1) + "\n").encode())
-    return [out / shard["file"] for shard in shards]
-
-
-def is_packed(root: Path, split: str) -> bool:
-    """Whether the folder holds packed shards of the split."""
-    path = root / f"{split}.json"
+def is_packed(root: str | Path, split: str) -> bool:
+    """Whether the folder or address holds packed shards of the split."""
+    mark = b'"optima_shards"'
+    if is_address(root):
+        content = fetch_whole(joined(str(root), f"{split}.json"), "shard list")
+        return content is not None and mark in content[:BLOCK]
+    path = Path(root) / f"{split}.json"
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return b'"optima_shards"' in file.read(BLOCK)
+        return mark in file.read(BLOCK)
 
 
-def read_packed(root: Path, name: str, split: str) -> Records:
-    """The records of packed shards, in the order in which they were packed from.
+def read_packed(root: str | Path, name: str, split: str, index: Path | None = None) -> Records:
+    """The records of packed shards, in the order in which they were packed from; above 2**20 as they lie.
 
     Raises OptimaError if the shards are of another data set or version, or a shard is missing.
     """
-    path = root / f"{split}.json"
-    content = _manifest(read_json(path, "shard list"), name, path)
-    collector = Collector()
+    content, tars = _packed_tars(root, name, split)
     placed: dict[str, int] = {}
 
-    def make(row: Any, images: tuple[ImageSource, ...]) -> Record:
-        name = identifier(entry(row, "id"), "an id")
-        texts = tuple(clean_text(text, "a text") for text in _list(row, "texts"))
-        answers = tuple(clean_text(answer, "an answer") for answer in _list(row, "answers"))
-        target = _whole(row, "target")
-        if not -1 <= target < max(1, len(content.classes)):
-            raise Unusable("row-type", f"target must be one of {len(content.classes)} classes, got {target!r:.80}")
-        record = Record(name, images, texts, target, answers)
-        placed.setdefault(name, _whole(row, "place"))
-        return record
+    def gather(shard: _Shard, collector: Collector) -> dict[str, int]:
+        """-> the place of each record by its id."""
+        here: dict[str, int] = {}
 
-    for file, size in content.shards:
-        tar = root / file
-        if not _has_size(tar, size):
-            raise OptimaError(f"shard {shown(tar)} is missing or not whole; {size} bytes are wanted: copy it again")
-        for sample in _samples(tar, collector):
+        def make(row: Any, images: tuple[ImageSource, ...]) -> Record:
+            name = identifier(entry(row, "id"), "an id")
+            texts = tuple(clean_text(text, "a text") for text in _list(row, "texts"))
+            answers = tuple(clean_text(answer, "an answer") for answer in _list(row, "answers"))
+            target = _whole(row, "target")
+            if not -1 <= target < max(1, len(content.classes)):
+                raise Unusable("row-type", f"target must be one of {len(content.classes)} classes, got {target!r:.80}")
+            record = Record(name, images, texts, target, answers)
+            here.setdefault(name, _whole(row, "place"))
+            return record
+
+        for sample in _samples(shard, collector):
             try:
                 rows = _json(sample)
                 images = _images(sample)
@@ -153,9 +159,43 @@ def read_packed(root: Path, name: str, split: str) -> Records:
                 continue
             for row in rows if isinstance(rows, list) else [rows]:
                 collector.take(sample.where, sample.key, make, row, images)
-    collector.items.sort(key=lambda record: placed[record.id])
-    collector.left_out.update(content.left_out)
-    return collector.records(name, split, content.task, content.classes)
+        return here
+
+    if _fit_memory(tars):
+        collector = Collector()
+        for tar in tars:
+            placed = gather(_shard(tar), collector) | placed
+        collector.items.sort(key=lambda record: placed[record.id])
+        collector.left_out.update(content.left_out)
+        return collector.records(name, split, content.task, content.classes)
+
+    def read(tar: Tar) -> Found:
+        shard, collector = _shard(tar), Collector()
+        here = gather(shard, collector)
+        return Found(collector, [here[record.id] for record in collector.items], shard.length)
+
+    reader = f"{READERS['packed']} {len(content.classes)}"
+    shards = keep_index(tars, index, reader, read, lambda _: "")
+    few = sum(shard.facts.records for shard in shards) <= WHOLE
+    items = IndexedRecords(shards, np.argsort(places(shards), kind="stable") if few and shards else None)
+    return Records(name, split, content.task, items, content.classes, rejections(shards), content.left_out)
+
+
+def _packed_tars(root: str | Path, name: str, split: str) -> tuple["_Manifest", list[Tar]]:
+    """What a split's `.json` says, and its shards. Raises OptimaError."""
+    if is_address(root):
+        place = joined(str(root), f"{split}.json")
+        content = _manifest(parse_json(fetch_whole(place, "shard list") or b"", place), name, place)
+        return content, [Tar(joined(str(root), file), file, size) for file, size in content.shards]
+    path = Path(root) / f"{split}.json"
+    content = _manifest(read_json(path, "shard list"), name, path)
+    tars = []
+    for file, size in content.shards:
+        tar = Path(root) / file
+        if not _has_size(tar, size):
+            raise OptimaError(f"shard {shown(tar)} is missing or not whole; {size} bytes are wanted: copy it again")
+        tars.append(Tar(str(tar), tar.name, size, tar.stat().st_mtime_ns))
+    return content, tars
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -174,7 +214,7 @@ class _Manifest(NamedTuple):
     shards: list[tuple[str, int]]
 
 
-def _manifest(content: Any, name: str, path: Path) -> _Manifest:
+def _manifest(content: Any, name: str, path: str | Path) -> _Manifest:
     """Raises OptimaError for shards of another version or data set, and if anything has not the shape that `pack`
     gives it."""
     version = content.get("optima_shards") if isinstance(content, dict) else None
@@ -196,18 +236,35 @@ def _manifest(content: Any, name: str, path: Path) -> _Manifest:
     return _Manifest(task, tuple(classes), left_out, shards)
 
 
-def read_webdataset(root: Path, split: str) -> Records:
-    """Captioned images from tars of any origin: ROOT/<split>-*.tar, or, for training, all tars of the folder."""
-    tars = sorted(root.glob(f"{split}*.tar"))
-    if not tars and split == "train":
-        tars = sorted(root.glob("*.tar"))
-    if not tars:
-        raise OptimaError(f"{shown(root)} lacks the {split} shards: {split}-*.tar")
-    collector = Collector()
-    for tar in tars:
-        for sample in _samples(tar, collector):
-            collector.take(sample.where, sample.key, _captioned, tar.stem, sample)
-    return collector.records("webdataset", split, "captioning")
+def read_webdataset(root: str | Path, split: str, index: Path | None = None) -> Records:
+    """Captioned images from tars of any origin: those of the split, or of a pattern, as `find_tars` says."""
+    tars = find_tars(root, split)
+
+    def gather(shard: _Shard, stem: str, collector: Collector) -> None:
+        for sample in _samples(shard, collector):
+            collector.take(sample.where, sample.key, _captioned, stem, sample)
+
+    if _fit_memory(tars):
+        collector = Collector()
+        for tar in tars:
+            gather(_shard(tar), tar.stem, collector)
+        return collector.records("webdataset", split, "captioning")
+
+    def read(tar: Tar) -> Found:
+        shard, collector = _shard(tar), Collector()
+        gather(shard, tar.stem, collector)
+        return Found(collector, [0] * len(collector.items), shard.length)
+
+    shards = keep_index(tars, index, READERS["webdataset"], read, lambda tar: f"{tar.stem}/")
+    return Records("webdataset", split, "captioning", IndexedRecords(shards), (), rejections(shards))
+
+
+def _fit_memory(tars: Sequence[Tar]) -> bool:
+    return not any(is_address(tar.address) for tar in tars) and sum(tar.size for tar in tars) <= IN_MEMORY
+
+
+def _shard(tar: Tar) -> _Shard:
+    return _RemoteShard(tar) if is_address(tar.address) else _LocalShard(tar)
 
 
 def _captioned(shard: str, sample: _Sample) -> Record:
@@ -222,85 +279,29 @@ def _captioned(shard: str, sample: _Sample) -> Record:
     return Record(f"{shard}/{sample.key}", images, (clean_text(caption, "a caption"),))
 
 
-def _components(
-    records: Records, sources: Sequence[ImageSource], places: Sequence[int], tokens: Tokens | None
-) -> dict[str, bytes]:
-    parts: dict[str, bytes] = {}
-    for side, source in zip(SIDES, sources, strict=False):
-        data = source.read()
-        ending = ENDINGS[inspect(data).format]
-        parts[ending if len(sources) == 1 else f"{side}.{ending}"] = data
-    found = [records[place] for place in places]
-    rows = [
-        {"id": r.id, "place": place, "texts": r.texts, "target": r.target, "answers": r.answers}
-        for place, r in zip(places, found, strict=True)
-    ]
-    parts["json"] = json.dumps(rows, ensure_ascii=False).encode()
-    texts = [text for record in found for text in record.texts]
-    if tokens is not None:
-        ids = tokens.tokenizer.encode(texts, tokens.length, truncate=True)
-        parts["tokens"] = ids.numpy().astype("<i4").tobytes()
-    return parts
-
-
-class _ShardWriter:
-    """Writes a tar and its index under provisional names, and gives them their own when they are whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
-        self._partial = path.with_suffix(".tar.partial")
-        self._file = open(self._partial, "wb")  # noqa: SIM115
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._index: list[str] = []
-
-    def add(self, key: str, parts: dict[str, bytes]) -> None:
-        """Adds a sample: ending -> bytes."""
-        places = []
-        for ending, data in parts.items():
-            info = tarfile.TarInfo(f"{key}.{ending}")
-            info.size = len(data)
-            places.append(f"{ending} {self._file.tell() + BLOCK} {len(data)} {info.name}")
-            self._tar.addfile(info, io.BytesIO(data))
-        self._index.append(" ".join(places))
-        self.bytes = self._file.tell()
-
-    def close(self) -> dict[str, Any]:
-        """Ends the shard -> its entry in the split's `.json`."""
-        self._tar.close()
-        self._file.close()
-        os.replace(self._partial, self.path)
-        lines = [f"v1.2 {len(self._index)}", *self._index]
-        write_atomically(self.path.with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
-        return {"file": self.path.name, "samples": len(self._index), "bytes": self.path.stat().st_size}
-
-
-def _samples(path: Path, collector: Collector) -> Iterator[_Sample]:
+def _samples(shard: _Shard, collector: Collector) -> Iterator[_Sample]:
     """The samples of a tar; members that cannot be trusted, and an end that is missing, are rejected."""
     sample: _Sample | None = None
-    for name, source in _members(path, collector):
+    for name, source in _members(shard, collector):
         folder, _, leaf = name.rpartition("/")
         stem, _, ending = leaf.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
-            sample = _Sample(key, f"{path.name}/{key}", {})
+            sample = _Sample(key, f"{shard.name}/{key}", shard, {})
         if ending.lower() in sample.parts:
-            collector.reject(f"{path.name}/{name}", Unusable("duplicate-member", f"a second {name}"), key)
+            collector.reject(f"{shard.name}/{name}", Unusable("duplicate-member", f"a second {name}"), key)
         else:
             sample.parts[ending.lower()] = source
     if sample is not None:
         yield sample
 
 
-def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSource]]:
+def _members(shard: _Shard, collector: Collector) -> Iterator[tuple[str, ImageSource]]:
     """The plain files of a tar that can be trusted; a tar that breaks off loses what comes after, and no more."""
-    if not path.is_file():
-        collector.reject(path.name, Unusable("shard-broken", f"{path.name} is no plain file"))
-        return
     try:
-        for member in tar_members(path):
+        for member in shard.members():
             try:
                 name = safe_name(member.name)
                 if member.kind == "folder":
@@ -311,13 +312,13 @@ def _members(path: Path, collector: Collector) -> Iterator[tuple[str, ImageSourc
                     size = f"{member.size} bytes; {MAX_IMAGE_BYTES} are the most"
                     raise Unusable("image-bomb", f"{shown(name)} has {size}")
             except Unusable as fault:
-                collector.reject(f"{path.name}/{shown(member.name)}", fault)
+                collector.reject(f"{shard.name}/{shown(member.name)}", fault)
             else:
-                yield name, ImageSource(str(path), member.offset, member.size)
+                yield name, ImageSource(shard.address, member.offset, member.size)
     except Unusable as fault:
-        collector.reject(path.name, fault)
+        collector.reject(shard.name, fault)
     except OSError as error:
-        collector.reject(path.name, Unusable("shard-broken", f"the tar cannot be read: {error.strerror or error}"))
+        collector.reject(shard.name, Unusable("shard-broken", f"the tar cannot be read: {error.strerror or error}"))
 
 
 def _images(sample: _Sample) -> tuple[ImageSource, ...]:
@@ -330,10 +331,10 @@ def _images(sample: _Sample) -> tuple[ImageSource, ...]:
                 raise Unusable("image-several", f"several images: {', '.join(sorted(sample.parts))}")
             found[side] = source
     if set(found) == set(SIDES):
-        return tuple(found[side] for side in SIDES)
+        return tuple(sample.shard.known(found[side]) for side in SIDES)
     if len(found) != 1:
         raise Unusable("image-missing", f"no image among {', '.join(sorted(sample.parts)) or 'nothing'}")
-    return tuple(found.values())
+    return tuple(sample.shard.known(source) for source in found.values())
 
 
 def _list(row: Any, name: str) -> list[Any]:
@@ -355,7 +356,7 @@ def _words(sample: _Sample, ending: str) -> bytes:
     part = sample.parts[ending]
     if part.size > MAX_LINE_BYTES:
         raise Unusable("row-overlong", f"the .{ending} has {part.size} bytes; {MAX_LINE_BYTES} are the most")
-    return part.read()
+    return sample.shard.read(part)
 
 
 def _json(sample: _Sample) -> Any:

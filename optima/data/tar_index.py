@@ -9,9 +9,10 @@ what follows them is read on as the next one, as in `cat a.tar b.tar`.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from optima.data.record import Unusable
+from optima.data.remote import Readable
 from optima.limits import MAX_TAR_HEADER_BYTES, MAX_TAR_NAME_BYTES
 from optima.untrusted import shown
 
@@ -39,38 +40,42 @@ def tar_members(path: Path) -> Iterator[Member]:
         OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        if not length:
-            raise Unusable("shard-broken", "no tar that can be read: it is empty")
-        place, ended = 0, False
-        extended: dict[str, str] = {}
-        everywhere: dict[str, str] = {}
-        while True:
-            header = _read(file, place, BLOCK, length) if place < length or not ended else b""
-            if not header:
-                return
-            if not any(header):
-                place, ended = _after_zeros(file, place), True
-                continue
-            size = _check(header, place)
-            data, kind = place + BLOCK, header[156:157]
-            if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
-                content = _extension(file, kind, data, size, length)
-                if kind == _LONG_NAME:
-                    extended["path"] = _text(content)
-                elif kind != _LONG_LINK:
-                    (extended if kind == _PAX else everywhere).update(_pax(content, data))
-                place = data + _blocks(size)
-                continue
-            member, place = _member(file, header, data, size, everywhere | extended, length)
-            extended = {}
-            if member.offset + member.size > length:
-                raise Unusable("shard-truncated", f"the tar ends within {shown(member.name)}")
-            yield member
+        yield from members_of(file, os.fstat(file.fileno()).st_size)
+
+
+def members_of(file: Readable, length: int) -> Iterator[Member]:
+    """As `tar_members`, of something that is open and has `length` bytes."""
+    if not length:
+        raise Unusable("shard-broken", "no tar that can be read: it is empty")
+    place, ended = 0, False
+    extended: dict[str, str] = {}
+    everywhere: dict[str, str] = {}
+    while True:
+        header = _read(file, place, BLOCK, length) if place < length or not ended else b""
+        if not header:
+            return
+        if not any(header):
+            place, ended = _after_zeros(file, place), True
+            continue
+        size = _check(header, place)
+        data, kind = place + BLOCK, header[156:157]
+        if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
+            content = _extension(file, kind, data, size, length)
+            if kind == _LONG_NAME:
+                extended["path"] = _text(content)
+            elif kind != _LONG_LINK:
+                (extended if kind == _PAX else everywhere).update(_pax(content, data))
+            place = data + _blocks(size)
+            continue
+        member, place = _member(file, header, data, size, everywhere | extended, length)
+        extended = {}
+        if member.offset + member.size > length:
+            raise Unusable("shard-truncated", f"the tar ends within {shown(member.name)}")
+        yield member
 
 
 def _member(
-    file: BinaryIO, header: bytes, data: int, size: int, extended: dict[str, str], length: int
+    file: Readable, header: bytes, data: int, size: int, extended: dict[str, str], length: int
 ) -> tuple[Member, int]:
     """The member of a header, and where the next header is."""
     kind, name = header[156:157], extended.get("path", _name(header))
@@ -89,14 +94,14 @@ def _member(
     return Member(name.rstrip("/") if word == "folder" else name, word, data, size), data + _blocks(size)
 
 
-def _read(file: BinaryIO, place: int, size: int, length: int) -> bytes:
+def _read(file: Readable, place: int, size: int, length: int) -> bytes:
     if place + size > length:
         raise Unusable("shard-truncated", f"the tar has no end after byte {min(place, length)}")
     file.seek(place)
     return file.read(size)
 
 
-def _after_zeros(file: BinaryIO, place: int) -> int:
+def _after_zeros(file: Readable, place: int) -> int:
     """The block of the first byte after `place` that is none, or the end of the file."""
     file.seek(place)
     while piece := file.read(_PIECE):
@@ -135,7 +140,7 @@ def _digits(text: bytes, base: int, place: int) -> int:
     return int(text, base)
 
 
-def _extension(file: BinaryIO, kind: bytes, data: int, size: int, length: int) -> bytes:
+def _extension(file: Readable, kind: bytes, data: int, size: int, length: int) -> bytes:
     most = MAX_TAR_NAME_BYTES if kind in (_LONG_NAME, _LONG_LINK) else MAX_TAR_HEADER_BYTES
     if size > most:
         raise Unusable("shard-broken", f"the extension header before byte {data} has {size} bytes; {most} are the most")

@@ -1,6 +1,5 @@
 """The loader's engine over torch's DataLoader: a worker makes whole batches, and hands them over in shared memory."""
 
-import itertools
 import signal
 from collections.abc import Iterator
 
@@ -58,11 +57,11 @@ def load_job(reader: ImageReader, job: Job) -> Result:
     images = torch.empty(len(job.places), reader.sides, 3, size, size, dtype=torch.uint8)
     faults: list[Fault] = []
     lost: set[int] = set()
-    for (row, place), side in itertools.product(enumerate(job.places), range(reader.sides)):
+    for row, place, side, content in reader.read_all(job):
         if row in lost:
             continue
         try:
-            images[row, side] = reader.square(reader.read(place, row, side, job.training))
+            images[row, side] = reader.square(reader.ready(place, row, side, job.training, content))
         except Unusable as fault:
             faults.append(reader.fault(place, side, fault))
             lost.add(row)

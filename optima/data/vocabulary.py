@@ -12,6 +12,9 @@ MOST_WORDS = 8192
 MOST_TOKENS = 64
 """Tokens of a row whose length is that of the longest text; longer texts are cut."""
 
+MOST_TEXTS = 2**20
+"""Records whose texts a vocabulary is made of; of more, as many at even distances."""
+
 
 def text_tokenizer(texts: Iterable[str]) -> tuple[Tokenizer, int]:
     """A word-level tokenizer of the texts' own words, and the tokens of their longest row, start and end included.

@@ -235,6 +235,7 @@ def fingerprint(config: Any) -> str:
         "checkpoint_every",
         "keep",
         "log_every",
+        "data.index",
     ):
         values.pop(name, None)
     return json.dumps(values, sort_keys=True)

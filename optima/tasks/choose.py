@@ -9,7 +9,7 @@ from optima.data.config import DataConfig
 from optima.data.records import FORMATS, open_records
 from optima.data.tokenizer import Tokenizer
 from optima.data.tokenizers import named_tokenizer
-from optima.data.vocabulary import text_tokenizer
+from optima.data.vocabulary import MOST_TEXTS, text_tokenizer
 from optima.task import Task
 from optima.tasks.data import TaskData
 from optima.tasks.official import OfficialSplits, OfficialTask
@@ -70,6 +70,7 @@ def open_data(
         tokenizer,
         image_size=model.image_encoder.image_size,
         text_length=config.text_length or text_length,
+        index=config.index,
         max_unknown=config.max_unknown,
         answers=config.answers,
         seed=seed,
@@ -88,8 +89,13 @@ def _words(config: DataConfig, model: CoCaConfig, known: tuple[Tokenizer, int] |
         assert config.name != "pictograms"
         assert config.root is not None
         records = open_records(
-            config.name, config.root, config.train, max_rejected=config.loader.max_rejected, answers=config.answers
+            config.name,
+            config.root,
+            config.train,
+            max_rejected=config.loader.max_rejected,
+            answers=config.answers,
+            index=config.index,
         )
-        return text_tokenizer(text for record in records.items for text in record.texts)
+        return text_tokenizer(records.texts(MOST_TEXTS))
     named = config.tokenizer or ("clip" if model.text_decoder.vocab_size == CLIP_TOKENS else "words")
     return named_tokenizer(named), model.text_decoder.context_length

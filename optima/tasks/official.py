@@ -26,6 +26,8 @@ from optima.tasks.batches import TaskBatch
 from optima.tasks.data import Evaluation, HeldBatch, Shown
 from optima_core.errors import OptimaError
 
+_CHECKED_TEXTS = 2**17  # records whose words are looked up where there are too many to look at all
+
 
 @dataclasses.dataclass(frozen=True)
 class OfficialSplits:
@@ -43,14 +45,16 @@ class OfficialTask:
 
     Args:
         name: the format.
-        root: the data root.
+        root: the data root, a folder or an address.
         splits: which split plays which role.
         loader: how images are loaded; the size of the squares is `image_size`.
         tokenizer: of the texts.
         image_size: side of the squares, pixels.
         text_length: tokens in a row of text; longer texts are cut there.
         answers: size of VQAv2's answer vocabulary.
-        max_unknown: share of the words of the training texts, 0 to 1, that the tokenizer may lack.
+        max_unknown: share of the words of the training texts, 0 to 1, that the tokenizer may lack; of more than
+            131,072 records as many speak for all.
+        index: folder of the shards' index; None takes the user's cache.
         seed: of order and windows of the training images.
         device: where batches are wanted.
         rank: this process.
@@ -63,7 +67,7 @@ class OfficialTask:
     def __init__(
         self,
         name: DataName,
-        root: Path,
+        root: str | Path,
         splits: OfficialSplits,
         loader: LoaderConfig,
         tokenizer: Tokenizer,
@@ -72,6 +76,7 @@ class OfficialTask:
         text_length: int,
         answers: int,
         max_unknown: float,
+        index: Path | None = None,
         seed: int = 0,
         device: torch.device | None = None,
         rank: int = 0,
@@ -86,6 +91,7 @@ class OfficialTask:
         self.text_length = text_length
         self._format: DataName = name
         self._root = root
+        self._index = index
         self._splits = splits
         self._loader = dataclasses.replace(
             loader, transform=dataclasses.replace(loader.transform, image_size=image_size)
@@ -117,6 +123,7 @@ class OfficialTask:
                 max_rejected=self._loader.max_rejected,
                 answers=self._answers,
                 classes=known.classes if known is not None else None,
+                index=self._index,
             )
             self._refuse_unknown(records)
             self._read[split] = records
@@ -126,7 +133,7 @@ class OfficialTask:
 
     def _refuse_unknown(self, records: Records) -> None:
         """Warns of words that the vocabulary lacks. Raises OptimaError if training would lose too many of them."""
-        found = unknown_words(self.tokenizer, (text for record in records.items for text in record.texts))
+        found = unknown_words(self.tokenizer, records.texts(_CHECKED_TEXTS))
         if not found.different:
             return
         if records.split == self._splits.train and found.share > self._max_unknown:

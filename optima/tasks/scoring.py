@@ -1,6 +1,7 @@
 """Scores of the official data sets by their benchmarks' definitions, and predictions in their submission formats."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ def submission(records: Records, indices: Sequence[int], predictions: Sequence[s
     rows = [
         json.dumps({key: name, value: said}, ensure_ascii=False) for name, said in zip(ids, predictions, strict=True)
     ]
-    return f"{records.name}_{_official(records)}_predictions.jsonl", "".join(f"{row}\n" for row in rows)
+    split = re.sub(r"[^\w.-]+", "_", _official(records))  # a pattern of tars may stand for a split
+    return f"{records.name}_{split}_predictions.jsonl", "".join(f"{row}\n" for row in rows)
 
 
 def _official(records: Records) -> str:

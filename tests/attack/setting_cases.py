@@ -13,8 +13,8 @@ from miniatures import make_coco
 from model_cases import CONFIG
 
 from optima.coca.open_clip_config import open_clip_config
+from optima.data.packing import pack
 from optima.data.records import open_records
-from optima.data.shards import pack
 from optima.data.tokenizer import word_tokenizer
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from optima.commands.prepare import prepare
 from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
 from optima.data.loader import make_loader
+from optima.data.packing import Tokens, pack
 from optima.data.record import Unusable
 from optima.data.records import FORMATS, open_records
-from optima.data.shards import Tokens, pack
 from optima.data.tokenizer import word_tokenizer
 from optima.run import main
 from optima_core.errors import OptimaError

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from miniatures import MAKERS
+from servers import serving
 
 from optima.coca import HeadSpec
 from optima.coca.checkpoint import save_coca
@@ -27,7 +28,7 @@ PREDICTIONS = {
 }
 
 
-def options(name: DataName, root: Path, engine: str = "torch") -> list[str]:
+def options(name: DataName, root: Path | str, engine: str = "torch") -> list[str]:
     return f"--data.name {name} --data.root {root} --data.loader.engine {engine} --data.loader.workers 0".split()
 
 
@@ -107,6 +108,41 @@ def test_every_other_command_reads_the_tars_of_other_programs_too(
     words = f"plan --teacher {start} --student {student_file} --json"
     assert main([*words.split(), *options("webdataset", root)]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["data"]["name"] == "webdataset"
+    words = (
+        f"compare --run {tmp_path / 'compared'} --method optima --seeds 1 --distill.teacher {start} "
+        f"--distill.student {student_file} --distill.engine.rounds 1 --distill.engine.steps_per_round 1 "
+        "--distill.batch_size 4 --distill.probe_size 4 --distill.evaluate_every 0 --distill.threads 1"
+    )
+    distilled_on = [f"--distill.{word[2:]}" if word.startswith("--") else word for word in options("webdataset", root)]
+    assert main([*words.split(), *distilled_on]) == 0
+    run = tmp_path / "compared/captioning/optima/seed-0"
+    assert main(["report", str(run)]) == 0
+    assert "cider_d" in json.loads((run / "summary.json").read_text())["scores"]["after"]
+    assert main([*words.split(), *distilled_on, "--task", "vqa"]) == 2
+    assert "data webdataset serves task captioning, not vqa" in capsys.readouterr().err
+
+
+def test_tars_at_an_address_and_by_pattern_are_trained_on_and_scored_as_those_of_a_folder(
+    make_coca, student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("aiohttp", reason="reading web servers needs the extra cloud")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, start = MAKERS["webdataset"](tmp_path / "served/data"), tmp_path / "start.safetensors"
+    save_coca(make_coca(16, 1, None), start)
+    splits = " ".join(f"--data.{split} {split}-{{0000..0001}}.tar" for split in ("train", "validation", "test"))
+    said = []
+    with serving(tmp_path / "served") as server:
+        for place, more in ((root, ""), (root, splits), (f"{server.address}/data", splits)):
+            run = tmp_path / f"run{len(said)}"
+            words = f"finetune --model {start} --run {run} --steps 2 --batch_size 4 --threads 1 {more}"
+            assert main([*words.split(), *options("webdataset", place)]) == 0
+            words = f"evaluate --model {run / 'model.safetensors'} --predictions {run / 'said'} {more}"
+            assert main([*words.split(), *options("webdataset", place)]) == 0
+            (rows,) = (run / "said").glob("*.jsonl")
+            said.append(((run / "model.safetensors").read_bytes(), rows.read_text()))
+        words = f"prepare --data webdataset --root {server.address}/data --splits [train-0000.tar] --pack false"
+        assert main([*words.split(), "--out", str(tmp_path / "out")]) == 0
+    assert said[0] == said[1] == said[2]
 
 
 def test_mistakes_are_one_line(
