@@ -200,6 +200,8 @@ def fingerprint(config: Any) -> str:
         "parallel",
         "report",
         "tensorboard",
+        "track",
+        "push_to_hub",
         "threads",
         "engine.teacher_ahead",
         "checkpoint_every",
