@@ -247,6 +247,24 @@ def test_windows_that_differ_are_refused(seed: int) -> None:
         engine.run_round()
 
 
+def test_other_heads_widths_and_vocabularies_are_distilled_by_a_rule_or_refused(seed: int) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    teacher, batch = tiny_transformers.make("Llama", 3), words()
+
+    def measure(vocabulary: int = WORDS, **objective: Any) -> set[str]:
+        config = hf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=vocabulary, pad_token_id=0)
+        options = DistillerConfig(rounds=1, steps_per_round=1, objective=ObjectiveConfig(**objective))
+        return set(distiller(hf.LlamaForCausalLM(config).eval(), teacher, batch, options).initial_probe.named())
+
+    with pytest.raises(ValueError, match='heads="match" needs as many teacher heads as student heads, not 4 and 2'):
+        measure()
+    for how in ({"attention_heads": "mean"}, {"attention_heads": "relation", "relation_heads": 2}):
+        assert {"logits", "hidden/language/1", "attention/language/1"} <= measure(**how)
+    with pytest.raises(ValueError, match="distributions over the same vocabulary"):
+        measure(WORDS + 1, attention_heads="mean")
+    assert "logits" not in measure(WORDS + 1, attention_heads="mean", logits=0)
+
+
 def test_modules_are_shown_and_may_be_named_by_hand(seed: int) -> None:
     model = tiny_transformers.make("LLaVA")
     inner = ".vision_model" if hasattr(model.get_submodule("model.vision_tower"), "vision_model") else ""
