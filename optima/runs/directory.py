@@ -230,6 +230,8 @@ def fingerprint(config: Any) -> str:
         "shard_over",
         "report",
         "tensorboard",
+        "track",
+        "push_to_hub",
         "threads",
         "engine.teacher_ahead",
         "checkpoint_every",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optima.plain_yaml import load_yaml
-from optima.runs.rows import MODELS, CrossAttention, Round, Sample, Summary, parsed, read, shown
+from optima.runs.rows import MODELS, TRANSFORMERS, CrossAttention, Round, Sample, Summary, parsed, read, shown
 from optima_core.errors import OptimaError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -79,7 +79,7 @@ def read_running(path: Path) -> Run:
         config=options,
         config_text=config_text,
         rounds=tuple(read_round(line, f"{path / METRICS} line {place}") for place, line in enumerate(lines, 1) if line),
-        summary=Summary(str(options.get("task", "captioning")), {}, "", {}, {}),
+        summary=Summary(str(options.get("task", TRANSFORMERS if options else "captioning")), {}, "", {}, {}),
         samples=(),
         cross_attention=None,
     )

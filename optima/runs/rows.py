@@ -18,6 +18,9 @@ Model = Literal["teacher", "before", "after"]
 MODELS: tuple[Model, ...] = get_args(Model)
 """Whose scores a summary holds: the teacher's, and the student's before and after distillation."""
 
+TRANSFORMERS = "transformers"
+"""The task of a run whose models are any of transformers, with its own losses."""
+
 T = TypeVar("T")
 
 
@@ -61,7 +64,8 @@ class Summary:
 
     scores: by model ("teacher", "before", "after") and metric. parameters, images_per_second: of "teacher" and
     "student", whose sizes and speed distillation does not change. learning_curve: points of "step" and the headline
-    metric on validation items.
+    metric on validation items. losses: whether the scores are losses, of which a lower one is better. scored_on: what
+    the scores are measured on.
     """
 
     task: str
@@ -76,6 +80,8 @@ class Summary:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     layer_work: LayerWork = dataclasses.field(default_factory=LayerWork)
     learning_curve: tuple[dict[str, float], ...] = ()
+    losses: bool = False
+    scored_on: str = "test split"
 
 
 @dataclass(frozen=True)

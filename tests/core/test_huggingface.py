@@ -192,10 +192,12 @@ def test_taps_of_checkpointed_layers_have_the_same_gradients(seed: int) -> None:
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     plain = gradients()
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # Its name before transformers 5.21, which later ones deprecate.
+    recompute = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    recompute({"use_reentrant": False})
     for ours, theirs in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
-    model.activation_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+    recompute({"use_reentrant": True})
     with pytest.raises(OptimaError, match="use_reentrant"):
         tap_all(model, batch, use_cache=False)
 
@@ -212,6 +214,16 @@ def test_compiling_is_refused_in_a_line(seed: int) -> None:
     engine = distiller(student, teacher, words(), DistillerConfig(rounds=1, steps_per_round=1, compile=True))
     with pytest.raises(OptimaError, match="compile: false"):
         engine.run_round()
+
+
+def test_models_that_are_compiled_already_are_refused_in_a_line(seed: int) -> None:
+    whole, layer = tiny_transformers.make("Llama"), tiny_transformers.make("Llama")
+    with pytest.raises(OptimaError, match=r"the model is compiled, .* give the model as it was"):
+        TransformersAdaptor(torch.compile(whole))  # type: ignore[arg-type]
+    adaptor = TransformersAdaptor(layer)
+    layer.get_submodule("model.layers.1").compile()
+    with pytest.raises(OptimaError, match=r"model\.layers\.1 is compiled"):
+        adaptor.run({"language": (0,)}, **words())
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
@@ -235,10 +247,29 @@ def test_windows_that_differ_are_refused(seed: int) -> None:
         engine.run_round()
 
 
+def test_other_heads_widths_and_vocabularies_are_distilled_by_a_rule_or_refused(seed: int) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    teacher, batch = tiny_transformers.make("Llama", 3), words()
+
+    def measure(vocabulary: int = WORDS, **objective: Any) -> set[str]:
+        config = hf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=vocabulary, pad_token_id=0)
+        options = DistillerConfig(rounds=1, steps_per_round=1, objective=ObjectiveConfig(**objective))
+        return set(distiller(hf.LlamaForCausalLM(config).eval(), teacher, batch, options).initial_probe.named())
+
+    with pytest.raises(ValueError, match='heads="match" needs as many teacher heads as student heads, not 4 and 2'):
+        measure()
+    for how in ({"attention_heads": "mean"}, {"attention_heads": "relation", "relation_heads": 2}):
+        assert {"logits", "hidden/language/1", "attention/language/1"} <= measure(**how)
+    with pytest.raises(ValueError, match="distributions over the same vocabulary"):
+        measure(WORDS + 1, attention_heads="mean")
+    assert "logits" not in measure(WORDS + 1, attention_heads="mean", logits=0)
+
+
 def test_modules_are_shown_and_may_be_named_by_hand(seed: int) -> None:
     model = tiny_transformers.make("LLaVA")
+    inner = ".vision_model" if hasattr(model.get_submodule("model.vision_tower"), "vision_model") else ""
     assert str(TransformersAdaptor(model)).splitlines() == [
-        "vision: 2 x CLIPEncoderLayer, model.vision_tower.encoder.layers.0 to 1",
+        f"vision: 2 x CLIPEncoderLayer, model.vision_tower{inner}.encoder.layers.0 to 1",
         "language: 2 x LlamaDecoderLayer, model.language_model.layers.0 to 1",
         "projector: 1 x LlavaMultiModalProjector, model.multi_modal_projector",
     ]

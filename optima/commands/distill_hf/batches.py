@@ -1,67 +1,68 @@
 """Rows as the keyword arguments of a model: what its processor makes of them, and labels for what is to be said."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from optima.commands.distill_hf.rows import Message, Row, Rows
+from optima.commands.distill_hf.rows import Message, Row
+from optima.commands.distill_hf.source import Source
 from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks
 
 IGNORED = -100
 
 
 class Batches:
-    """Batches of rows by number, in an order that is a pure function of the seed.
+    """Batches of rows by number.
 
     Args:
-        rows: All rows; every `held_every`-th is held out.
+        rows: Training rows and held ones.
         processor: The teacher's processor or tokenizer.
         model: The student, which says what kind of arguments are needed: a causal language model with or without
             images gets labels; a model of image and text (CLIP's kin) is asked for its own loss; any other model
             gets its inputs alone, and is distilled without labels.
+        size: Rows a batch, of which this rank takes a slice.
+        ranks: The processes of the run.
     """
 
     def __init__(
-        self, rows: Rows, processor: Any, model: Any, *, size: int, held_every: int, max_length: int, seed: int
+        self, rows: Source, processor: Any, model: Any, *, size: int, max_length: int, ranks: Ranks | None = None
     ) -> None:
         if model.config.is_encoder_decoder:
             raise OptimaError(
                 f"{type(model).__name__} has an encoder and a decoder, for which rows cannot be made; take "
                 "optima_core.integrations.huggingface with batches of your own"
             )
-        self._rows, self._processor, self._size, self._seed = rows, processor, size, seed
+        self._rows, self._processor, self._size, self._ranks = rows, processor, size, ranks or Ranks()
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._max_length = max_length
+        self.held = rows.held
+        """How many rows are held out."""
         self._generates, self._contrasts = model.can_generate(), hasattr(model, "logit_scale")
-        self.held = [number for number in range(len(rows)) if number % held_every == 0]
-        self.train = [number for number in range(len(rows)) if number % held_every]
-        if len(self.train) < size or not self.held:
+        if self._contrasts and self._ranks.count > 1:
             raise OptimaError(
-                f"data {rows.path} has {len(rows)} rows; {size} are needed to fill a batch and one held out"
+                f"{type(model).__name__} compares the rows of a batch with each other, which {self._ranks.count} ranks "
+                "would each do with their own; run it in one process"
             )
-        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def load(self, number: int) -> dict[str, Any]:
-        """The training batch of that number."""
-        places = range(number * self._size, (number + 1) * self._size)
-        chosen = [self._order(place // len(self.train))[place % len(self.train)] for place in places]
-        return self.arguments([self._rows[i] for i in chosen])
+        """This rank's slice of the training batch of that number."""
+        return self.arguments(self._rows.train(*self._ranks.share(number * self._size, self._size)))
 
     def probe(self, size: int) -> dict[str, Any]:
-        """The first held rows."""
-        return self.arguments([self._rows[i] for i in self.held[:size]])
+        """This rank's slice of the first held rows."""
+        return self.arguments(self._rows.held_rows(*self._ranks.share(0, min(size, self.held))))
 
     def held_batches(self, limit: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """Held rows in batches, with their sizes; at most `limit` rows if that is not 0."""
-        held = self.held[:limit] if limit else self.held
-        for start in range(0, len(held), self._size):
-            chosen = held[start : start + self._size]
-            yield self.arguments([self._rows[i] for i in chosen]), len(chosen)
+        """Held rows in batches, whole on every rank, with their sizes; at most `limit` rows if that is not 0."""
+        count = min(limit, self.held) if limit else self.held
+        for start in range(0, count, self._size):
+            size = min(self._size, count - start)
+            yield self.arguments(self._rows.held_rows(start, size)), size
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The keyword arguments of the model for these rows."""
@@ -104,10 +105,6 @@ class Batches:
         image = getattr(self._processor, "image_token", "")
         parts = [part for message in row.asked for part in message["content"]]
         return start + "".join(image if part["type"] == "image" else f"{part['text']}\n" for part in parts)
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return [self.train[i] for i in torch.randperm(len(self.train), generator=generator).tolist()]
 
 
 def _as_text(message: Message) -> Message:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from optima.runs.config import TrackerName, refuse_below
 from optima_core.config import DistillerConfig
+from optima_core.processes import Strategy
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class DistillHfConfig:
         teacher: Folder or name on the Hub of the teacher, with its processor.
         student: The same of the student; a folder that holds a config.json and no weights is a student that starts
             from random numbers.
-        data: JSON Lines or parquet file, or a folder of images with metadata.jsonl.
+        data: JSON Lines or parquet file, a folder of such files, or a folder of images with metadata.jsonl.
+        streaming: Read the rows as they come, so that they need not fit on the disk or in memory a second time; their
+            order is then that of the files, but for a buffer in which they are shuffled.
         run: Run directory, new or empty; see also resume. At the end its folder "student" holds what from_pretrained
             loads.
         modules: The modules to distil, by the names that are printed; none named takes all that both models have.
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones.
-        batch_size: Rows a batch.
+        batch_size: Rows a batch, over all ranks.
         probe_size: Held rows that rewards are measured on.
         held_every: Every so many rows one is held out, for the probe and the scores.
         held_rows: Held rows that the final scores are measured on; 0 takes all.
@@ -35,17 +38,21 @@ class DistillHfConfig:
         engine: Rounds, losses, optimiser, bandit and reward.
         checkpoint_every: Rounds between checkpoints.
         keep: Checkpoints that stay on disk.
+        report: Draw report.html at the end; `report` draws it later from the same files.
         track: Trackers that are told of every round.
         push_to_hub: Name of a repository on the Hub to push the student to at the end; null pushes nothing.
         seed: Seed of a random student, the rows' order, the projections and the bandit.
         threads: CPU threads; 0 takes what torch chooses.
         resume: Continue the run in the run directory, with the options that its config.yaml holds.
         quiet: Show nothing but the final table.
+        parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
+            each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
     """
 
     teacher: str
     student: str
     data: Path
+    streaming: bool = False
     run: Path = Path("runs/distill_hf")
     modules: list[str] = field(default_factory=list)
     layer_map: Literal["uniform", "last"] = "uniform"
@@ -58,14 +65,18 @@ class DistillHfConfig:
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     checkpoint_every: int = 5
     keep: int = 2
+    report: bool = True
     track: list[TrackerName] = field(default_factory=list)
     push_to_hub: str | None = None
     seed: int = 0
     threads: int = 0
     resume: bool = False
     quiet: bool = False
+    parallel: Strategy = "ddp"
 
     def __post_init__(self) -> None:
         refuse_below(1, self, "batch_size", "probe_size", "checkpoint_every", "keep", "max_length")
         refuse_below(2, self, "held_every")
         refuse_below(0, self, "held_rows", "lora", "seed", "threads")
+        if self.streaming and not self.held_rows:
+            raise ValueError("held_rows 0 takes all of them, which a stream cannot; give a number with streaming")

@@ -22,71 +22,34 @@ class Row(NamedTuple):
     images: tuple[Any, ...]
 
 
-class Rows:
-    """The rows of a file or folder, by number.
+def read_row(row: dict[str, Any], path: Path, number: int) -> Row:
+    """The row of that number in a data set, from its columns.
 
-    Raises OptimaError if it is missing, is of no known kind, or its columns are of no known shape.
+    Raises OptimaError, naming the row, if it cannot be read.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows = _open(path)
-        columns = set(self._rows.column_names)
-        shapes = ({"messages"}, {"question", "answer"}, {"caption"}, {"text"})
-        if not any(shape <= columns for shape in shapes):
-            raise OptimaError(
-                f"data {path} has the columns {', '.join(sorted(columns))}; one of these is needed: messages; question "
-                "and answer; caption; text"
-            )
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> Row:
-        """Raises OptimaError, naming the row, if it cannot be read."""
-        row = self._rows[number]
-        where = f"data {self.path}, row {number}"
-        images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
-        images = tuple(_image(image, self.path, where) for image in images)
-        if row.get("messages"):
-            return _chat(row["messages"], images, where)
-        shown = [{"type": "image"} for _ in images]
-        if row.get("question") is not None:
-            asked = [*shown, {"type": "text", "text": str(row["question"])}]
-            return Row(({"role": "user", "content": asked},), str(row["answer"]), images)
-        text = row.get("caption") if row.get("caption") is not None else row.get("text")
-        if not isinstance(text, str):
-            raise OptimaError(f"{where}: has neither messages, nor a question, nor a caption, nor a text")
-        return Row(({"role": "user", "content": shown},) if images else (), text, images)
-
-
-def _open(path: Path) -> Any:
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    if not path.exists():
-        raise OptimaError(f"data {path} does not exist; give a JSON Lines or parquet file, or a folder of images")
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.is_dir():
-        kind, given = "imagefolder", {"data_dir": str(path)}
-    elif path.suffix in kinds:
-        kind, given = kinds[path.suffix], {"data_files": str(path)}
-    else:
-        raise OptimaError(f"data {path} is neither .jsonl nor .parquet nor a folder of images")
-    try:
-        return load_dataset(kind, split="train", **given)
-    except Exception as error:  # the library raises many kinds of what is wrong with a file
-        lines = str(error.__cause__ or error).strip().splitlines()
-        raise OptimaError(f"data {path} cannot be read: {lines[0] if lines else type(error).__name__}") from error
+    where = f"data {path}, row {number}"
+    images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    images = tuple(_image(image, path, where) for image in images)
+    if row.get("messages"):
+        return _chat(row["messages"], images, where)
+    shown = [{"type": "image"} for _ in images]
+    if row.get("question") is not None:
+        asked = [*shown, {"type": "text", "text": str(row["question"])}]
+        return Row(({"role": "user", "content": asked},), str(row["answer"]), images)
+    text = row.get("caption") if row.get("caption") is not None else row.get("text")
+    if not isinstance(text, str):
+        raise OptimaError(f"{where}: has neither messages, nor a question, nor a caption, nor a text")
+    return Row(({"role": "user", "content": shown},) if images else (), text, images)
 
 
 def _image(image: Any, path: Path, where: str) -> Any:
+    folder = path if path.is_dir() else path.parent
     try:
         if isinstance(image, str):
-            image = Image.open(path.parent / image)
+            image = Image.open(folder / image)
         elif isinstance(image, dict):
             data = image.get("bytes")
-            image = Image.open(io.BytesIO(data) if data else path.parent / image["path"])
+            image = Image.open(io.BytesIO(data) if data else folder / image["path"])
         return image.convert("RGB")
     except (OSError, KeyError, AttributeError, Image.DecompressionBombError) as error:
         raise OptimaError(f"{where}: the image cannot be read: {error}") from error

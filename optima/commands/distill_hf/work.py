@@ -1,10 +1,12 @@
 """Distils a model of transformers, and writes a student that from_pretrained loads."""
 
 import contextlib
+import copy
 import shlex
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +17,19 @@ from optima.runs.config import told_in_a_line
 from optima.runs.directory import RunDirectory, fingerprint, flat
 from optima.runs.display import Tracked, make_display
 from optima.runs.interruption import StopRequest
-from optima.runs.rows import Round, plain
+from optima.runs.memory import peak_mib
+from optima.runs.reading import SUMMARY
+from optima.runs.rows import MODELS, TRANSFORMERS, Round, Summary, plain
+from optima.runs.summary import count_parameters, environment, layer_work
 from optima.runs.tracking import make_trackers
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks, join_ranks
 
-Scores = dict[str, dict[str, float]]
+STATE = {"distiller": dict, "config": str, "before": dict, "command": str, "seconds": float}
+"""What a checkpoint holds: key -> type."""
+
+Losses = dict[str, float]
 
 
 def run_distill_hf(config: DistillHfConfig) -> None:
@@ -31,135 +40,214 @@ def run_distill_hf(config: DistillHfConfig) -> None:
         raise OptimaError("transformers is not installed; `pip install transformers datasets`") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    scores = distill_hf(config)
+    summary = distill_hf(config)
+    if summary is None:
+        return
+    scores = summary.scores
     table = make_table("loss on held-out rows", *scores, title=f"{config.student} from {config.teacher}")
-    for name in dict.fromkeys(name for found in scores.values() for name in found):
+    for name in scores["before"]:
         table.add_row(name, *(f"{found[name]:.4f}" if name in found else "" for found in scores.values()))
     console = make_console()
     console.print(table)
-    console.print(f"Student: {config.run / 'student'}", soft_wrap=True)
+    left = f" Report: {config.run / 'report.html'}" if config.report else ""
+    console.print(f"Student: {config.run / 'student'}.{left}", soft_wrap=True)
 
 
-def distill_hf(config: DistillHfConfig) -> Scores:
-    """Runs the job; the losses on held-out rows, by model and name."""
-    from optima.commands.distill_hf.batches import Batches
+def distill_hf(config: DistillHfConfig) -> Summary | None:
+    """Runs the job and returns what summary.json holds; None on ranks other than the first, which write nothing."""
     from optima.commands.distill_hf.models import load_model, load_processor, with_adapters
-    from optima.commands.distill_hf.rows import Rows
 
     started = time.monotonic()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with RunDirectory(config.run, resume=config.resume, keep=config.keep) as directory:
-        state = directory.checkpoints.load()
-        if state is not None:
-            directory.refuse_other_run(config, state["config"])
-        processor, rows = load_processor(config.teacher), Rows(config.data)
-        teacher = load_model(config.teacher, "teacher").to(device).eval().requires_grad_(False)
-        student = load_model(config.student, "student").to(device)
-        batches = Batches(
-            rows, processor, student,
-            size=config.batch_size, held_every=config.held_every, max_length=config.max_length, seed=config.seed,
-        )  # fmt: skip
+    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+        if config.batch_size % ranks.count:
+            raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
+        directory = state = None
+        if ranks.first:
+            directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
+            state = directory.checkpoints.load(STATE)
+            if state is not None:
+                directory.refuse_other_run(config, state["config"])
+        processor = load_processor(config.teacher)
+        teacher = load_model(config.teacher, "teacher").to(ranks.device).eval().requires_grad_(False)
+        student = load_model(config.student, "student").to(ranks.device)
+        sizes = {"teacher": count_parameters(teacher), "student": count_parameters(student)}
+        batches = _make_batches(config, processor, student, ranks)
         if config.lora:
             student = with_adapters(student, config.lora)
+        whole = copy.deepcopy(student) if ranks.sharded else None
+        ranks.shard(teacher)
         with told_in_a_line():
-            distiller = _make_distiller(config, student.train(), teacher, batches, device)
-        before = _losses(config, distiller, batches, device) if state is None else state["before"]
-        command = "optima " + shlex.join(sys.argv[1:]) if state is None else state["command"]
-        _train(config, directory, distiller, {"before": before, "command": command}, state, started)
-        scores = {"before": before, "after": _losses(config, distiller, batches, device)}
-        _finish(config, directory, distiller, teacher, processor, scores, command)
-    return scores
+            distiller = _make_distiller(config, student.train(), teacher, batches, ranks)
+        job = _Job(config, directory, distiller, batches, started)
+        rounds = job.train(state)
+        job.score()
+        result = distiller.result if whole is None else distiller.gather_result(whole)
+        return None if directory is None else job.finish(directory, result, processor, sizes, rounds)
 
 
-def _make_distiller(config: DistillHfConfig, student: Any, teacher: Any, batches: Any, device: Any) -> Distiller[Any]:
+def _make_batches(config: DistillHfConfig, processor: Any, student: Any, ranks: Ranks) -> Any:
+    from optima.commands.distill_hf.batches import Batches
+    from optima.commands.distill_hf.source import Rows, Source, Stream
+
+    how: dict[str, Any] = {"held_every": config.held_every, "seed": config.seed}
+    rows: Source
+    if config.streaming:
+        rows = Stream(config.data, held=max(config.held_rows, config.probe_size), **how)
+    else:
+        rows = Rows(config.data, least=config.batch_size, **how)
+    return Batches(rows, processor, student, size=config.batch_size, max_length=config.max_length, ranks=ranks)
+
+
+def _make_distiller(
+    config: DistillHfConfig, student: Any, teacher: Any, batches: Any, ranks: Ranks
+) -> Distiller[dict[str, Any]]:
     from optima_core.integrations.huggingface import TransformersAdaptor, TransformersForward, pair_modules
 
     ours, theirs = TransformersAdaptor(student), TransformersAdaptor(teacher)
-    probe = _on(batches.probe(config.probe_size), device)
+    probe = _on(batches.probe(config.probe_size), ranks.device)
     pairs = pair_modules(ours, theirs, probe, names=config.modules or None, layer_map=config.layer_map)
-    if not config.quiet:
+    if ranks.first and not config.quiet:
         named = {pair.name for pair in pairs}
         print("\n".join(f"{module}" for name, module in ours.modules.items() if name in named), flush=True)
-    return Distiller(
-        student,
-        TransformersForward(ours),
-        TransformersForward(theirs),
-        pairs,
-        lambda number: _on(batches.load(number), device),
-        probe,
-        config.engine,
-        config.seed,
-    )
+
+    def load(number: int) -> dict[str, Any]:
+        return _on(batches.load(number), ranks.device)
+
+    forwards = TransformersForward(ours), TransformersForward(theirs)
+    return Distiller(student, *forwards, pairs, load, probe, config.engine, config.seed, ranks)
 
 
-def _train(
-    config: DistillHfConfig,
-    directory: RunDirectory,
-    distiller: Distiller[Any],
-    kept: dict[str, Any],
-    state: dict[str, Any] | None,
-    started: float,
-) -> None:
-    """Runs the rounds that are left; every checkpoint also holds `kept`."""
-    seconds = 0.0
-    if state is not None:
-        distiller.load_state_dict(state["distiller"])
-        seconds = state["seconds"]
-    directory.write_config(config)
-    directory.rounds(distiller.round)
-    rounds = config.engine.rounds
-    shown = make_display(distiller.arm_names[: distiller.policy.arms], rounds, distiller.round, config.quiet)
-    trackers = make_trackers(config.track, directory.path, distiller.step, flat(plain(config)))
-    with StopRequest() as stop, contextlib.closing(Tracked(shown, trackers)) as display:
-        while distiller.round < rounds:
-            record = distiller.run_round()
-            spent = seconds + time.monotonic() - started
-            display.round(record)
-            directory.append_round(Round.of(record, spent))
-            if record.round % config.checkpoint_every == 0 or record.round == rounds or stop.made:
-                saved = {"distiller": distiller.state_dict(), "config": fingerprint(config), "seconds": spent, **kept}
-                directory.checkpoints.save(distiller.step, saved)
-            if stop.made:
-                raise KeyboardInterrupt
+class _Job:
+    """One distillation, as one of its ranks sees it; only the first has a directory."""
 
+    def __init__(
+        self,
+        config: DistillHfConfig,
+        directory: RunDirectory | None,
+        distiller: Distiller[dict[str, Any]],
+        batches: Any,
+        started: float,
+    ) -> None:
+        self.config, self.directory, self.distiller, self.batches = config, directory, distiller, batches
+        self.started = started
+        self.seconds = 0.0
+        """Those of earlier parts of the run."""
+        self.command = "optima " + shlex.join(sys.argv[1:])
+        self.scores: dict[str, Losses] = {}
+        """On held rows, by model."""
 
-def _losses(config: DistillHfConfig, distiller: Distiller[Any], batches: Any, device: Any) -> dict[str, float]:
-    """Mean losses of held rows: the student's own, and how far its predictions are from the teacher's."""
-    training, rows = distiller.training, 0
-    totals: dict[str, float] = defaultdict(float)
-    for batch, size in batches.held_batches(config.held_rows):
-        given = _on(batch, device)
-        found = training.measure(given, training.teach(given, training.names)).named()
-        layers: dict[str, list[float]] = defaultdict(list)
-        for name, value in found.items():
-            layers["/".join(name.split("/")[:2])].append(value)
-        for name, values in layers.items():
-            totals[name] += size * sum(values) / len(values)
-        rows += size
-    return {name: total / rows for name, total in totals.items()}
+    def train(self, state: dict[str, Any] | None) -> list[Round]:
+        """Runs the rounds that are left, and returns all of the run."""
+        config, distiller, directory = self.config, self.distiller, self.directory
+        ranks = distiller.ranks
+        if ranks.broadcast(state is not None):
+            distiller.load_state_dict({} if state is None else state["distiller"])
+        else:
+            self.scores["before"] = self._losses()
+        if state is not None:
+            self.scores["before"], self.command, self.seconds = state["before"], state["command"], state["seconds"]
+        rounds, done = config.engine.rounds, list[Round]()
+        names = distiller.arm_names[: distiller.policy.arms]
+        display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
+        if directory is not None:
+            directory.write_config(config)
+            done = directory.rounds(distiller.round)
+            display = Tracked(display, make_trackers(config.track, directory.path, distiller.step, flat(plain(config))))
+        with StopRequest() as stop, contextlib.closing(display):
+            while distiller.round < rounds:
+                record = distiller.run_round()
+                display.round(record)
+                if directory is not None:
+                    done.append(Round.of(record, self._spent()))
+                    directory.append_round(done[-1])
+                stopping = ranks.any(stop.made)
+                if record.round % config.checkpoint_every == 0 or record.round == rounds or stopping:
+                    self._save()
+                if stopping:
+                    raise KeyboardInterrupt
+        return done
 
+    def score(self) -> None:
+        """Measures the student after, and the teacher, whose distance from itself is 0. All ranks must call this."""
+        training = self.distiller.training
 
-def _finish(
-    config: DistillHfConfig,
-    directory: RunDirectory,
-    distiller: Distiller[Any],
-    teacher: Any,
-    processor: Any,
-    scores: Scores,
-    command: str,
-) -> None:
-    from optima.commands.distill_hf.card import model_card
-    from optima.commands.distill_hf.models import write_student
+        def own(batch: dict[str, Any]) -> Losses:
+            loss = training.teach(batch, ()).task_loss
+            return {} if loss is None else {"task": float(loss)}
 
-    student = distiller.result
-    sizes = [sum(x.numel() for x in model.parameters()) / 1e6 for model in (student, teacher)]
-    parameters = "{:.2f} M parameters, the teacher {:.2f} M.".format(*sizes)
-    card = model_card(config, command, scores, parameters)
-    write_student(student, processor, directory.path / "student", card, config.push_to_hub)
-    directory.write_json("summary.json", {"losses": scores, "parameters": sizes, "command": command})
+        self.scores["after"] = self._losses()
+        self.scores["teacher"] = dict.fromkeys(self.scores["after"], 0.0) | self._mean(own)
+
+    def finish(
+        self, directory: RunDirectory, student: Any, processor: Any, sizes: dict[str, int], rounds: list[Round]
+    ) -> Summary:
+        """Writes the student, and what the report is drawn from."""
+        from optima.commands.distill_hf.card import model_card
+        from optima.commands.distill_hf.models import write_student
+
+        config = self.config
+        summary = Summary(
+            task=TRANSFORMERS,
+            scores={model: self.scores[model] for model in MODELS},
+            headline_metric=next(iter(self.scores["after"])),
+            parameters=sizes,
+            images_per_second={},
+            test_items=min(config.held_rows or self.batches.held, self.batches.held),
+            seconds=self._spent(),
+            peak_mib=peak_mib(),
+            command=self.command,
+            environment=environment(self.distiller.device),
+            layer_work=layer_work(rounds),
+            losses=True,
+            scored_on="held-out rows",
+        )
+        card = model_card(config, summary)
+        write_student(student, processor, directory.path / "student", card, config.push_to_hub)
+        directory.write_json(SUMMARY, summary)
+        if config.report and rounds:
+            from optima.report import write_report  # what draws takes a second to load, which no run should wait for
+
+            write_report(directory.path)
+        return summary
+
+    def _losses(self) -> Losses:
+        """The student's own loss, and how far it is from the teacher; a module's is the mean over its layers."""
+        training = self.distiller.training
+
+        def measured(batch: dict[str, Any]) -> Losses:
+            found: dict[str, list[float]] = defaultdict(list)
+            for name, value in training.measure(batch, training.teach(batch, training.names)).named().items():
+                found["/".join(name.split("/")[:2])].append(value)
+            return {name: sum(values) / len(values) for name, values in found.items()}
+
+        return self._mean(measured)
+
+    def _mean(self, measured: Callable[[dict[str, Any]], Losses]) -> Losses:
+        """Over held rows. All ranks see all of them."""
+        totals: dict[str, float] = defaultdict(float)
+        rows = 0
+        for batch, size in self.batches.held_batches(self.config.held_rows):
+            for name, value in measured(_on(batch, self.distiller.device)).items():
+                totals[name] += size * value
+            rows += size
+        return {name: total / rows for name, total in totals.items()}
+
+    def _spent(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _save(self) -> None:
+        saved = {
+            "distiller": self.distiller.state_dict(),
+            "config": fingerprint(self.config),
+            "before": self.scores["before"],
+            "command": self.command,
+            "seconds": self._spent(),
+        }
+        if self.directory is not None:
+            self.directory.checkpoints.save(self.distiller.step, saved)
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

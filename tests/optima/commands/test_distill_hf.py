@@ -1,10 +1,12 @@
 """`distill_hf`: models and rows on disk become a student on disk; a resumed run is an uninterrupted one."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
 from optima.commands.distill_hf.batches import Batches  # noqa: E402
 from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
 from optima.commands.distill_hf.models import load_model, load_processor  # noqa: E402
-from optima.commands.distill_hf.rows import Rows  # noqa: E402
+from optima.commands.distill_hf.source import Rows, Stream  # noqa: E402
 from optima.commands.distill_hf.work import distill_hf  # noqa: E402
+from optima.report import write_side_by_side  # noqa: E402
+from optima.runs.reading import read_run  # noqa: E402
+from optima.runs.rows import Summary  # noqa: E402
 from optima_core import DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
+from optima_core.parallel import Ranks  # noqa: E402
 
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
 WORDS = (*_MARKS, "what", "is", "it", "a", "the", "dog", "cat", "pig", "red", "big", "one", "two")
@@ -68,6 +74,12 @@ def config(tmp_path: Path, **given: Any) -> DistillHfConfig:
     return DistillHfConfig(**{**defaults, **given})
 
 
+def run(given: DistillHfConfig) -> Summary:
+    summary = distill_hf(given)
+    assert summary is not None
+    return summary
+
+
 @pytest.fixture
 def llamas(tmp_path: Path) -> dict[str, str]:
     torch.manual_seed(0)
@@ -79,28 +91,67 @@ def llamas(tmp_path: Path) -> dict[str, str]:
 
 def test_a_student_is_written_that_transformers_loads(tmp_path: Path, llamas: dict[str, str]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", question)
-    scores = distill_hf(config(tmp_path, data=data, **llamas))
+    summary = run(config(tmp_path, data=data, **llamas))
+    scores = summary.scores
     assert scores["after"]["task"] < scores["before"]["task"]
     assert {"logits", "hidden/language", "attention/language"} <= set(scores["after"])
-    read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").eval()
     assert len(read.model.layers) == 2
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "student").vocab_size == len(WORDS)
     saved = torch.load(sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1], weights_only=True)
-    for name, value in read.state_dict().items():
-        assert torch.equal(value, saved["distiller"]["student"][name])
+    trained = hf.LlamaForCausalLM(read.config).eval()
+    trained.load_state_dict(saved["distiller"]["student"])
+    ids = torch.randint(len(WORDS), (2, 7))
+    with torch.no_grad():
+        assert torch.equal(read(ids).logits, trained(ids).logits)
     card = (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
     assert "library_name: transformers" in card
-    assert f"| task | {scores['before']['task']:.4f} | {scores['after']['task']:.4f} |" in card
+    shown = " | ".join(f"{scores[model]['task']:.4f}" for model in ("teacher", "before", "after"))
+    assert f"| task | {shown} |" in card
     rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["round"] for row in rows] == [1, 2, 3]
 
 
+def test_the_teachers_own_loss_is_what_transformers_says(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    given = config(tmp_path, data=data, **llamas)
+    scores = run(given).scores
+    teacher = load_model(llamas["teacher"], "teacher").eval()
+    rows = Rows(data, held_every=given.held_every, seed=0)
+    batches = Batches(rows, load_processor(llamas["teacher"]), teacher, size=4, max_length=512)
+    (batch, size), *more = batches.held_batches(0)
+    assert size == 4
+    assert not more
+    with torch.no_grad():
+        assert scores["teacher"]["task"] == pytest.approx(float(teacher(**batch).loss), rel=1e-5)
+    assert scores["teacher"]["logits"] == scores["teacher"]["hidden/language"] == 0
+
+
+def test_a_report_is_drawn_and_runs_are_set_side_by_side(tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    runs = [tmp_path / name for name in ("one", "two")]
+    for place in runs:
+        summary = run(config(tmp_path, data=data, run=place, **llamas))
+        assert read_run(place).summary == summary
+    page = (runs[0] / "report.html").read_text(encoding="utf-8")
+    before, after = (read_run(runs[0]).summary.scores[model]["task"] for model in ("before", "after"))
+    assert after < before
+    assert "Distillation closed" in page or "has caught up with its teacher" in page
+    assert "Task loss on the held-out rows" in page
+    assert "test split" not in page.lower()
+    assert write_side_by_side(runs, tmp_path / "both.html").exists()
+    quiet = run(config(tmp_path, data=data, run=tmp_path / "none", report=False, **llamas))
+    assert quiet.losses
+    assert not (tmp_path / "none" / "report.html").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    streaming: bool, tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", question)
-    whole = config(tmp_path, data=data, checkpoint_every=1, **llamas)
-    scores = distill_hf(whole)
+    whole = config(tmp_path, data=data, streaming=streaming, checkpoint_every=1, **llamas)
+    scores = run(whole).scores
     parts = replace(whole, run=tmp_path / "parts")
     import optima.commands.distill_hf.work as command
 
@@ -118,7 +169,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         with pytest.raises(KeyboardInterrupt):
             distill_hf(parts)
     assert not (tmp_path / "parts" / "student").exists()
-    assert distill_hf(replace(parts, resume=True)) == scores
+    assert run(replace(parts, resume=True, track=["tensorboard"])).scores == scores
     ours, theirs = (
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / run / "student").state_dict() for run in ("run", "parts")
     )
@@ -154,10 +205,10 @@ def test_what_is_to_be_said_is_labelled(template: bool, tmp_path: Path) -> None:
         return {"messages": [*asked, {"role": "user", "content": "two"}, {"role": "assistant", "content": "the dog"}]}
 
     def made(row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        rows = Rows(write_rows(tmp_path / "rows.jsonl", row))
+        rows = Rows(write_rows(tmp_path / "rows.jsonl", row), held_every=10, seed=0)
         model = load_model(place, "student")
-        batches = Batches(rows, load_processor(place), model, size=4, held_every=10, max_length=64, seed=0)
-        assert batches.held == [0, 10, 20, 30]
+        batches = Batches(rows, load_processor(place), model, size=4, max_length=64)
+        assert batches.held == 4
         assert torch.equal(batches.load(5)["input_ids"], batches.load(5)["input_ids"])
         return batches.probe(4)
 
@@ -186,9 +237,17 @@ def test_images_and_captions_of_a_folder(tmp_path: Path) -> None:
     pil = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     hf.CLIPProcessor(pil, make_tokenizer()).save_pretrained(tmp_path / "teacher")
     models = {name: str(tmp_path / name) for name in ("teacher", "student")}
-    scores = distill_hf(config(tmp_path, data=folder, **models))
+    scores = run(config(tmp_path, data=folder, **models)).scores
     assert {"task", "logits", "hidden/text", "attention/vision"} <= set(scores["after"])
     assert hf.AutoProcessor.from_pretrained(tmp_path / "run" / "student").tokenizer.vocab_size == len(WORDS)
+    rows, processor = Stream(folder, held_every=10, held=2, seed=0), load_processor(models["teacher"])
+    model = load_model(models["student"], "student")
+    streamed = Batches(rows, processor, model, size=4, max_length=64)
+    numbered = Batches(Rows(folder, held_every=10, seed=0), processor, model, size=4, max_length=64)
+    assert streamed.load(1)["pixel_values"].shape == (4, 3, 16, 16)
+    assert torch.equal(streamed.probe(2)["pixel_values"], numbered.probe(2)["pixel_values"])
+    with pytest.raises(OptimaError, match="CLIPModel compares the rows of a batch with each other, which 2 ranks"):
+        Batches(rows, processor, model, size=4, max_length=64, ranks=Ranks(0, 2))
 
 
 def test_questions_about_images_go_through_a_vision_language_model(tmp_path: Path) -> None:
@@ -207,12 +266,12 @@ def test_questions_about_images_go_through_a_vision_language_model(tmp_path: Pat
     hf.LlavaProcessor(pil, make_tokenizer(), **options).save_pretrained(tmp_path / "teacher")
     data = write_rows(tmp_path / "rows.jsonl", lambda i: question(i) | {"image": f"{i}.png"}, 20)
     models = {name: str(tmp_path / name) for name in ("teacher", "student")}
-    scores = distill_hf(config(tmp_path, data=data, modules=["vision", "language"], **models))
+    scores = run(config(tmp_path, data=data, modules=["vision", "language"], **models)).scores
     assert scores["after"]["task"] < scores["before"]["task"]
     assert {"hidden/vision", "attention/vision", "hidden/language"} <= set(scores["after"])
-    rows, processor = Rows(data), load_processor(models["teacher"])
+    rows, processor = Rows(data, held_every=10, seed=0), load_processor(models["teacher"])
     model = load_model(models["student"], "student")
-    batch = Batches(rows, processor, model, size=4, held_every=10, max_length=64, seed=0).probe(1)
+    batch = Batches(rows, processor, model, size=4, max_length=64).probe(1)
     assert labelled(batch, 0) == ["a", "dog", "</s>"]
     assert int((batch["input_ids"] == WORDS.index("<image>")).sum()) == 4
 
@@ -224,6 +283,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> 
         ({"data": write_rows(tmp_path / "odd.jsonl", lambda i: {"odd": 1})}, "has the columns odd; one of these"),
         ({"data": write_rows(tmp_path / "few.jsonl", question, 3)}, "has 3 rows; 4 are needed"),
         ({"teacher": str(tmp_path / "nothing")}, "teacher .*nothing"),
+        ({"data": write_rows(tmp_path / "odd.jsonl", lambda i: {"odd": 1}), "streaming": True}, "has the columns odd"),
         ({"modules": ["vision"]}, "no module 'vision' in both models: the student has language"),
     ):
         with pytest.raises(OptimaError, match=message):
@@ -231,16 +291,117 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> 
         assert not (tmp_path / "run").exists()
 
 
-def test_trackers_are_told_and_missing_ones_said(tmp_path: Path, llamas: dict[str, str]) -> None:
+def test_rows_are_the_same_whatever_they_are_in(tmp_path: Path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    count = 50
+    data = [question(i) | {"answer": f"the {i}"} for i in range(count)]
+    whole = write_rows(tmp_path / "rows.jsonl", lambda i: data[i], count)
+    parquet, parts = tmp_path / "rows.parquet", tmp_path / "parts"
+    parts.mkdir()
+    write_table(Table.from_pylist(data), parquet)
+    for part in range(2):
+        write_table(Table.from_pylist(data[25 * part : 25 * part + 25]), parts / f"{part}.parquet")
+    held, train = ([row["answer"] for i, row in enumerate(data) if (i % 10 == 0) == wanted] for wanted in (True, False))
+    first = Rows(whole, held_every=10, seed=3).train(0, 2 * len(train))
+    for place in (whole, parquet, parts):
+        for rows in (Rows(place, held_every=10, seed=3), Stream(place, held_every=10, held=count, seed=3)):
+            assert rows.held == len(held)
+            assert [row.answer for row in rows.held_rows(0, count)] == held
+            epochs = [row.answer for row in rows.train(0, 2 * len(train))]
+            assert sorted(epochs[: len(train)]) == sorted(epochs[len(train) :]) == sorted(train)
+            assert epochs[: len(train)] not in (train, epochs[len(train) :])
+            # Whatever was asked for before, a place holds the same row.
+            for start in (70, 3, 44, 44):
+                assert [row.answer for row in rows.train(start, 5)] == epochs[start : start + 5]
+            if isinstance(rows, Rows):
+                assert [row.answer for row in first] == epochs
+
+
+def test_a_stream_longer_than_its_buffer_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.commands.distill_hf.source.BUFFER", 7)
+    data = write_rows(tmp_path / "rows.jsonl", lambda i: {"text": f"word {i}"}, 40)
+    rows = Stream(data, held_every=10, held=2, seed=0)
+    found = [row.answer for row in rows.train(0, 36)]
+    assert sorted(found) == sorted(f"word {i}" for i in range(40) if i % 10)
+    assert found != sorted(found)
+    assert rows.held == 2
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_trackers_are_told_and_missing_ones_said(
+    name: str, tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     data = write_rows(tmp_path / "rows.jsonl", question)
-    pytest.importorskip("tensorboard")
-    distill_hf(config(tmp_path, data=data, track=["tensorboard"], **llamas))
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(OptimaError, match="wandb is on and the package wandb is not installed"):
-            distill_hf(config(tmp_path, data=data, run=tmp_path / "other", track=["wandb"], **llamas))
+    tracked = config(tmp_path, data=data, track=[name], **llamas)
+    if find_spec(name) is None:
+        with pytest.raises(OptimaError, match=f"{name} is on and the package {name} is not installed"):
+            distill_hf(tracked)
+        return
+    rewards = [record.reward for record in read_run(_ran(tracked)).rounds]
+    if name == "tensorboard":
+        assert list((tmp_path / "run" / "tensorboard").iterdir())
+    elif name == "wandb":
+        assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    else:
+        import mlflow
+
+        told = mlflow.MlflowClient().get_metric_history((tmp_path / "run" / "mlflow_run").read_text(), "reward")
+        assert [metric.value for metric in sorted(told, key=lambda metric: metric.step)] == rewards
+
+
+def _ran(given: DistillHfConfig) -> Path:
+    run(given)
+    return given.run
+
+
+def test_a_student_is_pushed_to_the_hub_if_asked(
+    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple[str, bool]] = []
+
+    class Hub:
+        def create_repo(self, name: str, exist_ok: bool) -> None:
+            assert exist_ok
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            pushed.append((repo_id, (folder_path / "model.safetensors").exists()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    distill_hf(config(tmp_path, data=data, run=tmp_path / "kept", **llamas))
+    assert not pushed
+    distill_hf(config(tmp_path, data=data, push_to_hub="someone/student", **llamas))
+    assert pushed == [("someone/student", True)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_do_what_one_process_does(strategy: str, tmp_path: Path, llamas: dict[str, str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    alone = run(config(tmp_path, data=data, run=tmp_path / "alone", **llamas))
+    words = [f"--{name}={value}" for name, value in {**llamas, "data": data, "run": tmp_path / "run"}.items()]
+    words += ["--batch_size=4", "--probe_size=3", "--engine.rounds=3", "--engine.steps_per_round=2", "--quiet=true"]
+    words += ["--engine.optimiser.learning_rate=1e-2", f"--parallel={strategy}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "--", "optima.run", "distill_hf", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss on held-out rows") == 1
+    together = read_run(tmp_path / "run")
+    for model, losses in alone.scores.items():
+        # The order of sums differs, by some 1e-7, which six steps multiply.
+        assert together.summary.scores[model] == pytest.approx(losses, rel=1e-4)
+    theirs = read_run(tmp_path / "alone").rounds
+    assert [record.arm for record in together.rounds] == [record.arm for record in theirs]
+    assert len(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").model.layers) == 2
 
 
 def test_the_command_line(tmp_path: Path, llamas: dict[str, str]) -> None:

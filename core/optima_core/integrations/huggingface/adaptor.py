@@ -42,6 +42,7 @@ class TransformersAdaptor:
 
     def __init__(self, model: nn.Module, modules: Mapping[str, str | Sequence[str]] | None = None) -> None:
         self.model = model
+        _refuse_compiled(model)
         lend_attention(model)
         if modules is None:
             self.modules = find_modules(model)
@@ -62,8 +63,9 @@ class TransformersAdaptor:
         valid: bool [B, N] by module name, True where a token counts; of a module that is not named, the mask of its
             self-attention tells which tokens are padding.
 
-        Raises OptimaError if a wanted layer does not run, or what it gives cannot be read.
+        Raises OptimaError if a wanted layer does not run, or what it gives cannot be read, or the model is compiled.
         """
+        _refuse_compiled(self.model)
         if torch.compiler.is_compiling():
             raise OptimaError("hooks cannot be compiled: a model behind an adaptor is distilled with compile: false")
         unknown = set(wanted) - set(self.modules)
@@ -116,9 +118,18 @@ class TransformersAdaptor:
             learns = module.training and any(parameter.requires_grad for parameter in module.parameters())
             if learns and any(not call.q.requires_grad and not call.k.requires_grad for call in found):
                 raise OptimaError(
-                    "gradient checkpointing with use_reentrant=True cuts taps off from their gradients; take "
-                    'activation_checkpointing_enable({"use_reentrant": False})'
+                    "gradient checkpointing with use_reentrant=True cuts taps off from their gradients; turn it on "
+                    'with {"use_reentrant": False}'
                 )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise OptimaError(
+                f"{name or 'the model'} is compiled, and compiled code runs past the hooks that catch hidden states; "
+                "give the model as it was before torch.compile"
+            )
 
 
 def _recomputes(model: nn.Module) -> bool:
