@@ -1,11 +1,11 @@
 """The objective: task loss, prediction distillation, and the layer losses of the modules chosen this round.
 
-L = w_task * task + w_logits * logits + sum over layers of the chosen modules of (w_hidden * hidden + w_attention *
+L = w_task * task + w_logits * logits + sum over the chosen modules of strength * (w_hidden * hidden + w_attention *
 attention)
 
-The layer sums are means over a module's layers, so that the weights mean the same for a shallow and a deep module. The
-layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the module
-is distilled this round, else 0.
+The layer losses are means over a module's layers, so that the weights mean the same for a shallow and a deep module.
+The layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the
+module is distilled this round, else 0. The strengths lie on the device, too, and may change between steps.
 """
 
 import contextlib
@@ -101,7 +101,11 @@ class Objective(nn.Module):
 
     weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
         one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
+
+    strengths: float32 [modules], 1 at first, a factor of the layer losses of each module; to be written in place.
     """
+
+    strengths: Tensor
 
     def __init__(
         self,
@@ -113,6 +117,7 @@ class Objective(nn.Module):
         self.config = config
         self.weigh = weigh
         self._differing: dict[str, Tensor] | None = None
+        self.register_buffer("strengths", torch.ones(len(modules)), persistent=False)
         self.pairs = {pair.name: pair for pair in modules}
         if len(self.pairs) != len(modules):
             raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
@@ -175,15 +180,17 @@ class Objective(nn.Module):
             self._differing = None
 
     def weight(self, group: LossGroup | LossTerm) -> float:
-        """The factor of a loss in the total; that of a layer is its share of the module's mean."""
+        """The factor of a loss in the total at strength 1; that of a layer is its share of the module's mean."""
         weight: float = getattr(self.config, group.kind)
         return weight if group.module is None else weight / self.pairs[group.module].student_layers
 
     def total(self, losses: Losses) -> Tensor:
         """The weighted sum of the losses."""
+        strengths = dict(zip(self.pairs, self.strengths.unbind(), strict=True))
         total = torch.zeros((), device=next(iter(losses.values())).device)
         for group, values in losses.items():
-            total = total + self.weight(group) * (values.sum() if group.layers else values)
+            weighted = self.weight(group) * (values.sum() if group.layers else values)
+            total = total + (weighted if group.module is None else strengths[group.module] * weighted)
         return total
 
     def _pairs(self, module: str, student: Forward, teacher: Forward) -> list[tuple[LayerTap, LayerTap]]:
