@@ -13,7 +13,7 @@ from optima_core.bandit.arms import LEVELS, arm_of_levels, levels_of_arm
 from optima_core.bandit.catalogue import GAMMA, NU, PRIOR_PRECISION
 from optima_core.bandit.policy import Policy, State, hyper_parameter
 from optima_core.bandit.statistics import FORGOTTEN
-from optima_core.rng import normal
+from optima_core.rng import normal, uniform
 
 _FULL = LEVELS.index(1.0)
 
@@ -49,7 +49,8 @@ class LinearThompson(FactoredPolicy):
 
     With x the indicator of the levels played, A = gamma A + x x^T + (1 - gamma) lambda I from A = lambda I, and
     b = gamma b + x r, the posterior is N(A^-1 b, sigma**2 A^-1); sigma**2 is the discounted mean squared residual.
-    A draw beta = A^-1 b + nu sigma A^-1/2 z is taken every round.
+    A draw beta = A^-1 b + nu sigma A^-1/2 z is taken every round; but the first round takes every module at strength 1,
+    and as many as there are modules after it take levels at random, for without a difference nothing can be learnt.
 
     Thompson sampling of a linear model: Agrawal and Goyal, arXiv 1209.3352; discounted: Russac et al., "Weighted linear
     bandits for non-stationary environments", arXiv 1909.09146. Ours: the additive model over modules, whose effects are
@@ -103,7 +104,11 @@ class LinearThompson(FactoredPolicy):
         sigma = self._sigma(state, mean)
         draw = mean + self.nu * sigma * torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, :, 0]
         effects = draw[:, 1:].unflatten(1, (self.modules, len(LEVELS) - 1))
-        return arm_of_levels(torch.cat([torch.zeros_like(effects[..., :1]), effects], dim=-1).argmax(dim=-1))
+        learnt = torch.cat([torch.zeros_like(effects[..., :1]), effects], dim=-1).argmax(dim=-1)
+        anyhow = (uniform(state["key"], state["round"][:, None], stream=1) * len(LEVELS)).long()[:, : self.modules]
+        number = state["round"][:, None]
+        levels = torch.where(number > self.modules, learnt, torch.where(number == 0, _FULL, anyhow))
+        return arm_of_levels(levels)
 
     def posterior(self, state: State) -> tuple[Tensor, Tensor]:
         """Effect of each module at strength 1 against leaving it out, and its spread, float64 [batch, modules]."""
