@@ -409,7 +409,7 @@ def test_no_rounds_steps_and_batches_are_refused(name: str) -> None:
 def test_the_engines_settings_reach_the_policies_that_know_them(policy: str) -> None:
     made = make_distiller(replace(CONFIG, bandit=BanditConfig(policy, min_share=0.2, gamma=0.7))).policy
     own = make_policy(policy, arms=made.arms)
-    discounts = policy in ("discounted_thompson", "discounted_ucb", "exp3s", "epsilon_greedy")
+    discounts = policy in ("discounted_thompson", "linear_thompson", "discounted_ucb", "exp3s", "epsilon_greedy")
     for name, setting, known in (("min_share", 0.2, hasattr(own, "min_share")), ("gamma", 0.7, discounts)):
         if known:
             assert getattr(made, name) == setting

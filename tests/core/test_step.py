@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from plain_models import MODULES, QUICK, Batch, TwoModules, load
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optima_core import DistillerConfig, LogitPrediction, Step
-from optima_core.objective import Gates
+from optima_core.objective import Gates, Losses
 
 CONFIG = DistillerConfig(rounds=2, steps_per_round=3, optimiser=replace(QUICK, weight_decay=0.1))
 OPEN, CLOSED = torch.ones(()), torch.zeros(())
@@ -113,3 +113,49 @@ def test_the_average_follows_the_student(seed: int) -> None:
         assert torch.equal(ours, theirs)
     run(step, {"back": None}, 1)
     assert not torch.equal(step.average.module.head.weight, step.student.head.weight)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_looked_at_module_by_module_is_the_same_step(accumulate: int, seed: int) -> None:
+    config = replace(CONFIG, accumulate=accumulate)
+    apart, plain = make_step(config, seed), make_step(config, seed)
+    strengths = {"front": torch.tensor(0.7), "back": torch.tensor(3.0)}
+    plain.objective.strengths.copy_(torch.stack([strengths[name] for name in plain.names]))
+    batches = [load(i) for i in range(accumulate)]
+    gates: Gates = {"front": None, "back": None}
+    ours = apart.run_apart(batches, gates, lambda name, _: strengths[name])
+    theirs = plain.run(batches, gates)
+    assert ours.terms == theirs.terms
+    torch.testing.assert_close(ours.values, theirs.values)
+    for (name, one), other in zip(weights(apart).items(), weights(plain).values(), strict=True):
+        if not name.endswith("k.bias"):  # softmax ignores it: its gradient is rounding, which AdamW makes a step of
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_pull_as_their_gradients_say(seed: int) -> None:
+    """Beside gradients that autograd gives for each part alone."""
+    step, told = make_step(seed=seed), {}
+    step.run_apart([load(0)], {"front": None, "back": None}, lambda name, pull: told.setdefault(name, pull).ratio)
+    fresh = make_step(seed=seed)
+    losses = fresh.losses(load(0), {"front": None, "back": None})
+    student = [p for p in fresh.student.parameters() if p.ndim]
+
+    def gradient(module: str | None) -> Tensor:
+        part = {group: values for group, values in losses.items() if group.module == module}
+        found = torch.autograd.grad(
+            fresh.objective.total(part), student, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([x.flatten() for x in found]).double()
+
+    for name, pull in told.items():
+        predictions, ours = gradient(None), gradient(name)
+        reached = torch.cat([x.flatten() for x in _reached(fresh, losses, name, student)])
+        assert pull.ratio.item() == pytest.approx((predictions.norm() / ours.norm()).item(), rel=1e-4)
+        cosine = ours @ predictions / ours.norm() / (predictions * reached).norm()
+        assert pull.agreement.item() == pytest.approx(cosine.item(), abs=1e-4)
+
+
+def _reached(step: Step[Batch], losses: Losses, module: str, student: list[nn.Parameter]) -> list[Tensor]:
+    part = {group: values for group, values in losses.items() if group.module == module}
+    found = torch.autograd.grad(step.objective.total(part), student, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else torch.ones_like(p) for p, g in zip(student, found, strict=True)]

@@ -15,7 +15,7 @@ from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
 from optima_core import Distiller, DistillerConfig, Step
-from optima_core.bandit import Policy, arm_gates
+from optima_core.bandit import Policy, arm_strengths
 from optima_core.objective import Gates, Losses, as_vector
 from optima_core.reward import RewardMeter
 
@@ -48,7 +48,7 @@ class WholeStep:
 
     def forward(self, batch: TaskBatch, bandit: State) -> tuple[Losses, Gates, Tensor, State]:
         arm, bandit = self.policy.select(bandit)
-        gates = arm_gates(len(self.step.names), device=self.step.device)[arm][0]
+        gates = arm_strengths(arm, len(self.step.names))[0]
         of_modules = dict(zip(self.step.names, gates.unbind(), strict=True))
         return self.step.compute(batch, of_modules), of_modules, arm, bandit
 

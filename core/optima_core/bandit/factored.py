@@ -50,7 +50,7 @@ class LinearThompson(FactoredPolicy):
     With x the indicator of the levels played, A = gamma A + x x^T + (1 - gamma) lambda I from A = lambda I, and
     b = gamma b + x r, the posterior is N(A^-1 b, sigma**2 A^-1); sigma**2 is the discounted mean squared residual.
     A draw beta = A^-1 b + nu sigma A^-1/2 z is taken every round; but the first round takes every module at strength 1,
-    and as many as there are modules after it take levels at random, for without a difference nothing can be learnt.
+    and the next two times L rounds every level of every module in turn, from a random one.
 
     Thompson sampling of a linear model: Agrawal and Goyal, arXiv 1209.3352; discounted: Russac et al., "Weighted linear
     bandits for non-stationary environments", arXiv 1909.09146. Ours: the additive model over modules, whose effects are
@@ -105,9 +105,11 @@ class LinearThompson(FactoredPolicy):
         draw = mean + self.nu * sigma * torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, :, 0]
         effects = draw[:, 1:].unflatten(1, (self.modules, len(LEVELS) - 1))
         learnt = torch.cat([torch.zeros_like(effects[..., :1]), effects], dim=-1).argmax(dim=-1)
-        anyhow = (uniform(state["key"], state["round"][:, None], stream=1) * len(LEVELS)).long()[:, : self.modules]
         number = state["round"][:, None]
-        levels = torch.where(number > self.modules, learnt, torch.where(number == 0, _FULL, anyhow))
+        turn = number // len(LEVELS)
+        offset = (uniform(state["key"][:, : self.modules], turn, stream=1) * len(LEVELS)).long()
+        in_turn = (number + offset) % len(LEVELS)
+        levels = torch.where(number > 2 * len(LEVELS), learnt, torch.where(number == 0, _FULL, in_turn))
         return arm_of_levels(levels)
 
     def posterior(self, state: State) -> tuple[Tensor, Tensor]:
