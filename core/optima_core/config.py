@@ -26,7 +26,8 @@ class ObjectiveConfig:
     Attributes:
         task: Weight of the student's own task loss.
         logits: Weight of the prediction distillation.
-        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers), times its strength.
+        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers), times its strength: in
+            units of the pull of the prediction losses, unless the engine's balance is "none".
         attention: Weight of the attention-map loss of each distilled module (mean over its layers), likewise.
         temperature: Softmax temperature T of the prediction distillation, above 0.
         divergence: Direction of the prediction distillation.
@@ -39,8 +40,8 @@ class ObjectiveConfig:
 
     task: float = 1.0
     logits: float = 1.0
-    hidden: float = 1.0
-    attention: float = 1.0
+    hidden: float = 0.5
+    attention: float = 0.5
     temperature: float = 2.0
     divergence: Divergence = "forward"
     attention_kind: AttentionKind = "kl"
@@ -196,9 +197,9 @@ class DistillerConfig:
             GPU, with compile, and with parameters that are sharded.
         ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
             0.999 averages over about the last thousand steps.
-        balance: "gradient" makes strength 1 the weight at which a module's layer losses pull as hard at the student as
-            its prediction losses do, measured in the first step of a round; "none" takes the objective's weights as
-            they are.
+        balance: "gradient" measures the objective's weights hidden and attention by how hard the prediction losses
+            pull at the student: 1 is a gradient of the same norm, looked at in the first step of every round; "none"
+            takes them as factors of the losses.
     """
 
     rounds: int = 60

@@ -1,10 +1,9 @@
 """The engine: rounds of optimiser steps on the module that the bandit chose, and the reward that follows.
 
 One round: the policy picks an arm, which is a strength for every module; for some steps the student learns with the
-layer losses of the modules whose strength is above 0. In the round's first step the gradient of each module's layer
-losses is held against that of the predictions: their norms are the unit of strength, their cosine tells the policy
-whether they agree. At the end the losses of a probe batch, held from the start, say how far everything fell: the
-round's reward.
+layer losses of the modules whose strength is above 0. In the round's first step the gradients of each module's
+hidden-state and attention-map losses are held against that of the predictions: their norms are the unit of strength. At
+the end the losses of a probe batch, held from the start, say how far everything fell: the round's reward.
 Everything that decides anything is a tensor on the device. The host reads once a round which arm was chosen, and taps
 that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
@@ -35,7 +34,7 @@ from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import TRAINED, load_random, load_trained, random_state, trained_state, whole_student
 from optima_core.step import Batch, ModelForward, Step
-from optima_core.terms import LossTerm
+from optima_core.terms import LAYER_KINDS, LossKind, LossTerm
 
 
 class _Choice:
@@ -103,9 +102,8 @@ class Distiller(Generic[Batch]):
         self.arm_names = belief_names(self.names, self.arms)
         self.meter = RewardMeter(config.reward)
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
-        self.balance = GradientBalance(len(modules))
+        self.balance = GradientBalance(len(modules) * len(LAYER_KINDS))
         self.units = self.balance.init(self.device)
-        self._looks = config.balance == "gradient" or self.policy.wants_agreement
         self.pulls = torch.zeros(len(self.arm_names), dtype=torch.int64, device=self.device)
         self.round = 0
         self.step = 0
@@ -164,11 +162,11 @@ class Distiller(Generic[Batch]):
         watch = Stopwatch(self.device)
         steps: list[LossVector] = []
         training = self.training if self._replayed is None else self._replayed
-        agreement = torch.full((len(self.names),), math.nan, device=self.device)
-        self.objective.strengths.copy_(choice.strengths * self._units())
+        agreement = torch.full_like(self.objective.strengths, math.nan)
+        self.objective.strengths.copy_(choice.strengths[:, None] * self._units())
         with self._taught_ahead(loaded, gates) as batches:
             for i in range(self.config.steps_per_round):
-                if i == 0 and self._looks:
+                if i == 0 and self.config.balance == "gradient":
                     steps.append(training.run_apart(batches, gates, partial(self._weigh, choice, agreement)))
                 else:
                     steps.append(training.run(batches, gates))
@@ -181,7 +179,7 @@ class Distiller(Generic[Batch]):
             reward, self.reward = self.meter.measure(self.reward, probe.values[None])
         else:
             reward, self.reward = self.meter.finish(self.reward)
-        self.bandit = self.policy.update(self.bandit, choice.arm, reward, agreement[None])
+        self.bandit = self.policy.update(self.bandit, choice.arm, reward)
         if self.arms == "strengths":
             self.pulls = self.pulls + (choice.strengths > 0)
         else:
@@ -240,17 +238,17 @@ class Distiller(Generic[Batch]):
         return _Choice(arm, arm_strengths(arm, len(self.names), self.arms)[0], after, self._reads_arm)
 
     def _units(self) -> Tensor:
-        """What a strength of 1 weighs, float32 [modules]."""
-        units = self.balance.units(self.units)
+        """What a strength of 1 weighs, float32 [modules, 2]."""
+        units = self.balance.units(self.units).view_as(self.objective.strengths)
         return units if self.config.balance == "gradient" else torch.ones_like(units)
 
-    def _weigh(self, choice: _Choice, agreement: Tensor, name: str, pull: Pull) -> Tensor:
-        """Takes in how a module pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
-        module = self.names.index(name)
-        strength = choice.strengths[module]
-        self.units = self.balance.observe(self.units, module, torch.where(strength > 0, pull.ratio, 0.0))
-        agreement[module].copy_(torch.where(strength > 0, pull.agreement, math.nan))
-        return strength * self._units()[module]
+    def _weigh(self, choice: _Choice, agreement: Tensor, name: str, kind: LossKind, pull: Pull) -> Tensor:
+        """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
+        module, column = self.names.index(name), LAYER_KINDS.index(kind)
+        strength, part = choice.strengths[module], module * len(LAYER_KINDS) + column
+        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, pull.ratio, 0.0))
+        agreement[module, column].copy_(torch.where(strength > 0, pull.agreement, math.nan))
+        return strength * self._units()[module, column]
 
     def _gates(self, choice: _Choice) -> Gates:
         """The modules to tap: those of the arm, without gates; all of them behind gates if the arm is not read."""
@@ -303,6 +301,7 @@ class Distiller(Generic[Batch]):
         layers = {name: pair.student_layers for name, pair in self.objective.pairs.items()}
         share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
         terms = steps[0].terms
+        parts = [f"{kind}/{name}" for name in self.names for kind in LAYER_KINDS]
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
             refuse_other_masks(dict(zip(self._differing, values["masks"].tolist(), strict=False)))
@@ -321,8 +320,10 @@ class Distiller(Generic[Batch]):
                 arm=int(values["arm"]),
                 modules=modules,
                 strengths=strengths,
-                weights={name: x for name, x in _named(self.names, values["weights"]).items() if name in strengths},
-                agreement={name: x for name, x in _named(self.names, values["agreement"]).items() if math.isfinite(x)},
+                weights={name: x for name, x in _named(parts, values["weights"].flatten()).items() if x},
+                agreement={
+                    name: x for name, x in _named(parts, values["agreement"].flatten()).items() if math.isfinite(x)
+                },
                 reward=float(values["reward"]),
                 pulls=pulls,
                 mean={name: x for name, x in _named(self.arm_names, values["mean"]).items() if name in pulls},

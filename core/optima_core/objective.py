@@ -1,7 +1,7 @@
 """The objective: task loss, prediction distillation, and the layer losses of the modules chosen this round.
 
-L = w_task * task + w_logits * logits + sum over the chosen modules of strength * (w_hidden * hidden + w_attention *
-attention)
+L = w_task * task + w_logits * logits + sum over the chosen modules of (s_hidden * w_hidden * hidden +
+s_attention * w_attention * attention)
 
 The layer losses are means over a module's layers, so that the weights mean the same for a shallow and a deep module.
 The layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the
@@ -21,7 +21,7 @@ from optima_core.config import ObjectiveConfig
 from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
-from optima_core.terms import LossGroup, LossTerm, record_order
+from optima_core.terms import LAYER_KINDS, LossGroup, LossKind, LossTerm, record_order
 from optima_kernels import attention_map_losses, hidden_mses, linear_kl, prediction_kl
 
 Gates = Mapping[str, Tensor | None]
@@ -102,7 +102,8 @@ class Objective(nn.Module):
     weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
         one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
 
-    strengths: float32 [modules], 1 at first, a factor of the layer losses of each module; to be written in place.
+    strengths: float32 [modules, 2], 1 at first, a factor of each module's hidden-state and attention-map losses; to be
+        written in place.
     """
 
     strengths: Tensor
@@ -117,7 +118,7 @@ class Objective(nn.Module):
         self.config = config
         self.weigh = weigh
         self._differing: dict[str, Tensor] | None = None
-        self.register_buffer("strengths", torch.ones(len(modules)), persistent=False)
+        self.register_buffer("strengths", torch.ones(len(modules), len(LAYER_KINDS)), persistent=False)
         self.pairs = {pair.name: pair for pair in modules}
         if len(self.pairs) != len(modules):
             raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
@@ -186,12 +187,15 @@ class Objective(nn.Module):
 
     def total(self, losses: Losses) -> Tensor:
         """The weighted sum of the losses."""
-        strengths = dict(zip(self.pairs, self.strengths.unbind(), strict=True))
         total = torch.zeros((), device=next(iter(losses.values())).device)
         for group, values in losses.items():
             weighted = self.weight(group) * (values.sum() if group.layers else values)
-            total = total + (weighted if group.module is None else strengths[group.module] * weighted)
+            total = total + (weighted if group.module is None else self.strength(group.module, group.kind) * weighted)
         return total
+
+    def strength(self, module: str, kind: LossKind) -> Tensor:
+        """The place of a part's strength in `strengths`, 0-d."""
+        return self.strengths[list(self.pairs).index(module), LAYER_KINDS.index(kind)]
 
     def _pairs(self, module: str, student: Forward, teacher: Forward) -> list[tuple[LayerTap, LayerTap]]:
         """Each student layer's tap with that of the teacher layer it learns from."""

@@ -84,7 +84,7 @@ class Ranks:
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over the shards of what is sharded; as they are where every rank holds all."""
-        if not self.sharded:
+        if self.count == 1 or not self.sharded:
             return sums
         total = sums.detach().clone()
         dist.all_reduce(total)

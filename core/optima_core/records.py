@@ -18,9 +18,9 @@ class RoundRecord:
     """What happened in a round, on the host.
 
     round: from 1. step: optimiser steps taken in all. arm: index, -1 for all modules. modules: those distilled.
-    strengths: of each module distilled. weights: what they came to, the unit of strength included; a factor of the
-        module's layer losses in the steps after the first.
-    agreement: of each module distilled, the cosine of its layer losses' gradient and the predictions'.
+    strengths: of each module distilled. weights: by "hidden/<module>" and "attention/<module>", what the strength came
+        to, its unit included: a factor of those losses.
+    agreement: by the same names, the cosine of their gradient and the predictions' in the round's first step.
     reward: what the round earned. pulls: rounds by arm name so far, for the arms tried; mean, std: their posterior.
     losses: mean of each loss term over the round's steps. probe: each loss term on the probe batch after the round.
     tapped: share of the student's layers that were tapped, with the teacher's, and went into layer losses; the work of

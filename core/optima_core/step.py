@@ -5,9 +5,9 @@ where the host knows that a module is distilled, a tensor where only the device 
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -24,12 +24,13 @@ from optima_core.parallel import Ranks
 from optima_core.precision import arithmetic, make_scaler
 from optima_core.pulls import Pull, compare_pulls
 from optima_core.taps import WantedTaps
+from optima_core.terms import LAYER_KINDS, LossKind
 
 Batch = TypeVar("Batch")
 ModelForward = Callable[[Batch, WantedTaps], Forward]
 """(batch, wanted taps) -> what the model shows the objective."""
-Weigh = Callable[[str, Pull], Tensor]
-"""(module, how its layer losses pull at strength 1) -> the strength to take, 0-d."""
+Weigh = Callable[[str, LossKind, Pull], Tensor]
+"""(module, which of its layer losses, how they pull at strength 1) -> the strength to take, 0-d."""
 
 
 class Step(Generic[Batch]):
@@ -89,32 +90,32 @@ class Step(Generic[Batch]):
         return self._mean(found)
 
     def run_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
-        """`run`, in which the gradients of the modules' layer losses are looked at one by one."""
+        """`run`, in which the gradients of the modules' hidden-state and attention-map losses are looked at."""
         losses = self.learn_apart(batches, gates, weigh)
         self.advance()
         return losses
 
     def learn_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
-        """`learn`; `weigh` is told how each module pulls, and answers with the strength to take.
+        """`learn`; `weigh` is told how the losses of each module and kind pull, and answers with the strength to take.
 
-        A single process without accumulation runs both models once, and backward once for each module. Otherwise both
-        are run once for each module, for what wraps a student takes one backward pass a forward.
+        A single process without accumulation runs both models once, and backward once for each module and kind.
+        Otherwise both are run as often, for what wraps a student takes one backward pass a forward.
         """
-        taken = list(islice(batches, self.config.accumulate))
+        taken = list(itertools.islice(batches, self.config.accumulate))
         shared = self._forward(taken[0], gates) if self.ranks.count == 1 and len(taken) == 1 else None
         found: list[Losses] = [{} for _ in taken]
-        self._backward_apart(taken, {}, shared, None, found)
+        self._backward_apart(taken, {}, shared, found, None)
         # Scalars, which are on every rank however the others are sharded, are left out.
         student = [parameter for parameter in self.student.parameters() if parameter.ndim]
         predictions = [parameter.grad for parameter in student]
         total = self._take_gradients()
 
-        for name, gate in gates.items():
-            strength = self.objective.strengths[self.names.index(name)]
+        for name, kind in itertools.product(gates, LAYER_KINDS):
+            strength = self.objective.strength(name, kind)
             strength.fill_(1.0)
-            if self._backward_apart(taken, {name: gate}, shared, name, found):
+            if self._backward_apart(taken, {name: gates[name]}, shared, found, name, kind):
                 pull = compare_pulls(predictions, [parameter.grad for parameter in student], self.ranks.total)
-                strength.copy_(weigh(name, pull))
+                strength.copy_(weigh(name, kind, pull))
                 _add_scaled(total, self._take_gradients(), strength)
         for parameter, gradient in zip(self.trained, total, strict=True):
             parameter.grad = gradient
@@ -122,16 +123,26 @@ class Step(Generic[Batch]):
         return self._mean([as_vector(losses) for losses in found])
 
     def _backward_apart(
-        self, batches: Sequence[Batch], gates: Gates, shared: Losses | None, module: str | None, found: list[Losses]
+        self,
+        batches: Sequence[Batch],
+        gates: Gates,
+        shared: Losses | None,
+        found: list[Losses],
+        module: str | None,
+        kind: LossKind | None = None,
     ) -> bool:
-        """Gradients of a module's losses alone, or with None of those of no module; False if there are none.
+        """Gradients of a module's losses of a kind alone, or with None of those of no module; False if there are none.
 
         The losses are added to `found`, which has a dictionary a batch.
         """
         for i, batch in enumerate(batches):
             with self.ranks.gradients_kept(self._learn, until_last=i + 1 < len(batches)):
                 losses = shared if shared is not None else self._forward(batch, gates)
-                part = {group: values for group, values in losses.items() if group.module == module}
+                part = {
+                    group: values
+                    for group, values in losses.items()
+                    if group.module == module and kind in (None, group.kind)
+                }
                 found[i] |= part
                 if part:
                     self.backward(part, keep_graph=shared is not None)

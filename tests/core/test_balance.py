@@ -9,7 +9,7 @@ from optima_core.balance import GradientBalance
 
 
 def test_a_unit_is_the_running_geometric_mean_of_its_measurements(seed: int) -> None:
-    balance = GradientBalance(modules=3, smoothing=0.6)
+    balance = GradientBalance(parts=3, smoothing=0.6)
     state = balance.init()
     assert torch.equal(balance.units(state), torch.ones(3))
     ratios = torch.rand(20, generator=torch.Generator().manual_seed(seed)) * 100 + 0.01
@@ -25,7 +25,7 @@ def test_a_unit_is_the_running_geometric_mean_of_its_measurements(seed: int) -> 
 
 @pytest.mark.parametrize("nothing", [0.0, math.inf, math.nan])
 def test_what_could_not_be_measured_changes_nothing(nothing: float) -> None:
-    balance = GradientBalance(modules=2)
+    balance = GradientBalance(parts=2)
     state = balance.observe(balance.init(), 0, torch.tensor(5.0))
     after = balance.observe(balance.observe(state, 0, torch.tensor(nothing)), 1, torch.tensor(nothing))
     torch.testing.assert_close(balance.units(after), torch.tensor([5.0, 1.0]))

@@ -19,16 +19,16 @@ from optima_core.lazily import attributes_from
 
 if TYPE_CHECKING:
     from optima_core.bandit.arms import LEVELS, arm_strengths, belief_names, count_arms
-    from optima_core.bandit.catalogue import CATALOGUE, describe_hyper_parameters
-    from optima_core.bandit.config import ArmKind, BanditConfig
+    from optima_core.bandit.catalogue import CATALOGUE, ArmKind, describe_hyper_parameters
+    from optima_core.bandit.config import BanditConfig
     from optima_core.bandit.policy import Policy, State
     from optima_core.bandit.registry import POLICIES, make_policy
 else:
     __getattr__ = attributes_from(
         __name__,
         arms=("LEVELS", "arm_strengths", "belief_names", "count_arms"),
-        catalogue=("CATALOGUE", "describe_hyper_parameters"),
-        config=("ArmKind", "BanditConfig"),
+        catalogue=("CATALOGUE", "ArmKind", "describe_hyper_parameters"),
+        config=("BanditConfig",),
         policy=("Policy", "State"),
         registry=("POLICIES", "make_policy"),
     )

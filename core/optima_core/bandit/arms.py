@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optima_core.bandit.config import ArmKind
+from optima_core.bandit.catalogue import ArmKind
 
 LEVELS = (0.0, 1 / 3, 1.0, 3.0)
 """The strengths that a module may be distilled with; at 1, its layer losses weigh what the objective says."""

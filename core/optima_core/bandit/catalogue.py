@@ -6,6 +6,10 @@ The classes take their fields from here, so that a default or a range stands in 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Literal
+
+ArmKind = Literal["modules", "subsets", "strengths"]
+"""What an arm stands for: one module, a set of them, or a strength for each."""
 
 
 @dataclass(frozen=True)

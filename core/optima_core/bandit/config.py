@@ -1,13 +1,14 @@
 """Who chooses the module: the options, checked when they are made, and the policy they make. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from optima_core.bandit.catalogue import (
     CATALOGUE,
     FACTORED,
     GAMMA,
     MIN_SHARE,
+    ArmKind,
     check_hyper_parameters,
     check_name,
     discounts_rewards,
@@ -15,8 +16,6 @@ from optima_core.bandit.catalogue import (
 
 if TYPE_CHECKING:
     from optima_core.bandit.policy import Policy
-
-ArmKind = Literal["modules", "subsets", "strengths"]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class LinearThompson(FactoredPolicy):
             "square": zeros(1),
         }
 
-    def update(self, state: State, arm: Tensor, reward: Tensor, agreement: Tensor | None = None) -> State:
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
         """See `Policy.update`."""
         reward = reward.to(torch.float64)[:, None]
         origin = torch.where(state["count"] == 0, reward, state["origin"])

@@ -45,9 +45,6 @@ class Policy(ABC):
 
     arms: int
 
-    wants_agreement = False
-    """Whether `update` is to be told how modules agree with the predictions."""
-
     @property
     def beliefs(self) -> int:
         """Of how many things the policy keeps a belief: of every arm, if it does not say otherwise."""
@@ -85,12 +82,8 @@ class Policy(ABC):
         return arm, state | {"round": state["round"] + 1}
 
     @abstractmethod
-    def update(self, state: State, arm: Tensor, reward: Tensor, agreement: Tensor | None = None) -> State:
-        """The state after `reward` (floating point [batch]) was seen for `arm` (int64 [batch]).
-
-        agreement: of each module that the arm distils, the cosine of its layer losses' gradient and the predictions'
-            (`optima_core.pulls`), floating point [batch, modules], NaN for the others; for policies that want it.
-        """
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
+        """The state after `reward` (floating point [batch]) was seen for `arm` (int64 [batch])."""
 
     @abstractmethod
     def init_belief(self, batch: int, device: torch.device) -> State:
@@ -119,7 +112,7 @@ class ArmPolicy(Policy):
                 f"arms must be at most {_MOST_ARMS} for a policy that keeps a belief of every one, got {self.arms}"
             )
 
-    def update(self, state: State, arm: Tensor, reward: Tensor, agreement: Tensor | None = None) -> State:
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
         """See `Policy.update`."""
         pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
         return state | self.learn(state, pulled, reward.to(torch.float64)[:, None])
@@ -155,6 +148,6 @@ class AdaptivePolicy(ArmPolicy):
         patience = 1.0 / self.min_share if self.min_share > 0 else _ALWAYS - 1
         return torch.where(longest > patience, idlest, preferred), after
 
-    def update(self, state: State, arm: Tensor, reward: Tensor, agreement: Tensor | None = None) -> State:
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
         last = state["last"].scatter(1, arm[:, None], state["round"][:, None])
-        return super().update(state, arm, reward, agreement) | {"last": last}
+        return super().update(state, arm, reward) | {"last": last}
