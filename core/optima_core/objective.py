@@ -155,7 +155,7 @@ class Objective(nn.Module):
             if config.hidden:
                 refuse_other_tokens(name, pairs)
                 found[LossGroup("hidden", name, tuple(range(len(pairs))))] = [self._hidden(name, pairs, gate)]
-            if config.attention:
+            if config.attention and self.pairs[name].maps:
                 # A call compares maps of one kind: those of layers whose attentions are alike, first with first.
                 refuse_other_maps(name, pairs)
                 if self._differing is not None:

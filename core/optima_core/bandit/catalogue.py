@@ -41,7 +41,8 @@ NU_OF_STATIONARY = HyperParameter(1.0, 0.0, 100.0, _NU)
 WINDOW = HyperParameter(100, 1, 2**20, "rounds that are remembered")
 DRIFT = HyperParameter(0.01, 0.0, 100.0, "q, variance of one round's walk, in units of sigma**2")
 PRIOR_VARIANCE = HyperParameter(100.0, 1e-6, 1e12, "v_0, variance of an unknown arm, in units of sigma**2")
-PRIOR_PRECISION = HyperParameter(0.01, 1e-6, 100.0, "lambda: rewards' worth of the belief that no level matters")
+PRIOR_PRECISION = HyperParameter(1.0, 1e-6, 100.0, "lambda: rewards' worth of the prior belief")
+TRUST = HyperParameter(1.0, 0.0, 100.0, "what strength 1 is believed to be worth against none, in units of sigma")
 GAMMA_OF_SIGMA = HyperParameter(0.99, 0.5, 1.0, "discount per round of the estimate of sigma")
 WIDTH = HyperParameter(0.35, 0.0, 100.0, "factor of the bonus; less is greedier")
 ETA = HyperParameter(0.4, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")
@@ -59,7 +60,7 @@ CATALOGUE: Mapping[str, Mapping[str, HyperParameter]] = {
     "kalman_thompson": _ADAPTIVE
     | {"nu": NU_OF_KALMAN, "drift": DRIFT, "prior_variance": PRIOR_VARIANCE, "gamma": GAMMA_OF_SIGMA},
     "stationary_thompson": _ADAPTIVE | {"nu": NU_OF_STATIONARY} | _BELIEF,
-    "linear_thompson": {"gamma": GAMMA, "nu": NU, "prior_precision": PRIOR_PRECISION},
+    "linear_thompson": {"gamma": GAMMA, "nu": NU, "prior_precision": PRIOR_PRECISION, "trust": TRUST},
     "discounted_ucb": _ADAPTIVE | _DISCOUNTED | {"width": WIDTH},
     "exp3s": _DISCOUNTED | {"eta": ETA, "alpha": ALPHA},
     "epsilon_greedy": _ADAPTIVE | _DISCOUNTED | {"epsilon": EPSILON},

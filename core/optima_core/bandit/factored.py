@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from optima_core.bandit.arms import LEVELS, arm_of_levels, levels_of_arm
-from optima_core.bandit.catalogue import GAMMA, NU, PRIOR_PRECISION
+from optima_core.bandit.catalogue import GAMMA, NU, PRIOR_PRECISION, TRUST
 from optima_core.bandit.policy import Policy, State, hyper_parameter
 from optima_core.bandit.statistics import FORGOTTEN
-from optima_core.rng import normal, uniform
+from optima_core.rng import normal
 
 _FULL = LEVELS.index(1.0)
 
@@ -49,8 +49,9 @@ class LinearThompson(FactoredPolicy):
 
     With x the indicator of the levels played, A = gamma A + x x^T + (1 - gamma) lambda I from A = lambda I, and
     b = gamma b + x r, the posterior is N(A^-1 b, sigma**2 A^-1); sigma**2 is the discounted mean squared residual.
-    A draw beta = A^-1 b + nu sigma A^-1/2 z is taken every round; but the first round takes every module at strength 1,
-    and the next two times L rounds every level of every module in turn, from a random one.
+    A draw beta = A^-1 b + nu sigma A^-1/2 z is taken every round. The prior is the belief that every module is worth
+    its strength of 1: its mean is `trust` sigma for the coefficients of that level, and 0 for the others. It takes
+    evidence to leave a module out; as A holds lambda I, what is forgotten returns to that belief.
 
     Thompson sampling of a linear model: Agrawal and Goyal, arXiv 1209.3352; discounted: Russac et al., "Weighted linear
     bandits for non-stationary environments", arXiv 1909.09146. Ours: the additive model over modules, whose effects are
@@ -60,6 +61,7 @@ class LinearThompson(FactoredPolicy):
     gamma: float = hyper_parameter(GAMMA)
     nu: float = hyper_parameter(NU)
     prior_precision: float = hyper_parameter(PRIOR_PRECISION)
+    trust: float = hyper_parameter(TRUST)
 
     @property
     def _width(self) -> int:
@@ -99,25 +101,19 @@ class LinearThompson(FactoredPolicy):
         }
 
     def choose(self, state: State) -> Tensor:
-        mean, factor = self._coefficients(state)
+        mean, factor, sigma = self._coefficients(state)
         noise = normal(state["key"], state["round"][:, None])[:, :, None]
-        sigma = self._sigma(state, mean)
         draw = mean + self.nu * sigma * torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, :, 0]
         effects = draw[:, 1:].unflatten(1, (self.modules, len(LEVELS) - 1))
         learnt = torch.cat([torch.zeros_like(effects[..., :1]), effects], dim=-1).argmax(dim=-1)
-        number = state["round"][:, None]
-        turn = number // len(LEVELS)
-        offset = (uniform(state["key"][:, : self.modules], turn, stream=1) * len(LEVELS)).long()
-        in_turn = (number + offset) % len(LEVELS)
-        levels = torch.where(number > 2 * len(LEVELS), learnt, torch.where(number == 0, _FULL, in_turn))
-        return arm_of_levels(levels)
+        # Before rewards differ there is no scale to draw on.
+        return arm_of_levels(torch.where(sigma > 0, learnt, _FULL))
 
     def posterior(self, state: State) -> tuple[Tensor, Tensor]:
         """Effect of each module at strength 1 against leaving it out, and its spread, float64 [batch, modules]."""
-        mean, factor = self._coefficients(state)
-        covariance = torch.cholesky_inverse(factor)
-        place = 1 + torch.arange(self.modules, device=mean.device) * (len(LEVELS) - 1) + _FULL - 1
-        spread = torch.sqrt(torch.diagonal(covariance, dim1=-2, dim2=-1)) * self._sigma(state, mean)
+        mean, factor, sigma = self._coefficients(state)
+        spread = sigma * torch.sqrt(torch.diagonal(torch.cholesky_inverse(factor), dim1=-2, dim2=-1))
+        place = self._places_of_full(mean.device)
         return mean[:, place], spread[:, place]
 
     def _features(self, arm: Tensor) -> Tensor:
@@ -126,12 +122,15 @@ class LinearThompson(FactoredPolicy):
         played = levels == torch.arange(1, len(LEVELS), device=arm.device)
         return torch.cat([torch.ones_like(arm)[:, None], played.flatten(1)], dim=-1).to(torch.float64)
 
-    def _coefficients(self, state: State) -> tuple[Tensor, Tensor]:
-        """The posterior's mean [batch, width], and the lower Cholesky factor of its precision."""
-        factor, _ = torch.linalg.cholesky_ex(state["gram"])
-        return torch.cholesky_solve(state["moment"][:, :, None], factor)[:, :, 0], factor
+    def _places_of_full(self, device: torch.device) -> Tensor:
+        """Of the coefficients of strength 1, int64 [modules]."""
+        return 1 + torch.arange(self.modules, device=device) * (len(LEVELS) - 1) + _FULL - 1
 
-    def _sigma(self, state: State, mean: Tensor) -> Tensor:
-        """[batch, 1]"""
-        residual = (state["square"][:, 0] - (state["moment"] * mean).sum(dim=-1)).clamp(min=0.0)
-        return torch.sqrt(residual / state["count"][:, 0].clamp(min=FORGOTTEN))[:, None]
+    def _coefficients(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """The posterior's mean [batch, width], the lower Cholesky factor of its precision, and sigma [batch, 1]."""
+        factor, _ = torch.linalg.cholesky_ex(state["gram"])
+        fit = torch.cholesky_solve(state["moment"][:, :, None], factor)[:, :, 0]
+        residual = (state["square"] - (state["moment"] * fit).sum(dim=-1, keepdim=True)).clamp(min=0.0)
+        sigma = torch.sqrt(residual / state["count"].clamp(min=FORGOTTEN))
+        prior = torch.zeros_like(fit).index_fill(1, self._places_of_full(fit.device), self.prior_precision * self.trust)
+        return fit + sigma * torch.cholesky_solve(prior[:, :, None], factor)[:, :, 0], factor, sigma
