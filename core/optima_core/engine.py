@@ -302,6 +302,7 @@ class Distiller(Generic[Batch]):
         share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
         terms = steps[0].terms
         parts = [f"{kind}/{name}" for name in self.names for kind in LAYER_KINDS]
+        compared = {f"{term.kind}/{term.module}" for term in terms}
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
             refuse_other_masks(dict(zip(self._differing, values["masks"].tolist(), strict=False)))
@@ -320,7 +321,9 @@ class Distiller(Generic[Batch]):
                 arm=int(values["arm"]),
                 modules=modules,
                 strengths=strengths,
-                weights={name: x for name, x in _named(parts, values["weights"].flatten()).items() if x},
+                weights={
+                    name: x for name, x in _named(parts, values["weights"].flatten()).items() if x and name in compared
+                },
                 agreement={
                     name: x for name, x in _named(parts, values["agreement"].flatten()).items() if math.isfinite(x)
                 },

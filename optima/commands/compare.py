@@ -70,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": _policy("uniform"),
     "uniform_subset": _policy("uniform") | {"engine.bandit.arms": "subsets"},
     "discounted_ucb": _policy("discounted_ucb"),
-    "linear_thompson": _policy("linear_thompson"),
+    "discounted_thompson": _policy("discounted_thompson"),
     "optima": {},
 }
 """Method -> the options in which its runs differ from the settings that all share."""

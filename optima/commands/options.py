@@ -32,7 +32,7 @@ Method = Literal[
     "uniform",
     "uniform_subset",
     "discounted_ucb",
-    "linear_thompson",
+    "discounted_thompson",
     "optima",
 ]
 """Ways of choosing what to distil."""
@@ -246,8 +246,8 @@ class CompareConfig:
         task: The tasks; all four by default.
         method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
             and *_and_* two modules in every round, *_at_* with that weight in place of balanced ones, round_robin one
-            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, linear_thompson and
-            optima are bandits. optima runs the settings under `distill` as they are. All methods by default.
+            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson
+            (one module at a time) and optima are bandits. optima runs the settings under `distill` as they are. All methods by default.
         seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
             counts (distill.evaluate_items); report "test" once.

@@ -23,7 +23,8 @@ class BanditConfig:
     """Who chooses the module.
 
     Attributes:
-        policy: Name of the policy: discounted_thompson, sliding_window_thompson, kalman_thompson, stationary_thompson,
+        policy: Name of the policy: linear_thompson, which gives every module a strength; or one that chooses among
+            arms: discounted_thompson, sliding_window_thompson, kalman_thompson, stationary_thompson,
             discounted_ucb, exp3s, epsilon_greedy, uniform, round_robin, fixed_arm, or all_modules, which distils every
             module in every round.
         arms: "modules" offers each module alone, "subsets" every non-empty set of modules, "strengths" one of four
@@ -36,7 +37,7 @@ class BanditConfig:
         options: Other hyper-parameters of the policy by name, e.g. nu; those left out keep their defaults.
     """
 
-    policy: str = "discounted_thompson"
+    policy: str = "linear_thompson"
     arms: ArmKind | None = None
     min_share: float = 0.1
     gamma: float = 0.8
