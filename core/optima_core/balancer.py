@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from optima_core.bandit.arms import arm_gates, count_arms
+from optima_core.bandit.arms import arm_strengths, belief_names, count_arms
 from optima_core.bandit.config import BanditConfig
 from optima_core.config import RewardConfig
 from optima_core.reward import RewardMeter
@@ -47,8 +47,8 @@ class Balancer:
         self.names = tuple(names)
         if not self.names or len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be different names of losses, at least one, got {list(names)}")
-        self.policy = bandit.make(count_arms(len(self.names), bandit.arms))
-        self._gates = arm_gates(len(self.names), bandit.arms)
+        self._arms = bandit.arm_kind
+        self.policy = bandit.make(count_arms(len(self.names), self._arms))
         self._meter = RewardMeter(reward or RewardConfig())
         self._bandit = self.policy.init(batch=1, seed=seed)
         self._losses: dict[str, torch.Tensor] = {}
@@ -57,14 +57,15 @@ class Balancer:
         """Rounds that were rewarded."""
 
     def weights(self) -> dict[str, float]:
-        """1 for each loss that is learnt this round, 0 for the others; the same until `observe`.
+        """The strength of each loss this round, 0 for those that are not learnt; the same until `observe`.
 
         With one of n losses learnt at a time, n times its weight teaches as much over a run as all of them at once.
         """
         if self._arm is None:
             arm, self._bandit = self.policy.select(self._bandit)
             self._arm = int(arm)
-        return dict(zip(self.names, self._gates[self._arm].tolist(), strict=True))
+        strengths = arm_strengths(torch.tensor([self._arm]), len(self.names), self._arms)[0]
+        return dict(zip(self.names, strengths.tolist(), strict=True))
 
     def chosen(self) -> tuple[str, ...]:
         """The losses of weight 1."""
@@ -95,10 +96,10 @@ class Balancer:
         return float(reward)
 
     def posterior(self) -> dict[str, tuple[float, float]]:
-        """By loss, or by number of the arm where arms are sets of losses: the estimated reward and its spread."""
+        """By loss, or by set of losses where arms are sets: the estimated reward and its spread."""
         mean, spread = self.policy.posterior(self._bandit)
-        names = self.names if self.policy.arms == len(self.names) else map(str, range(self.policy.arms))
-        return dict(zip(names, zip(mean[0].tolist(), spread[0].tolist(), strict=True), strict=True))
+        names = belief_names(self.names, self._arms)
+        return dict(zip(names, zip(mean[0].tolist(), spread[0].tolist(), strict=True), strict=False))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to choose as an uninterrupted one."""

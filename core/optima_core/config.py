@@ -15,6 +15,7 @@ AttentionKind = Literal["kl", "mse"]
 HeadMatching = Literal["match", "mean", "relation"]
 Normalisation = Literal["layernorm", "l2"]
 RewardKind = Literal["relative", "absolute"]
+Balance = Literal["gradient", "none"]
 Normaliser = Literal["none", "ratio", "zscore", "quantile"]
 
 
@@ -25,8 +26,8 @@ class ObjectiveConfig:
     Attributes:
         task: Weight of the student's own task loss.
         logits: Weight of the prediction distillation.
-        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers). With one of three
-            modules distilled at a time, 3 teaches as much over a run as 1 with all of them.
+        hidden: Weight of the hidden-state loss of each distilled module (mean over its layers), times its strength: in
+            units of the pull of the prediction losses, unless the engine's balance is "none".
         attention: Weight of the attention-map loss of each distilled module (mean over its layers), likewise.
         temperature: Softmax temperature T of the prediction distillation, above 0.
         divergence: Direction of the prediction distillation.
@@ -39,8 +40,8 @@ class ObjectiveConfig:
 
     task: float = 1.0
     logits: float = 1.0
-    hidden: float = 3.0
-    attention: float = 3.0
+    hidden: float = 0.5
+    attention: float = 0.5
     temperature: float = 2.0
     divergence: Divergence = "forward"
     attention_kind: AttentionKind = "kl"
@@ -198,6 +199,9 @@ class DistillerConfig:
             GPU, with compile, and with parameters that are sharded.
         ema: Decay, per step, of a running average of the student's weights, which is then the result; 0 keeps none.
             0.999 averages over about the last thousand steps.
+        balance: "gradient" measures the objective's weights hidden and attention by how hard the prediction losses
+            pull at the student: 1 is a gradient of the same norm, looked at in the first step of every round; "none"
+            takes them as factors of the losses.
     """
 
     rounds: int = 60
@@ -213,8 +217,10 @@ class DistillerConfig:
     cuda_graphs: bool = False
     teacher_ahead: bool = True
     ema: float = 0.0
+    balance: Balance = "gradient"
 
     def __post_init__(self) -> None:
+        _check_choice("balance", self.balance, Balance)
         for name in ("rounds", "steps_per_round", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

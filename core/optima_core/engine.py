@@ -1,8 +1,9 @@
 """The engine: rounds of optimiser steps on the module that the bandit chose, and the reward that follows.
 
-One round: the policy picks an arm; for some steps the student learns with the layer losses of that arm's modules
-switched on; then the losses of a probe batch, held from the start, say how far everything fell; that is the arm's
-reward.
+One round: the policy picks an arm, which is a strength for every module; for some steps the student learns with the
+layer losses of the modules whose strength is above 0. In the round's first step the gradients of each module's
+hidden-state and attention-map losses are held against that of the predictions: their norms are the unit of strength. At
+the end the losses of a probe batch, held from the start, say how far everything fell: the round's reward.
 Everything that decides anything is a tensor on the device. The host reads once a round which arm was chosen, and taps
 that arm's modules alone; or, if asked to, nothing at all. Records it reads when they arrive.
 """
@@ -12,13 +13,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
 from optima_core.ahead import TeacherAhead
-from optima_core.bandit.arms import arm_gates, arm_names, count_arms
+from optima_core.balance import GradientBalance
+from optima_core.bandit.arms import arm_strengths, belief_names, count_arms
 from optima_core.comparable import refuse_other_masks
 from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
@@ -26,6 +29,7 @@ from optima_core.graphs import CudaRecorder, ReplayedStep
 from optima_core.modules import ModulePair
 from optima_core.objective import Gates, LossVector
 from optima_core.parallel import Ranks
+from optima_core.pulls import Pull
 from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import (
@@ -39,19 +43,19 @@ from optima_core.state import (
     trained_state,
 )
 from optima_core.step import Batch, ModelForward, Step
-from optima_core.terms import LossTerm
+from optima_core.terms import LAYER_KINDS, LossKind, LossTerm
 
 
 class _Choice:
     """What the policy chose for a round.
 
-    arm: int64 [1]. gates: float32 [modules]. after: the bandit's state once its round is counted.
-    sent: the gates on their way to the host, if it is to read them.
+    arm: int64 [1]. strengths: float32 [modules]. after: the bandit's state once its round is counted.
+    sent: the strengths on their way to the host, if it is to read them.
     """
 
-    def __init__(self, arm: Tensor, gates: Tensor, after: dict[str, Tensor], read: bool) -> None:
-        self.arm, self.gates, self.after = arm, gates, after
-        self.sent = Sent(gates) if read else None
+    def __init__(self, arm: Tensor, strengths: Tensor, after: dict[str, Tensor], read: bool) -> None:
+        self.arm, self.strengths, self.after = arm, strengths, after
+        self.sent = Sent(strengths) if read else None
 
 
 class Distiller(Generic[Batch]):
@@ -103,12 +107,13 @@ class Distiller(Generic[Batch]):
         self.device = self.training.device
         self.names = self.training.names
         self.objective = self.training.objective
-        arms = config.bandit.arms
-        self.policy = config.bandit.make(count_arms(len(modules), arms))
-        self.gates = arm_gates(len(modules), arms, self.device)
-        self.arm_names = arm_names(self.names, arms)
+        self.arms = config.bandit.arm_kind
+        self.policy = config.bandit.make(count_arms(len(modules), self.arms))
+        self.arm_names = belief_names(self.names, self.arms)
         self.meter = RewardMeter(config.reward)
         self.bandit = self.policy.init(batch=1, seed=seed, device=self.device)
+        self.balance = GradientBalance(len(modules) * len(LAYER_KINDS))
+        self.units = self.balance.init(self.device)
         self.pulls = torch.zeros(len(self.arm_names), dtype=torch.int64, device=self.device)
         self.round = 0
         self.step = 0
@@ -161,12 +166,17 @@ class Distiller(Generic[Batch]):
         gates = self._gates(choice)
         watch = Stopwatch(self.device)
         steps: list[LossVector] = []
-        run = self.training.run if self._replayed is None else self._replayed.run
+        training = self.training if self._replayed is None else self._replayed
+        agreement = torch.full_like(self.objective.strengths, math.nan)
+        self.objective.strengths.copy_(choice.strengths[:, None] * self._units())
         with self._taught_ahead(loaded, gates) as batches:
-            for _ in range(self.config.steps_per_round):
-                steps.append(run(batches, gates))
+            for i in range(self.config.steps_per_round):
+                if i == 0 and self.config.balance == "gradient":
+                    steps.append(training.run_apart(batches, gates, partial(self._weigh, choice, agreement)))
+                else:
+                    steps.append(training.run(batches, gates))
                 if self.config.reward.source == "training":
-                    self._observe(steps[-1], choice.gates)
+                    self._observe(steps[-1], choice.strengths)
                 self.step += 1
         watch.stop()
         probe = self.training.measure(self.probe, self._taught)
@@ -175,10 +185,13 @@ class Distiller(Generic[Batch]):
         else:
             reward, self.reward = self.meter.finish(self.reward)
         self.bandit = self.policy.update(self.bandit, choice.arm, reward)
-        self.pulls = self.pulls.index_add(0, choice.arm % len(self.arm_names), torch.ones_like(choice.arm))
+        if self.arms == "strengths":
+            self.pulls = self.pulls + (choice.strengths > 0)
+        else:
+            self.pulls = self.pulls.index_add(0, choice.arm % len(self.arm_names), torch.ones_like(choice.arm))
         self.round += 1
         self._next = self._choose()
-        return self._send_record(choice, reward, steps, probe, watch, tuple(gates))
+        return self._send_record(choice, reward, agreement, steps, probe, watch, tuple(gates))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
@@ -194,6 +207,7 @@ class Distiller(Generic[Batch]):
             "ema": averaged_state(training.average),
             "bandit": self.bandit,
             "reward": self.reward,
+            "units": self.units,
             "random": random_state(self.ranks),
             "pulls": self.pulls,
             "round": self.round,
@@ -214,6 +228,7 @@ class Distiller(Generic[Batch]):
         training.scaler.load_state_dict(state["scaler"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
+        self.units = {name: tensor.to(self.device) for name, tensor in state["units"].items()}
         load_random(state["random"], self.ranks)
         self.pulls = state["pulls"].to(self.device)
         self.round = state["round"]
@@ -225,12 +240,25 @@ class Distiller(Generic[Batch]):
     def _choose(self) -> _Choice:
         """The next round's arm, queued; a pure function of the bandit's state, which stays as it is."""
         arm, after = self.policy.select(self.bandit)
-        return _Choice(arm, self.gates[arm][0], after, self._reads_arm)
+        return _Choice(arm, arm_strengths(arm, len(self.names), self.arms)[0], after, self._reads_arm)
+
+    def _units(self) -> Tensor:
+        """What a strength of 1 weighs, float32 [modules, 2]."""
+        units = self.balance.units(self.units).view_as(self.objective.strengths)
+        return units if self.config.balance == "gradient" else torch.ones_like(units)
+
+    def _weigh(self, choice: _Choice, agreement: Tensor, name: str, kind: LossKind, pull: Pull) -> Tensor:
+        """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
+        module, column = self.names.index(name), LAYER_KINDS.index(kind)
+        strength, part = choice.strengths[module], module * len(LAYER_KINDS) + column
+        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, pull.ratio, 0.0))
+        agreement[module, column].copy_(torch.where(strength > 0, pull.agreement, math.nan))
+        return strength * self._units()[module, column]
 
     def _gates(self, choice: _Choice) -> Gates:
         """The modules to tap: those of the arm, without gates; all of them behind gates if the arm is not read."""
         if choice.sent is None:
-            return dict(zip(self.names, choice.gates.unbind(), strict=True))
+            return dict(zip(self.names, (choice.strengths > 0).float().unbind(), strict=True))
         chosen = choice.sent.value().tolist()
         return {name: None for name, gate in zip(self.names, chosen, strict=True) if gate}
 
@@ -241,18 +269,19 @@ class Distiller(Generic[Batch]):
         _, wanted = self.objective.wanted(tuple(gates))
         return self._ahead.batches(batches, wanted)
 
-    def _observe(self, found: LossVector, gates: Tensor) -> None:
+    def _observe(self, found: LossVector, strengths: Tensor) -> None:
         """Hands a step's losses to the reward; those of modules that were not distilled count as not measured."""
         values = dict(zip(found.terms, found.values.unbind(), strict=True))
         nothing = found.values.new_zeros(())
         losses = torch.stack([values.get(term, nothing) for term in self.initial_probe.terms])
-        measured = torch.cat([gates, gates.new_ones(1)])[self._modules_of_terms] > 0
+        measured = torch.cat([strengths, strengths.new_ones(1)])[self._modules_of_terms] > 0
         self.reward = self.meter.observe(self.reward, losses[None], measured[None])
 
     def _send_record(
         self,
         choice: _Choice,
         reward: Tensor,
+        agreement: Tensor,
         steps: Sequence[LossVector],
         probe: LossVector,
         watch: Stopwatch,
@@ -262,7 +291,9 @@ class Distiller(Generic[Batch]):
         mean, std = self.policy.posterior(self.bandit)
         tensors = {
             "arm": choice.arm[0],
-            "gates": choice.gates,
+            "strengths": choice.strengths,
+            "weights": self.objective.strengths,
+            "agreement": agreement,
             "reward": reward[0],
             "pulls": self.pulls,
             "mean": mean[0],
@@ -275,6 +306,8 @@ class Distiller(Generic[Batch]):
         layers = {name: pair.student_layers for name, pair in self.objective.pairs.items()}
         share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
         terms = steps[0].terms
+        parts = [f"{kind}/{name}" for name in self.names for kind in LAYER_KINDS]
+        compared = {f"{term.kind}/{term.module}" for term in terms}
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
             refuse_other_masks(dict(zip(self._differing, values["masks"].tolist(), strict=False)))
@@ -282,7 +315,8 @@ class Distiller(Generic[Batch]):
                 _refuse_non_finite(number, f"step {i}", terms, row)
             _refuse_non_finite(number, f"the probe after step {step}", probe.terms, values["probe"])
             pulls = {name: int(count) for name, count in _named(self.arm_names, values["pulls"]).items() if count}
-            modules = tuple(name for name, gate in _named(self.names, values["gates"]).items() if gate)
+            strengths = {name: x for name, x in _named(self.names, values["strengths"]).items() if x}
+            modules = tuple(strengths)
             # Where all modules are tapped, those whose gates are closed have losses of 0, which nobody measured.
             distilled = [i for i, term in enumerate(terms) if term.module is None or term.module in modules]
             losses = LossVector(tuple(terms[i] for i in distilled), values["losses"].mean(dim=0)[distilled])
@@ -291,6 +325,13 @@ class Distiller(Generic[Batch]):
                 step=step,
                 arm=int(values["arm"]),
                 modules=modules,
+                strengths=strengths,
+                weights={
+                    name: x for name, x in _named(parts, values["weights"].flatten()).items() if x and name in compared
+                },
+                agreement={
+                    name: x for name, x in _named(parts, values["agreement"].flatten()).items() if math.isfinite(x)
+                },
                 reward=float(values["reward"]),
                 pulls=pulls,
                 mean={name: x for name, x in _named(self.arm_names, values["mean"]).items() if name in pulls},

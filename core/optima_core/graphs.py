@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from optima_core.errors import OptimaError
 from optima_core.objective import Gates, LossVector
-from optima_core.step import Batch, Step
+from optima_core.step import Batch, Step, Weigh
 
 WARM_UP = 3
 """Steps of an arm before it is recorded."""
@@ -103,6 +103,14 @@ class ReplayedStep(Generic[Batch]):
         """`Step.run`, for modules that the host knows to be distilled."""
         self._rate.fill_(self.step.schedule.get_last_lr()[0])
         found = self._learn(list(islice(batches, self.step.config.accumulate)), gates)
+        self.step.advance()
+        return found
+
+    def run_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
+        """`Step.run_apart`, which is launched and never recorded."""
+        self._rate.fill_(self.step.schedule.get_last_lr()[0])
+        with self._rate_on_device():
+            found = self.step.learn_apart(batches, gates, weigh)
         self.step.advance()
         return found
 

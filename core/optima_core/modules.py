@@ -19,6 +19,7 @@ class ModulePair:
         layer_map: "uniform" spreads the student's layers over the teacher's so that the last meets the last; "last"
             pairs the student with the teacher's last layers; a sequence names the teacher layer (from 0) of each
             student layer.
+        maps: Whether attention maps are compared; hidden states always are.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ModulePair:
     student_width: int
     teacher_width: int
     layer_map: str | Sequence[int] = "uniform"
+    maps: bool = True
 
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("./"):

@@ -1,11 +1,11 @@
 """The objective: task loss, prediction distillation, and the layer losses of the modules chosen this round.
 
-L = w_task * task + w_logits * logits + sum over layers of the chosen modules of (w_hidden * hidden + w_attention *
-attention)
+L = w_task * task + w_logits * logits + sum over the chosen modules of (s_hidden * w_hidden * hidden +
+s_attention * w_attention * attention)
 
-The layer sums are means over a module's layers, so that the weights mean the same for a shallow and a deep module. The
-layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the module
-is distilled this round, else 0.
+The layer losses are means over a module's layers, so that the weights mean the same for a shallow and a deep module.
+The layers of a module are compared in one call a kind. A module's terms may carry a gate on the device: 1 where the
+module is distilled this round, else 0. The strengths lie on the device, too, and may change between steps.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from optima_core.config import ObjectiveConfig
 from optima_core.errors import OptimaError
 from optima_core.modules import ModulePair
 from optima_core.taps import AttentionTap, LayerTap, Taps, WantedTaps
-from optima_core.terms import LossGroup, LossTerm, record_order
+from optima_core.terms import LAYER_KINDS, LossGroup, LossKind, LossTerm, record_order
 from optima_kernels import attention_map_losses, hidden_mses, linear_kl, prediction_kl
 
 Gates = Mapping[str, Tensor | None]
@@ -101,7 +101,12 @@ class Objective(nn.Module):
 
     weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
         one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
+
+    strengths: float32 [modules, 2], 1 at first, a factor of each module's hidden-state and attention-map losses; to be
+        written in place.
     """
+
+    strengths: Tensor
 
     def __init__(
         self,
@@ -113,6 +118,7 @@ class Objective(nn.Module):
         self.config = config
         self.weigh = weigh
         self._differing: dict[str, Tensor] | None = None
+        self.register_buffer("strengths", torch.ones(len(modules), len(LAYER_KINDS)), persistent=False)
         self.pairs = {pair.name: pair for pair in modules}
         if len(self.pairs) != len(modules):
             raise ValueError(f"modules must have different names, got {[pair.name for pair in modules]}")
@@ -149,7 +155,7 @@ class Objective(nn.Module):
             if config.hidden:
                 refuse_other_tokens(name, pairs)
                 found[LossGroup("hidden", name, tuple(range(len(pairs))))] = [self._hidden(name, pairs, gate)]
-            if config.attention:
+            if config.attention and self.pairs[name].maps:
                 # A call compares maps of one kind: those of layers whose attentions are alike, first with first.
                 refuse_other_maps(name, pairs)
                 if self._differing is not None:
@@ -175,7 +181,7 @@ class Objective(nn.Module):
             self._differing = None
 
     def weight(self, group: LossGroup | LossTerm) -> float:
-        """The factor of a loss in the total; that of a layer is its share of the module's mean."""
+        """The factor of a loss in the total at strength 1; that of a layer is its share of the module's mean."""
         weight: float = getattr(self.config, group.kind)
         return weight if group.module is None else weight / self.pairs[group.module].student_layers
 
@@ -183,8 +189,13 @@ class Objective(nn.Module):
         """The weighted sum of the losses."""
         total = torch.zeros((), device=next(iter(losses.values())).device)
         for group, values in losses.items():
-            total = total + self.weight(group) * (values.sum() if group.layers else values)
+            weighted = self.weight(group) * (values.sum() if group.layers else values)
+            total = total + (weighted if group.module is None else self.strength(group.module, group.kind) * weighted)
         return total
+
+    def strength(self, module: str, kind: LossKind) -> Tensor:
+        """The place of a part's strength in `strengths`, 0-d."""
+        return self.strengths[list(self.pairs).index(module), LAYER_KINDS.index(kind)]
 
     def _pairs(self, module: str, student: Forward, teacher: Forward) -> list[tuple[LayerTap, LayerTap]]:
         """Each student layer's tap with that of the teacher layer it learns from."""

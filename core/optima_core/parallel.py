@@ -105,6 +105,14 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.count
 
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the shards of what is sharded; as they are where every rank holds all."""
+        if self.count == 1 or not self.sharded:
+            return sums
+        total = sums.detach().clone()
+        dist.all_reduce(total)
+        return total
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all of them."""
         if self.count == 1:

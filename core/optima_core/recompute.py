@@ -43,4 +43,19 @@ def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManag
         SDPBackend.MATH: cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
         SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
     }
-    return nullcontext(), sdpa_kernel([kernel for kernel, is_on in enabled.items() if is_on])
+    return nullcontext(), _Kernels([kernel for kernel, is_on in enabled.items() if is_on])
+
+
+class _Kernels(AbstractContextManager[None]):
+    """`sdpa_kernel` that can be entered again, for a graph that is gone through backward several times."""
+
+    def __init__(self, kernels: list[SDPBackend]) -> None:
+        self.kernels = kernels
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(sdpa_kernel(self.kernels))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)

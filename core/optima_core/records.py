@@ -18,6 +18,9 @@ class RoundRecord:
     """What happened in a round, on the host.
 
     round: from 1. step: optimiser steps taken in all. arm: index, -1 for all modules. modules: those distilled.
+    strengths: of each module distilled. weights: by "hidden/<module>" and "attention/<module>", what the strength came
+        to, its unit included: a factor of those losses.
+    agreement: by the same names, the cosine of their gradient and the predictions' in the round's first step.
     reward: what the round earned. pulls: rounds by arm name so far, for the arms tried; mean, std: their posterior.
     losses: mean of each loss term over the round's steps. probe: each loss term on the probe batch after the round.
     tapped: share of the student's layers that were tapped, with the teacher's, and went into layer losses; the work of
@@ -28,6 +31,9 @@ class RoundRecord:
     step: int
     arm: int
     modules: tuple[str, ...]
+    strengths: dict[str, float]
+    weights: dict[str, float]
+    agreement: dict[str, float]
     reward: float
     pulls: dict[str, int]
     mean: dict[str, float]

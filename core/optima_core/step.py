@@ -5,6 +5,7 @@ where the host knows that a module is distilled, a tensor where only the device 
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
@@ -21,11 +22,15 @@ from optima_core.objective import Forward, Gates, Losses, LossVector, Objective,
 from optima_core.optimiser import clip_gradients, make_optimiser, still_behind_gates
 from optima_core.parallel import Ranks
 from optima_core.precision import arithmetic, make_scaler
+from optima_core.pulls import Pull, compare_pulls
 from optima_core.taps import WantedTaps
+from optima_core.terms import LAYER_KINDS, LossKind
 
 Batch = TypeVar("Batch")
 ModelForward = Callable[[Batch, WantedTaps], Forward]
 """(batch, wanted taps) -> what the model shows the objective."""
+Weigh = Callable[[str, LossKind, Pull], Tensor]
+"""(module, which of its layer losses, how they pull at strength 1) -> the strength to take, 0-d."""
 
 
 class Step(Generic[Batch]):
@@ -90,7 +95,85 @@ class Step(Generic[Batch]):
                 self.backward(losses)
             found.append(as_vector(losses))
         self.update(gates)
-        mean = found[0].values if parts == 1 else torch.stack([part.values for part in found]).mean(dim=0)
+        return self._mean(found)
+
+    def run_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
+        """`run`, in which the gradients of the modules' hidden-state and attention-map losses are looked at."""
+        losses = self.learn_apart(batches, gates, weigh)
+        self.advance()
+        return losses
+
+    def learn_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
+        """`learn`; `weigh` is told how the losses of each module and kind pull, and answers with the strength to take.
+
+        A single process without accumulation runs both models once, and backward once for each module and kind.
+        Otherwise both are run as often, for what wraps a student takes one backward pass a forward.
+        """
+        taken = list(itertools.islice(batches, self.config.accumulate))
+        shared = self._forward(taken[0], gates) if self.ranks.count == 1 and len(taken) == 1 else None
+        found: list[Losses] = [{} for _ in taken]
+        self._backward_apart(taken, {}, shared, found, None)
+        # Scalars, which are on every rank however the others are sharded, are left out.
+        student = [parameter for parameter in self.student.parameters() if parameter.ndim]
+        predictions = [parameter.grad for parameter in student]
+        total = self._take_gradients()
+
+        for name, kind in itertools.product(gates, LAYER_KINDS):
+            strength = self.objective.strength(name, kind)
+            strength.fill_(1.0)
+            if self._backward_apart(taken, {name: gates[name]}, shared, found, name, kind):
+                pull = compare_pulls(predictions, [parameter.grad for parameter in student], self.ranks.total)
+                strength.copy_(weigh(name, kind, pull))
+                _add_scaled(total, self._take_gradients(), strength)
+        for parameter, gradient in zip(self.trained, total, strict=True):
+            parameter.grad = gradient
+        self.update(gates)
+        return self._mean([as_vector(losses) for losses in found])
+
+    def _backward_apart(
+        self,
+        batches: Sequence[Batch],
+        gates: Gates,
+        shared: Losses | None,
+        found: list[Losses],
+        module: str | None,
+        kind: LossKind | None = None,
+    ) -> bool:
+        """Gradients of a module's losses of a kind alone, or with None of those of no module; False if there are none.
+
+        The losses are added to `found`, which has a dictionary a batch.
+        """
+        for i, batch in enumerate(batches):
+            with self.ranks.exchange(self._learn, last=i + 1 == len(batches)):
+                losses = shared if shared is not None else self._forward(batch, gates)
+                part = {
+                    group: values
+                    for group, values in losses.items()
+                    if group.module == module and kind in (None, group.kind)
+                }
+                found[i] |= part
+                if part:
+                    self.backward(part, keep_graph=shared is not None)
+        return bool(part)
+
+    def _forward(self, batch: Batch, gates: Gates) -> Losses:
+        """`losses`, never as one graph."""
+        wanted, wanted_of_teacher = self.objective.wanted(tuple(gates))
+        with self.arithmetic(), self._graphs():
+            with torch.no_grad():
+                teacher = self.teacher_forward(batch, wanted_of_teacher)
+            losses: Losses = self._learn(batch, wanted, teacher, gates)
+        return losses
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        """The gradients of all that is trained, which has none afterwards."""
+        found = [parameter.grad for parameter in self.trained]
+        self.optimiser.zero_grad(set_to_none=True)
+        return found
+
+    def _mean(self, found: Sequence[LossVector]) -> LossVector:
+        """Of the batches of a step, and over ranks."""
+        mean = found[0].values if len(found) == 1 else torch.stack([part.values for part in found]).mean(dim=0)
         return LossVector(found[0].terms, self.ranks.mean(mean))
 
     def losses(self, batch: Batch, gates: Gates) -> Losses:
@@ -106,10 +189,10 @@ class Step(Generic[Batch]):
         losses: Losses = self._learn(batch, wanted, teacher, gates)
         return losses
 
-    def backward(self, losses: Losses) -> Tensor:
+    def backward(self, losses: Losses, keep_graph: bool = False) -> Tensor:
         """Adds a batch's share to the gradients of the step, and returns its total loss."""
         total = self.objective.total(losses) / self.config.accumulate
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(total).backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
         return total.detach()
 
     def update(self, gates: Gates) -> None:
@@ -152,3 +235,12 @@ class Step(Generic[Batch]):
     def arithmetic(self) -> AbstractContextManager[Any]:
         """Around the forward passes and losses."""
         return arithmetic(self.config.precision, self.device)
+
+
+def _add_scaled(total: list[Tensor | None], gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """total += factor * gradients, in the memory of the gradients: what was in total before is still looked at."""
+    for place, gradient in enumerate(gradients):
+        if gradient is not None:
+            scaled = gradient.mul_(factor)
+            before = total[place]
+            total[place] = scaled if before is None else scaled.add_(before)

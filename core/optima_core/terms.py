@@ -5,6 +5,8 @@ from functools import cache
 from typing import Literal, NamedTuple, cast, get_args
 
 LossKind = Literal["task", "logits", "hidden", "attention"]
+LAYER_KINDS: tuple[LossKind, ...] = ("hidden", "attention")
+"""The losses that a module has, one of each a layer."""
 
 
 class LossTerm(NamedTuple):

@@ -8,11 +8,16 @@ from optima_core.modules import ModulePair
 
 
 def module_pairs(
-    student: CoCa, teacher: CoCa, layer_map: str | Mapping[str, Sequence[int]] = "uniform"
+    student: CoCa,
+    teacher: CoCa,
+    layer_map: str | Mapping[str, Sequence[int]] = "uniform",
+    single_layer_maps: bool = False,
 ) -> tuple[ModulePair, ...]:
     """The three modules with both models' depths and widths.
 
     layer_map: that of `ModulePair` for all modules; or by module the teacher layers, those left out being "uniform".
+    single_layer_maps: whether the attention maps of a student's only layer are compared with those of a deeper module,
+        whose layer attends to what layers before it made: it costs up to 16 points (bench/COMPARE.md).
 
     Raises ValueError if a module of the student is deeper than the teacher's, or if the two cut an image into
     different numbers of tokens, so that their states and attention maps cannot be compared.
@@ -44,6 +49,7 @@ def module_pairs(
                 student_width=ours.width,
                 teacher_width=theirs.width,
                 layer_map=layer_map if isinstance(layer_map, str) else layer_map.get(name, "uniform"),
+                maps=single_layer_maps or ours.layers > 1 or theirs.layers == 1,
             )
         )
     return tuple(pairs)

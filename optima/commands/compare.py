@@ -48,13 +48,30 @@ def _policy(name: str, **options: float) -> dict[str, Any]:
     return {"engine.bandit.policy": name, "engine.bandit.options": options}
 
 
+def _at(weight: float) -> dict[str, Any]:
+    return {"engine.balance": "none", "engine.objective.hidden": weight, "engine.objective.attention": weight}
+
+
+def _subset(*modules: str) -> dict[str, Any]:
+    arm = sum(1 << MODULES.index(module) for module in modules) - 1
+    return _policy("fixed_arm", arm=arm) | {"engine.bandit.arms": "subsets"}
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "task_loss": {"engine.objective.logits": 0.0, **_NO_LAYERS},
     "task_loss_and_logits": _NO_LAYERS,
     "all_modules": _policy("all_modules"),
+    **{f"all_modules_at_{weight}": _policy("all_modules") | _at(weight) for weight in (3, 10, 30, 100)},
     **{f"only_{module}": _policy("fixed_arm", arm=arm) for arm, module in enumerate(MODULES)},
+    "image_and_text": _subset("image_encoder", "text_decoder"),
+    "image_and_multimodal": _subset("image_encoder", "multimodal_decoder"),
+    "image_and_multimodal_at_30": _subset("image_encoder", "multimodal_decoder") | _at(30),
+    "text_and_multimodal": _subset("text_decoder", "multimodal_decoder"),
+    "round_robin": _policy("round_robin"),
     "uniform": _policy("uniform"),
+    "uniform_subset": _policy("uniform") | {"engine.bandit.arms": "subsets"},
     "discounted_ucb": _policy("discounted_ucb"),
+    "discounted_thompson": _policy("discounted_thompson"),
     "optima": {},
 }
 """Method -> the options in which its runs differ from the settings that all share."""
@@ -90,10 +107,16 @@ def run_command(root: Path, task: str, method: str, seed: int) -> list[str]:
     """The command of one run of the comparison in `root`; modules in the current folder do not take part (-P)."""
     path = _Cell(task, method, seed).path(root)
     words = [sys.executable, "-P", "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
-    words += ["--task", task, "--seed", str(seed), "--run", str(path), "--quiet", "true"]
+    words += ["--task", task, "--seed", str(seed), "--run", str(path), "--quiet", "true", *method_options(method)]
+    return words + (["--resume", "true"] if (path / CONFIG).exists() else [])
+
+
+def method_options(method: str) -> list[str]:
+    """The options of a method as words of a command line."""
+    words = []
     for name, value in METHODS[method].items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words + (["--resume", "true"] if (path / CONFIG).exists() else [])
+    return words
 
 
 def compare(config: CompareConfig) -> None:

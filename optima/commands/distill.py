@@ -227,7 +227,7 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
         student,
         TaskForward(student, config.task),
         TaskForward(teacher, config.task),
-        module_pairs(student, teacher, config.layer_map),
+        module_pairs(student, teacher, config.layer_map, config.single_layer_maps),
         load,
         TaskBatch(*(part[first : first + size] for part in probe)),
         config.engine,

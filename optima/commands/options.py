@@ -17,11 +17,22 @@ Method = Literal[
     "task_loss",
     "task_loss_and_logits",
     "all_modules",
+    "all_modules_at_3",
+    "all_modules_at_10",
+    "all_modules_at_30",
+    "all_modules_at_100",
     "only_image_encoder",
     "only_text_decoder",
     "only_multimodal_decoder",
+    "image_and_text",
+    "image_and_multimodal",
+    "image_and_multimodal_at_30",
+    "text_and_multimodal",
+    "round_robin",
     "uniform",
+    "uniform_subset",
     "discounted_ucb",
+    "discounted_thompson",
     "optima",
 ]
 """Ways of choosing what to distil."""
@@ -243,8 +254,9 @@ class CompareConfig:
             command continues; more tasks, methods and seeds may be asked for later.
         task: The tasks; by default all four, or the one that distill.data serves.
         method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
-            module in every round, uniform a random one; discounted_ucb and optima are bandits. optima runs the
-            settings under `distill` as they are. All methods by default.
+            and *_and_* two modules in every round, *_at_* with that weight in place of balanced ones, round_robin one
+            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson
+            (one module at a time) and optima are bandits. optima runs the settings under `distill` as they are. All methods by default.
         seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
             counts (distill.evaluate_items); report "test" once.

@@ -79,6 +79,8 @@ class DistillConfig:
         layer_map: "uniform" spreads the student's layers over the teacher's, "last" pairs them with the last ones; or
             by module the teacher layer (from 0) of each student layer, as in "{text_decoder: [0, 3]}", the modules
             left out being "uniform".
+        single_layer_maps: Compare the attention maps of a student's module of one layer with those of a deeper teacher,
+            too; its hidden states always are.
         recompute: Keep no activations inside the student's layers, but compute them again in the backward pass: less
             memory, about a third more time.
         engine: Rounds, losses, optimiser, bandit and reward.
@@ -115,6 +117,7 @@ class DistillConfig:
     batch_size: int = 32
     probe_size: int = 128
     layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
+    single_layer_maps: bool = False
     recompute: bool = False
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     evaluate_every: int = 10

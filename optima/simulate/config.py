@@ -12,9 +12,10 @@ class SimulateConfig:
     Attributes:
         policies: Names of policies, each with changed hyper-parameters after a colon, as in
             "discounted_thompson:gamma=0.99,nu=0.5"; null takes all.
-        environments: Worlds to run them in: abrupt, sine, distil_a, distil_b, distil_c; null takes all.
+        environments: Worlds to run them in: abrupt, sine, distil_a, distil_b, distil_c, company; null takes all.
         modules: Number of modules K.
         arms: Whether an arm is one module or any non-empty set of modules, among which a round's work is then divided.
+            Policies that keep a belief a module (linear_thompson) have a strength for each in any case.
         rounds: Number of rounds T.
         seeds: Independent worlds, run as one batch.
         early_round: Number of rounds after which the share of the gap closed is told.

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.simulate.environments import Environment
-from optima_core.bandit import ArmKind, Policy, arm_gates
+from optima.simulate.environments import Environment, share_of
+from optima_core.bandit import ArmKind, Policy, arm_strengths
 
 
 @dataclass(frozen=True)
 class Trial:
     """How the policies fared in one environment. Regret is what the oracle gained less what the policy gained.
 
-    The oracle always pulls the module with the largest expected reward, in a world of its own.
+    The oracle always takes what has the largest expected reward, in a world of its own.
 
     Attributes:
         regret: mean over seeds of the cumulative regret after each round, [policies, rounds].
@@ -42,8 +42,8 @@ class Trial:
 def run_trial(
     environment: Environment,
     policies: Sequence[Policy],
+    kinds: Sequence[ArmKind] | None = None,
     *,
-    arms: ArmKind = "modules",
     seeds: int = 512,
     seed: int = 0,
     early_round: int = 500,
@@ -57,12 +57,11 @@ def run_trial(
     sampled.
 
     Args:
-        arms: what the arms of the policies stand for; the environment's arms are the modules.
+        kinds: what the arms of each policy stand for, modules by default; the environment's arms are the modules.
         early_round: number of rounds after which the gap closed is told.
         on_round: called after every round, for progress.
     """
-    gates = arm_gates(environment.arms, arms, device).to(torch.float64)
-    share = gates / gates.sum(dim=-1, keepdim=True)
+    kinds = kinds or ["modules"] * len(policies)
     beliefs = [policy.init(seeds, seed + 1, device) for policy in policies]
     worlds = [environment.init(seeds, seed, device) for _ in policies]
     oracle_world, uniform_world = environment.init(seeds, seed, device), environment.init(seeds, seed, device)
@@ -76,19 +75,19 @@ def run_trial(
 
     for t in range(environment.rounds):
         noise = environment.draw_noise(oracle_world)
-        promised = environment.expected_reward(oracle_world)
-        best = promised.max(dim=-1, keepdim=True)
-        oracle_world = environment.advance(oracle_world, torch.zeros_like(evenly).scatter(1, best.indices, 1.0))
-        uniform_lost += best.values[:, 0] - (evenly * environment.expected_reward(uniform_world)).sum(dim=-1)
+        best = environment.best_strengths(oracle_world)
+        promised = environment.gain(oracle_world, best)
+        oracle_world = environment.advance(oracle_world, share_of(best))
+        uniform_lost += promised - environment.uniform_gain(uniform_world)
         uniform_world = environment.advance(uniform_world, evenly)
         for p, policy in enumerate(policies):
             arm, belief = policy.select(beliefs[p])
-            spent = share[arm]
-            expected = environment.expected_reward(worlds[p])
-            gained = (spent * expected).sum(dim=-1)
-            beliefs[p] = policy.update(belief, arm, gained + (spent * noise).sum(dim=-1))
+            strengths = arm_strengths(arm, environment.arms, kinds[p])
+            expected, spent = environment.expected_reward(worlds[p]), share_of(strengths)
+            gained = environment.gain(worlds[p], strengths)
+            beliefs[p] = policy.update(belief, arm, gained + environment.noise_at(noise, strengths))
             worlds[p] = environment.advance(worlds[p], spent)
-            lost[p] += best.values[:, 0] - gained
+            lost[p] += promised - gained
             choices[p, t] = spent.gather(1, expected.argsort(dim=-1, descending=True)).mean(dim=0)
         regret[:, t] = lost.mean(dim=-1)
         if t + 1 == min(early_round, environment.rounds):

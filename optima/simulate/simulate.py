@@ -14,7 +14,8 @@ from optima.simulate.environments import ENVIRONMENTS
 from optima.simulate.plots import plot_choices, plot_regret
 from optima.simulate.run import Trial, run_trial
 from optima.simulate.table import gap_table, regret_table
-from optima_core.bandit import POLICIES, Policy, count_arms, make_policy
+from optima_core.bandit import POLICIES, ArmKind, Policy, count_arms, make_policy
+from optima_core.bandit.catalogue import FACTORED
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
@@ -45,7 +46,7 @@ def simulate(config: SimulateConfig, console: Console | None = None) -> dict[str
             trials[name] = run_trial(
                 ENVIRONMENTS[name](config.modules, config.rounds),
                 list(policies.values()),
-                arms=config.arms,
+                [_kind(description, config) for description in policies],
                 seeds=config.seeds,
                 seed=config.seed,
                 early_round=config.early_round,
@@ -77,10 +78,16 @@ def _make_policies(config: SimulateConfig) -> dict[str, Policy]:
             if not isinstance(value, int | float):
                 raise OptimaError(f"policies: {key} of {name} must be a number, as in {name}:{key}=0.5; got {value!r}")
         try:
-            policies[description] = make_policy(name, count_arms(config.modules, config.arms), **hyper_parameters)
+            arms = count_arms(config.modules, _kind(description, config))
+            policies[description] = make_policy(name, arms, **hyper_parameters)
         except ValueError as error:
             raise OptimaError(f"policies: {error}") from error
     return policies
+
+
+def _kind(description: str, config: SimulateConfig) -> ArmKind:
+    """What the arms of a policy stand for; those that keep a belief a module know strengths alone."""
+    return "strengths" if description.partition(":")[0] in FACTORED else config.arms
 
 
 def _check(config: SimulateConfig) -> None:

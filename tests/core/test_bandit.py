@@ -9,8 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optima_core.bandit import CATALOGUE, POLICIES, Policy, State, arm_gates, arm_names, count_arms, make_policy
-from optima_core.bandit.catalogue import discounts_rewards
+from optima_core.bandit import (
+    CATALOGUE,
+    LEVELS,
+    POLICIES,
+    Policy,
+    State,
+    arm_strengths,
+    belief_names,
+    count_arms,
+    make_policy,
+)
+from optima_core.bandit.arms import arm_of_levels
+from optima_core.bandit.catalogue import FACTORED, discounts_rewards
 from optima_core.bandit.statistics import DiscountedBelief
 from optima_core.rng import make_keys, normal
 
@@ -27,9 +38,9 @@ every_policy = pytest.mark.parametrize("name", POLICIES)
 
 
 def policy_for_test(name: str) -> Policy:
-    """`name` with five arms; a window short enough to wrap, and a forced minimum where there is one."""
+    """`name` with five arms or 64 strengths; a window short enough to wrap, and a minimum share where there is one."""
     changes = {"sliding_window_thompson": {"window": 9}, "discounted_ucb": {"min_share": 0.05}}
-    return make_policy(name, arms=ARMS, **changes.get(name, {}))
+    return make_policy(name, arms=64 if name in FACTORED else ARMS, **changes.get(name, {}))
 
 
 def rewards_of(seed: int, batch: int, rounds: int, arms: int = ARMS) -> torch.Tensor:
@@ -58,7 +69,8 @@ def assert_same_state(left: State, right: State) -> None:
 
 @every_policy
 def test_bandits_do_not_depend_on_their_batch(name, seed):
-    policy, rewards = policy_for_test(name), rewards_of(seed, batch=11, rounds=40)
+    policy = policy_for_test(name)
+    rewards = rewards_of(seed, batch=11, rounds=40, arms=policy.arms)
     arms, state = play(policy, policy.init(11, seed), rewards)
     for i, j in ((0, 1), (3, 8), (10, 11)):
         part = {key: value[i:j] for key, value in policy.init(11, seed).items()}
@@ -70,7 +82,8 @@ def test_bandits_do_not_depend_on_their_batch(name, seed):
 
 @every_policy
 def test_saved_and_loaded_bandit_goes_on_bit_for_bit(name, seed, tmp_path):
-    policy, rewards = policy_for_test(name), rewards_of(seed, batch=6, rounds=40)
+    policy = policy_for_test(name)
+    rewards = rewards_of(seed, batch=6, rounds=40, arms=policy.arms)
     arms, state = play(policy, policy.init(6, seed), rewards)
     _, halfway = play(policy, policy.init(6, seed), rewards[:23])
     save_file(halfway, tmp_path / "bandit.safetensors")
@@ -84,7 +97,7 @@ def test_saved_and_loaded_bandit_goes_on_bit_for_bit(name, seed, tmp_path):
 @every_policy
 def test_update_and_select_leave_their_input_alone(name, seed):
     policy = policy_for_test(name)
-    _, state = play(policy, policy.init(3, seed), rewards_of(seed, batch=3, rounds=12))
+    _, state = play(policy, policy.init(3, seed), rewards_of(seed, batch=3, rounds=12, arms=policy.arms))
     kept = {key: value.clone() for key, value in state.items()}
     arm, after = policy.select(state)
     policy.update(after, arm, torch.ones(3))
@@ -123,7 +136,7 @@ def test_policy_never_looks_at_a_value(name, device):
         mean, std = policy.posterior(state)
     assert arm.shape == (4,)
     assert arm.dtype == torch.int64
-    assert mean.shape == std.shape == (4, ARMS)
+    assert mean.shape == std.shape == (4, 3 if name in FACTORED else ARMS)
     assert {value.device.type for value in [arm, mean, std, *state.values()]} == {device}
 
 
@@ -131,7 +144,10 @@ def test_policy_never_looks_at_a_value(name, device):
 def test_posterior_is_finite_from_the_first_round(name, seed):
     policy = policy_for_test(name)
     state = policy.init(2, seed)
-    for reward in [torch.zeros(2, ARMS, dtype=torch.float64), *rewards_of(seed, batch=2, rounds=20)]:
+    for reward in [
+        torch.zeros(2, policy.arms, dtype=torch.float64),
+        *rewards_of(seed, batch=2, rounds=20, arms=policy.arms),
+    ]:
         mean, std = policy.posterior(state)
         assert mean.isfinite().all()
         assert std.isfinite().all()
@@ -142,8 +158,8 @@ def test_posterior_is_finite_from_the_first_round(name, seed):
 @every_policy
 def test_every_arm_is_in_range(name, seed):
     policy = policy_for_test(name)
-    arms, _ = play(policy, policy.init(8, seed), rewards_of(seed, batch=8, rounds=50))
-    assert (arms == -1).all() if name == "all_modules" else ((arms >= 0) & (arms < ARMS)).all()
+    arms, _ = play(policy, policy.init(8, seed), rewards_of(seed, batch=8, rounds=50, arms=policy.arms))
+    assert (arms == -1).all() if name == "all_modules" else ((arms >= 0) & (arms < policy.arms)).all()
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -306,16 +322,31 @@ def test_idle_arm_is_forgotten_before_its_count_turns_denormal():
 
 
 @pytest.mark.parametrize("kind", ["modules", "subsets"])
-def test_gates_name_every_arm_once_and_end_with_all_modules(kind):
+def test_every_arm_of_modules_distils_what_its_name_says(kind):
     names = ["image", "text", "joint"]
-    table = arm_gates(3, kind)
+    table = arm_strengths(torch.arange(count_arms(3, kind)), 3, kind)
     assert table.dtype == torch.float32
-    assert len(table.unique(dim=0)) == len(table) == len(arm_names(names, kind))
-    assert len(table) - count_arms(3, kind) == (1 if kind == "modules" else 0)
+    assert len(table.unique(dim=0)) == len(table)
     assert table.sum(dim=1).min() == 1
-    assert torch.equal(table[torch.tensor([-1])], torch.ones(1, 3))
-    for row, name in zip(table.tolist(), arm_names(names, kind), strict=True):
-        assert name.split("+") == [n for n, gate in zip(names, row, strict=True) if gate == 1]
+    assert torch.equal(arm_strengths(torch.tensor([-1]), 3, kind), torch.ones(1, 3))
+    named = belief_names(names, kind)
+    assert named[len(table) :] == (["image+text+joint"] if kind == "modules" else [])
+    for row, name in zip(table.tolist(), named, strict=False):
+        assert name.split("+") == [n for n, strength in zip(names, row, strict=True) if strength == 1]
+
+
+def test_an_arm_of_strengths_is_a_level_for_every_module():
+    table = arm_strengths(torch.arange(count_arms(3, "strengths")), 3, "strengths")
+    expected = [[LEVELS[a % 4], LEVELS[a // 4 % 4], LEVELS[a // 16]] for a in range(64)]
+    torch.testing.assert_close(table, torch.tensor(expected, dtype=torch.float32))
+    assert torch.equal(arm_strengths(torch.tensor([-1]), 3, "strengths"), torch.ones(1, 3))
+    assert belief_names(["image", "text", "joint"], "strengths") == ["image", "text", "joint"]
+
+
+def test_levels_have_their_arm(seed):
+    levels = torch.randint(4, (50, 20), generator=torch.Generator().manual_seed(seed))
+    found = arm_strengths(arm_of_levels(levels), 20, "strengths")
+    torch.testing.assert_close(found, torch.tensor(LEVELS)[levels])
 
 
 @pytest.mark.parametrize(
@@ -324,7 +355,7 @@ def test_gates_name_every_arm_once_and_end_with_all_modules(kind):
         ({"name": "discounted_tompson"}, "unknown policy 'discounted_tompson'; did you mean 'discounted_thompson'"),
         (
             {"name": "thomson"},
-            "did you mean 'discounted_thompson', 'sliding_window_thompson', 'kalman_thompson' or 'stationary_thompson'",
+            "did you mean 'discounted_thompson', .*, 'stationary_thompson' or 'linear_thompson'",
         ),
         ({"name": "ucb"}, "did you mean 'discounted_ucb'"),
         ({"name": "best"}, "unknown policy 'best'; known: discounted_thompson, "),
@@ -345,10 +376,16 @@ def test_mistake_is_named(arguments, message):
 def test_batch_kind_and_number_of_modules_are_checked():
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         make_policy("uniform", arms=3).init(0)
-    with pytest.raises(ValueError, match="arms must be 'modules' or 'subsets', got 'pairs'"):
+    with pytest.raises(ValueError, match="arms must be 'modules', 'subsets' or 'strengths', got 'pairs'"):
         count_arms(3, "pairs")
     with pytest.raises(ValueError, match="at most 12 modules"):
-        arm_gates(13, "subsets")
+        count_arms(13, "subsets")
+    with pytest.raises(ValueError, match="at most 31 modules"):
+        count_arms(32, "strengths")
+    with pytest.raises(ValueError, match="arms must be a power of the 4 strengths"):
+        make_policy("linear_thompson", arms=5)
+    with pytest.raises(ValueError, match="arms must be at most 4096"):
+        make_policy("uniform", arms=4**7)
 
 
 def test_the_catalogue_is_what_the_policies_have():
@@ -360,4 +397,57 @@ def test_the_catalogue_is_what_the_policies_have():
             assert own[parameter].metadata["hyper_parameter"] is described
             assert own[parameter].default == described.default
             assert own[parameter].type is type(described.default)
-        assert discounts_rewards(name) == (issubclass(policy, DiscountedBelief) and "gamma" in own)
+        assert discounts_rewards(name) == (
+            "gamma" in own and (issubclass(policy, DiscountedBelief) or name in FACTORED)
+        )
+
+
+def test_linear_beliefs_are_the_weighted_least_squares_of_what_was_played(seed):
+    policy = make_policy("linear_thompson", arms=16, gamma=0.9, prior_precision=0.2, trust=1.5)
+    generator = torch.Generator().manual_seed(seed)
+    state, design, paid = policy.init(1, seed), [], []
+    for _ in range(40):
+        levels = torch.randint(4, (1, 2), generator=generator)
+        reward = torch.randn(1, generator=generator, dtype=torch.float64) + 7.0
+        design.append([1.0] + [float(levels[0, k] == level) for k in range(2) for level in (1, 2, 3)])
+        paid.append(float(reward))
+        state = policy.update(state, arm_of_levels(levels), reward)
+    weight = 0.9 ** np.arange(39, -1, -1)
+    x, y = np.array(design), np.array(paid) - paid[0]  # the first reward is the origin
+    gram = x.T @ (weight[:, None] * x) + 0.2 * np.eye(7)
+    fit = np.linalg.solve(gram, x.T @ (weight * y))
+    sigma = np.sqrt(((weight * y**2).sum() - fit @ (x.T @ (weight * y))) / weight.sum())
+    believed = np.array([0, 0, 1, 0, 0, 1, 0]) * 1.5 * sigma
+    beta = np.linalg.solve(gram, x.T @ (weight * y) + 0.2 * believed)
+    mean, spread = policy.posterior(state)
+    np.testing.assert_allclose(mean[0].numpy(), beta[[2, 5]], rtol=1e-8)
+    np.testing.assert_allclose(spread[0].numpy(), sigma * np.sqrt(np.linalg.inv(gram).diagonal()[[2, 5]]), rtol=1e-8)
+
+
+def test_linear_thompson_leaves_nothing_out_without_evidence(seed):
+    """Of rewards that are noise, and fall: few modules are left out, and none in the first two rounds."""
+    policy = make_policy("linear_thompson", arms=64)
+    noise = normal(make_keys(seed, (100, 40)), torch.zeros(1, dtype=torch.int64))
+    state, out = policy.init(100, seed), []
+    for t in range(40):
+        arm, state = policy.select(state)
+        out.append((arm_strengths(arm, 3, "strengths") == 0).float().mean().item())
+        state = policy.update(state, arm, 0.9**t + 0.3 * noise[:, t])
+    assert out[:2] == [0.0, 0.0]
+    assert max(out) < 0.25
+
+
+def test_linear_thompson_finds_the_level_of_each_module(seed):
+    """Of 64 arms, from 120 rewards, in most of 40 worlds."""
+    policy = make_policy("linear_thompson", arms=64, gamma=0.99, nu=1.0, prior_precision=0.1)
+    best = torch.tensor([2, 0, 3])
+    state, arms = policy.init(40, seed), []
+    noise = normal(make_keys(seed, (40, 120)), torch.zeros(1, dtype=torch.int64))
+    for t in range(120):
+        arm, state = policy.select(state)
+        levels = torch.stack([arm // 4**k % 4 for k in range(3)], dim=-1)
+        reward = -((levels - best) ** 2).sum(dim=-1) + 0.5 * noise[:, t]
+        state = policy.update(state, arm, reward)
+        arms.append(levels)
+    right = (torch.stack(arms[-20:]) == best).all(dim=-1)
+    assert right.float().mean() > 0.8

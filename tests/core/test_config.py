@@ -40,7 +40,7 @@ from optima_core import BanditConfig, DistillerConfig, ObjectiveConfig, Optimise
         (RewardConfig, {"window": 0}, "reward.window must be at least 1 round, got 0"),
         (RewardConfig, {"smoothing": 1.0}, "reward.smoothing must be in [0, 1), got 1.0"),
         (BanditConfig, {"policy": "discounted_tompson"}, "bandit.policy: unknown policy 'discounted_tompson'; did you"),
-        (BanditConfig, {"arms": "pairs"}, "bandit.arms must be 'modules' or 'subsets', got 'pairs'"),
+        (BanditConfig, {"arms": "pairs"}, "bandit.arms must be 'modules', 'subsets' or 'strengths', got 'pairs'"),
         (BanditConfig, {"gamma": 0.2}, "bandit.gamma must be a number in [0.5, 1], got 0.2"),
         (BanditConfig, {"min_share": 2.0}, "bandit.min_share must be a number in [0, 1], got 2.0"),
         (
@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said_when_the_configuration_is_made(
 def test_a_misspelt_option_of_a_policy_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'gamma'"):
         BanditConfig(options={"gama": 0.9})
-    with pytest.raises(ValueError, match=r"did you mean 'discounted_thompson', .* or 'stationary_thompson'"):
+    with pytest.raises(ValueError, match=r"did you mean 'discounted_thompson', .* or 'linear_thompson'"):
         BanditConfig("thomson")
 
 

@@ -29,6 +29,7 @@ from optima_core import (
     WantedTaps,
 )
 from optima_core.bandit import POLICIES, make_policy
+from optima_core.bandit.catalogue import FACTORED
 from optima_core.records import Sent
 
 CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
@@ -408,13 +409,14 @@ def test_no_rounds_steps_and_batches_are_refused(name: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_engines_settings_reach_the_policies_that_know_them(policy: str) -> None:
     made = make_distiller(replace(CONFIG, bandit=BanditConfig(policy, min_share=0.2, gamma=0.7))).policy
+    assert made.arms == (16 if policy in FACTORED else 2)
     own = make_policy(policy, arms=made.arms)
-    discounts = policy in ("discounted_thompson", "discounted_ucb", "exp3s", "epsilon_greedy")
+    discounts = policy in ("discounted_thompson", "linear_thompson", "discounted_ucb", "exp3s", "epsilon_greedy")
     for name, setting, known in (("min_share", 0.2, hasattr(own, "min_share")), ("gamma", 0.7, discounts)):
         if known:
             assert getattr(made, name) == setting
     option = make_distiller(replace(CONFIG, bandit=BanditConfig(gamma=0.7, options={"gamma": 0.9}))).policy
-    assert option == make_policy("discounted_thompson", arms=made.arms, gamma=0.9, min_share=BanditConfig.min_share)
+    assert option == make_policy("discounted_thompson", arms=2, gamma=0.9, min_share=BanditConfig.min_share)
 
 
 def test_two_plain_models_are_distilled_in_a_few_lines() -> None:

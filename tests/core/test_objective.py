@@ -1,6 +1,7 @@
 """The loss terms, their weights, their gates, and which projections learn from them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -255,6 +256,16 @@ def test_means_of_slices_are_weighed_by_what_they_are_means_over(
     elements = sum(sum(row) for sample in attends for row in sample)
     tokens = batch * queries if valid is None else int(valid.sum())
     assert told[0].tolist() == [7, tokens, rows if kind == "kl" else elements]
+
+
+def test_a_module_without_maps_has_hidden_states_alone(seed: int) -> None:
+    student, teacher, batch = TwoModules(8, 2, 1), TwoModules(16, 4, 2), load(seed)
+    objective = Objective([replace(pair, maps=pair.name == "front") for pair in MODULES], ObjectiveConfig())
+    wanted = objective.wanted(("front", "back"))
+    losses = objective(student(batch, wanted[0]), teacher(batch, wanted[1]), dict.fromkeys(("front", "back")))
+    assert {(group.kind, group.module) for group in losses if group.module} == {
+        ("hidden", "front"), ("attention", "front"), ("hidden", "back")
+    }  # fmt: skip
 
 
 def test_two_modules_of_one_name_are_refused() -> None:

@@ -15,7 +15,7 @@ from optima.coca.pairs import module_pairs
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
 from optima_core import Distiller, DistillerConfig, Step
-from optima_core.bandit import Policy, arm_gates
+from optima_core.bandit import Policy, arm_strengths, count_arms
 from optima_core.objective import Gates, Losses, as_vector
 from optima_core.reward import RewardMeter
 
@@ -48,7 +48,7 @@ class WholeStep:
 
     def forward(self, batch: TaskBatch, bandit: State) -> tuple[Losses, Gates, Tensor, State]:
         arm, bandit = self.policy.select(bandit)
-        gates = arm_gates(len(self.step.names), device=self.step.device)[arm][0]
+        gates = (arm_strengths(arm, len(self.step.names), self.step.config.bandit.arm_kind)[0] > 0).float()
         of_modules = dict(zip(self.step.names, gates.unbind(), strict=True))
         return self.step.compute(batch, of_modules), of_modules, arm, bandit
 
@@ -73,7 +73,8 @@ def make_whole_step(config: DistillerConfig, device: torch.device | str = "cpu")
         student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
     forwards = (TaskForward(model, "captioning") for model in (student, teacher))
     step = Step(student, *forwards, module_pairs(student, teacher), config)
-    policy, rewards = config.bandit.make(len(step.names)), RewardMeter(config.reward)
+    policy = config.bandit.make(count_arms(len(step.names), config.bandit.arm_kind))
+    rewards = RewardMeter(config.reward)
     losses = 2 + len(step.names) * (bool(config.objective.hidden) + bool(config.objective.attention))
     return WholeStep(step, policy, rewards, policy.init(1, 0, device), rewards.init_unmeasured(1, losses, device))
 

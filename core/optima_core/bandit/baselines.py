@@ -64,7 +64,7 @@ class FixedArm(DiscountedBelief):
 
 @dataclass(frozen=True, kw_only=True)
 class AllModules(DiscountedBelief):
-    """Every module in every round, as distillation without a bandit does: arm -1, the last row of `arm_gates`.
+    """Every module in every round, as distillation without a bandit does: arm -1, every strength 1.
 
     Its reward counts for every arm.
     """

@@ -6,6 +6,10 @@ The classes take their fields from here, so that a default or a range stands in 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Literal
+
+ArmKind = Literal["modules", "subsets", "strengths"]
+"""What an arm stands for: one module, a set of them, or a strength for each."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ NU_OF_STATIONARY = HyperParameter(1.0, 0.0, 100.0, _NU)
 WINDOW = HyperParameter(100, 1, 2**20, "rounds that are remembered")
 DRIFT = HyperParameter(0.01, 0.0, 100.0, "q, variance of one round's walk, in units of sigma**2")
 PRIOR_VARIANCE = HyperParameter(100.0, 1e-6, 1e12, "v_0, variance of an unknown arm, in units of sigma**2")
+PRIOR_PRECISION = HyperParameter(1.0, 1e-6, 100.0, "lambda: rewards' worth of the prior belief")
+TRUST = HyperParameter(2.0, 0.0, 100.0, "what strength 1 is believed to be worth against none, in units of sigma")
 GAMMA_OF_SIGMA = HyperParameter(0.99, 0.5, 1.0, "discount per round of the estimate of sigma")
 WIDTH = HyperParameter(0.35, 0.0, 100.0, "factor of the bonus; less is greedier")
 ETA = HyperParameter(0.4, 1e-6, 1.0, "share of rounds drawn uniformly, and learning rate")
@@ -54,6 +60,7 @@ CATALOGUE: Mapping[str, Mapping[str, HyperParameter]] = {
     "kalman_thompson": _ADAPTIVE
     | {"nu": NU_OF_KALMAN, "drift": DRIFT, "prior_variance": PRIOR_VARIANCE, "gamma": GAMMA_OF_SIGMA},
     "stationary_thompson": _ADAPTIVE | {"nu": NU_OF_STATIONARY} | _BELIEF,
+    "linear_thompson": {"gamma": GAMMA, "nu": NU, "prior_precision": PRIOR_PRECISION, "trust": TRUST},
     "discounted_ucb": _ADAPTIVE | _DISCOUNTED | {"width": WIDTH},
     "exp3s": _DISCOUNTED | {"eta": ETA, "alpha": ALPHA},
     "epsilon_greedy": _ADAPTIVE | _DISCOUNTED | {"epsilon": EPSILON},
@@ -86,6 +93,10 @@ def check_hyper_parameters(policy: str, given: Mapping[str, float], where: str =
         if name not in known:
             raise ValueError(f"{where}{name} is no hyper-parameter of {policy}; {_hint(name, list(known))}")
         known[name].check(where + name, value)
+
+
+FACTORED = ("linear_thompson",)
+"""The policies that keep a belief a module, over arms of kind "strengths"."""
 
 
 def describe_hyper_parameters(name: str) -> dict[str, str]:

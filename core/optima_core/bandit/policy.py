@@ -20,6 +20,8 @@ bandits out of a batch.
 # The idleness, in rounds, of an arm that was never pulled: longer than any run.
 _ALWAYS = 2**40
 
+_MOST_ARMS = 4096
+
 
 def hyper_parameter(of: HyperParameter) -> Any:
     """A dataclass field with that default, which `Policy` checks against its range."""
@@ -43,6 +45,11 @@ class Policy(ABC):
 
     arms: int
 
+    @property
+    def beliefs(self) -> int:
+        """Of how many things the policy keeps a belief: of every arm, if it does not say otherwise."""
+        return self.arms
+
     def __post_init__(self) -> None:
         if self.arms < 1:
             raise ValueError(f"arms must be at least 1, got {self.arms}")
@@ -61,7 +68,7 @@ class Policy(ABC):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         clock = {
-            "key": make_keys(seed, (batch, self.arms), device),
+            "key": make_keys(seed, (batch, self.beliefs), device),
             "round": torch.zeros(batch, dtype=torch.int64, device=device),
         }
         return clock | self.init_belief(batch, torch.device(device))
@@ -74,10 +81,9 @@ class Policy(ABC):
         arm = self.choose(state)
         return arm, state | {"round": state["round"] + 1}
 
+    @abstractmethod
     def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
         """The state after `reward` (floating point [batch]) was seen for `arm` (int64 [batch])."""
-        pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
-        return state | self.learn(state, pulled, reward.to(torch.float64)[:, None])
 
     @abstractmethod
     def init_belief(self, batch: int, device: torch.device) -> State:
@@ -88,19 +94,36 @@ class Policy(ABC):
         """int64 [batch], from the state before the round is counted."""
 
     @abstractmethod
-    def learn(self, state: State, pulled: Tensor, reward: Tensor) -> State:
-        """The changed entries of the state, given `pulled` bool [batch, arms] and `reward` float64 [batch, 1]."""
-
-    @abstractmethod
     def posterior(self, state: State) -> tuple[Tensor, Tensor]:
-        """Estimated reward of every arm and the spread of that estimate, each float64 [batch, arms], for display.
+        """Estimated reward of every arm and the spread of that estimate, each float64 [batch, beliefs], for display.
 
         Both are in units of the reward. For an arm never pulled they tell the prior.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptivePolicy(Policy):
+class ArmPolicy(Policy):
+    """A policy that keeps a belief of every arm, and learns from the reward of the arm that was pulled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arms > _MOST_ARMS:
+            raise ValueError(
+                f"arms must be at most {_MOST_ARMS} for a policy that keeps a belief of every one, got {self.arms}"
+            )
+
+    def update(self, state: State, arm: Tensor, reward: Tensor) -> State:
+        """See `Policy.update`."""
+        pulled = arm[:, None] == torch.arange(self.arms, device=arm.device)
+        return state | self.learn(state, pulled, reward.to(torch.float64)[:, None])
+
+    @abstractmethod
+    def learn(self, state: State, pulled: Tensor, reward: Tensor) -> State:
+        """The changed entries of the state, given `pulled` bool [batch, arms] and `reward` float64 [batch, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptivePolicy(ArmPolicy):
     """A policy that compares arms: it tries each once, in order, before it compares, and can guarantee a minimum share.
 
     `min_share` bounds idleness rather than drawing lots: an arm that has waited longer than 1 / min_share rounds is

@@ -3,6 +3,7 @@
 from optima_core.bandit.baselines import AllModules, EpsilonGreedy, FixedArm, RoundRobin, Uniform
 from optima_core.bandit.catalogue import check_policy
 from optima_core.bandit.exp3 import Exp3S
+from optima_core.bandit.factored import LinearThompson
 from optima_core.bandit.policy import Policy
 from optima_core.bandit.thompson import (
     DiscountedThompson,
@@ -17,6 +18,7 @@ POLICIES: dict[str, type[Policy]] = {
     "sliding_window_thompson": SlidingWindowThompson,
     "kalman_thompson": KalmanThompson,
     "stationary_thompson": StationaryThompson,
+    "linear_thompson": LinearThompson,
     "discounted_ucb": DiscountedUCB,
     "exp3s": Exp3S,
     "epsilon_greedy": EpsilonGreedy,

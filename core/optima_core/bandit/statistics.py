@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optima_core.bandit.catalogue import GAMMA, PRIOR_COUNT
-from optima_core.bandit.policy import Policy, State, hyper_parameter
+from optima_core.bandit.policy import ArmPolicy, State, hyper_parameter
 
 # The count of an arm that is never pulled decays into denormal numbers, whose arithmetic is slow and whose
 # quotients are noise. Below this it is forgotten.
@@ -45,7 +45,7 @@ def total_sigma(state: State) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Belief(Policy):
+class Belief(ArmPolicy):
     """Estimates from count N, sum S and sum of squares Q of each arm, whichever rewards these hold.
 
     With m the pooled mean, sigma the pooled spread within arms and n_0 the prior's worth in rewards:

@@ -33,7 +33,8 @@ def fail_in(path: Path, name: str) -> None:
 
 def row(number: int) -> Round:
     return Round(
-        round=number, step=2 * number, arm=0, modules=("a",), reward=0.1 * number, pulls={"a": number}, mean={"a": 0.5},
+        round=number, step=2 * number, arm=0, modules=("a",), strengths={"a": 1.0}, weights={"a": 9.0},
+        agreement={"a": 0.2}, reward=0.1 * number, pulls={"a": number}, mean={"a": 0.5},
         std={"a": 0.1}, losses={"task": 1.0}, probe={"task": 1.0}, learning_rate=1e-3, tapped=1.0, step_seconds=0.1,
         seconds=float(number),
     )  # fmt: skip

@@ -24,7 +24,23 @@ SUMMARY = Summary(
     ({"step": 0.0, "accuracy": 50.0}, {"step": 10.0, "accuracy": 60.0}),
 )
 ROUND = Round(
-    1, 2, 0, ("a", "b"), 0.5, {"a": 1}, {"a": 0.5}, {"a": 0.1}, {"task": 1.0}, {"task": 1.0}, 1e-3, 0.5, 0.1, 3.0
+    1,
+    2,
+    0,
+    ("a", "b"),
+    {"a": 1.0, "b": 3.0},
+    {"a": 7.5, "b": 20.0},
+    {"a": 0.25, "b": -0.5},
+    0.5,
+    {"a": 1},
+    {"a": 0.5},
+    {"a": 0.1},
+    {"task": 1.0},
+    {"task": 1.0},
+    1e-3,
+    0.5,
+    0.1,
+    3.0,
 )
 SAMPLE = Sample(
     ("samples/0.png",), None, "a dog", "a dog", "", "two dogs", {"teacher": True, "before": False, "after": False}

@@ -51,7 +51,7 @@ def test_policies_meet_the_same_noise_whoever_else_runs(seed):
 def test_arms_may_be_sets_of_modules(seed):
     names = ("discounted_thompson", "all_modules", "round_robin")
     policies = [make_policy(name, arms=count_arms(3, "subsets")) for name in names]
-    trial = run_trial(ENVIRONMENTS["sine"](3, 200), policies, arms="subsets", seeds=16, seed=seed)
+    trial = run_trial(ENVIRONMENTS["sine"](3, 200), policies, ["subsets"] * len(policies), seeds=16, seed=seed)
     assert torch.allclose(trial.choices.sum(dim=-1), torch.ones((), dtype=torch.float64))
     assert trial.final_regret[0].mean() < trial.final_regret[1].mean()
 

@@ -54,7 +54,7 @@ def test_captioning_shows_the_captioning_loss_and_counts_no_padding(make_coca, s
 @pytest.mark.parametrize("task", TASKS)
 def test_every_module_can_be_distilled_on_every_task(make_coca, task: Task, seed: int) -> None:
     student, teacher = make_coca(16, 1), make_coca(32, 2)
-    objective = Objective(module_pairs(student, teacher), ObjectiveConfig())
+    objective = Objective(module_pairs(student, teacher, single_layer_maps=True), ObjectiveConfig())
     names = list(objective.pairs)
     assert names == ["image_encoder", "text_decoder", "multimodal_decoder"]
     wanted_student, wanted_teacher = objective.wanted(names)
@@ -73,6 +73,13 @@ def test_every_module_can_be_distilled_on_every_task(make_coca, task: Task, seed
         "image_encoder", "text_decoder", "logit_scale", "multimodal_decoder"
     }  # fmt: skip
     assert not any(".blocks." in name or ".layers." in name for name in unused)
+
+
+def test_maps_of_an_only_layer_are_not_those_of_a_deep_module(make_coca) -> None:
+    def maps(student: int, teacher: int) -> set[bool]:
+        return {pair.maps for pair in module_pairs(make_coca(16, student), make_coca(32, teacher))}
+
+    assert (maps(1, 2), maps(1, 1), maps(2, 2), maps(2, 3)) == ({False}, {True}, {True}, {True})
 
 
 def test_models_that_cut_images_differently_are_refused(make_coca) -> None:
