@@ -60,8 +60,7 @@ def _subset(*modules: str) -> dict[str, Any]:
 METHODS: dict[str, dict[str, Any]] = {
     "task_loss": {"engine.objective.logits": 0.0, **_NO_LAYERS},
     "task_loss_and_logits": _NO_LAYERS,
-    "all_modules": _policy("all_modules"),
-    **{f"all_modules_at_{weight}": _policy("all_modules") | _at(weight) for weight in (3, 10, 30, 100)},
+    **{f"all_modules_at_{weight}": _at(weight) for weight in (3, 10, 30, 100)},
     **{f"only_{module}": _policy("fixed_arm", arm=arm) for arm, module in enumerate(MODULES)},
     "image_and_text": _subset("image_encoder", "text_decoder"),
     "image_and_multimodal": _subset("image_encoder", "multimodal_decoder"),
@@ -72,6 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform_subset": _policy("uniform") | {"engine.bandit.arms": "subsets"},
     "discounted_ucb": _policy("discounted_ucb"),
     "discounted_thompson": _policy("discounted_thompson"),
+    "linear_thompson": _policy("linear_thompson"),
     "optima": {},
 }
 """Method -> the options in which its runs differ from the settings that all share."""

@@ -16,7 +16,6 @@ from optima.task import TASKS, Task
 Method = Literal[
     "task_loss",
     "task_loss_and_logits",
-    "all_modules",
     "all_modules_at_3",
     "all_modules_at_10",
     "all_modules_at_30",
@@ -33,6 +32,7 @@ Method = Literal[
     "uniform_subset",
     "discounted_ucb",
     "discounted_thompson",
+    "linear_thompson",
     "optima",
 ]
 """Ways of choosing what to distil."""
@@ -253,10 +253,10 @@ class CompareConfig:
         run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
             command continues; more tasks, methods and seeds may be asked for later.
         task: The tasks; by default all four, or the one that distill.data serves.
-        method: task_loss and task_loss_and_logits distil no layers, all_modules every module in every round, only_* one
-            and *_and_* two modules in every round, *_at_* with that weight in place of balanced ones, round_robin one
-            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson
-            (one module at a time) and optima are bandits. optima runs the settings under `distill` as they are. All methods by default.
+        method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with that
+            weight in place of balanced ones; only_* one and *_and_* two modules in every round; round_robin one after
+            the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson and
+            linear_thompson are bandits. optima runs the settings under `distill` as they are. All by default.
         seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
             counts (distill.evaluate_items); report "test" once.

@@ -31,7 +31,7 @@ def count_arms(modules: int, kind: ArmKind = "modules") -> int:
     if kind == "strengths":
         if modules > 31:
             raise ValueError(f"arms='strengths' takes at most 31 modules, got {modules}; use arms='modules'")
-        return len(LEVELS) ** modules
+        return int(len(LEVELS) ** modules)
     if kind != "subsets":
         raise ValueError(f"arms must be 'modules', 'subsets' or 'strengths', got {kind!r}")
     if modules > 12:
