@@ -253,9 +253,9 @@ class CompareConfig:
         run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
             command continues; more tasks, methods and seeds may be asked for later.
         task: The tasks; by default all four, or the one that distill.data serves.
-        method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with that
-            weight in place of balanced ones; only_* one and *_and_* two modules in every round; round_robin one after
-            the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson and
+        method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with
+            that weight in place of balanced ones; only_* one and *_and_* two modules in every round; round_robin one
+            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson and
             linear_thompson are bandits. optima runs the settings under `distill` as they are. All by default.
         seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
