@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,11 @@ class Rehearsal:
     def optima(self, name: str, *words: object) -> Stage:
         """A command of ours."""
         return self._run(name, [sys.executable, "-u", "-m", "optima", *map(str, words)])
+
+    def clear(self, name: str, folder: Path) -> None:
+        """Takes away what a stage left in a folder of the rehearsal's when it was interrupted."""
+        if name not in self.done:
+            shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def part(self, name: str, *words: object) -> Stage:
         """A part of this script, in a process of its own."""
@@ -285,6 +291,7 @@ def measure_rates() -> None:
 
 def rehearse(run: Rehearsal, preset: str) -> None:
     """All stages."""
+    run.clear("data", DATA)
     run.part("data")
     rates = json.loads(run.part("rates").lines[-1][1])
     run.part("weights", "--preset", preset)
@@ -304,11 +311,13 @@ def rehearse(run: Rehearsal, preset: str) -> None:
     )  # fmt: skip
     run.optima("plan of distillation", "plan", *own[:2], "--teacher", "coca.safetensors", *own[4:], *chip)
 
+    run.clear("finetune", TEACHER)
     run.optima(
         "finetune", "finetune", "--model", "coca.safetensors", *lesson, "--run", TEACHER, "--steps", STEPS,
         "--log_every", 1, "--evaluate_every", 0, "--evaluate_batch", 2, "--test_items", 2,
         "--optimiser.learning_rate", 1e-6,
     )  # fmt: skip
+    run.clear("distil", STUDENT)
     run.optima("distil", "distill", *own)
     student = STUDENT / "student.safetensors"
     scored = ("--data.name", "coco", *data, "--split", "validation", "--batch_size", 4)

@@ -36,6 +36,11 @@ def test_a_command_is_measured_and_not_run_again(tmp_path: Path) -> None:
     assert 5 < stage.resident < 1000
     again = Rehearsal(tmp_path, limit=4.0, threads=1)
     assert again.optima("version", "--no-such-option").text == stage.text
+    for folder in (tmp_path / "done", tmp_path / "half"):
+        folder.mkdir()
+    again.clear("version", Path("done"))
+    again.clear("other", Path("half"))
+    assert [folder.exists() for folder in (tmp_path / "done", tmp_path / "half")] == [True, False]
     with pytest.raises(SystemExit, match="wrong ended with status 2"):
         run.optima("wrong", "plan", "--no-such-option")
 
