@@ -176,7 +176,8 @@ class DistillerConfig:
             Each batch weighs the same, also where their masks leave different numbers of tokens.
         objective: Weights and kinds of the losses.
         optimiser: AdamW and its schedule over all steps.
-        bandit: Who chooses the module.
+        bandit: Who chooses the modules; by default all of them are distilled in every round, the best that was found for
+            runs of tens of rounds (bench/COMPARE.md).
         reward: What a round earns.
         precision: Arithmetic of both models' forward passes; weights and optimiser stay fp32. "fp16" scales the losses,
             and skips a step whose gradients overflow.
@@ -209,7 +210,7 @@ class DistillerConfig:
     accumulate: int = 1
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    bandit: BanditConfig = field(default_factory=BanditConfig)
+    bandit: BanditConfig = field(default_factory=lambda: BanditConfig("all_modules"))
     reward: RewardConfig = field(default_factory=RewardConfig)
     precision: Precision | Literal["fp16"] = "fp32"
     compile: bool = False

@@ -32,7 +32,7 @@ from optima_core.bandit import POLICIES, make_policy
 from optima_core.bandit.catalogue import FACTORED
 from optima_core.records import Sent
 
-CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK)
+CONFIG = DistillerConfig(rounds=8, steps_per_round=3, optimiser=QUICK, bandit=BanditConfig())
 
 
 def weights(distiller: Distiller[Batch]) -> dict[str, Tensor]:

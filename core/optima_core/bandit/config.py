@@ -23,10 +23,9 @@ class BanditConfig:
     """Who chooses the module.
 
     Attributes:
-        policy: Name of the policy: all_modules, which distils every module in every round and chooses nothing, the best
-            that was found for runs of tens of rounds (bench/COMPARE.md); linear_thompson, which gives every module a
-            strength; or one that chooses among arms: discounted_thompson, sliding_window_thompson, kalman_thompson,
-            stationary_thompson, discounted_ucb, exp3s, epsilon_greedy, uniform, round_robin, fixed_arm.
+        policy: Name of the policy: discounted_thompson, sliding_window_thompson, kalman_thompson, stationary_thompson,
+            linear_thompson, which gives every module a strength, discounted_ucb, exp3s, epsilon_greedy, uniform,
+            round_robin, fixed_arm, or all_modules, which distils every module in every round and chooses nothing.
         arms: "modules" offers each module alone, "subsets" every non-empty set of modules, "strengths" one of four
             strengths, 0 among them, for every module. null is "strengths" for the policies that keep a belief a module
             (linear_thompson), which take nothing else, and "modules" for the others.
@@ -37,7 +36,7 @@ class BanditConfig:
         options: Other hyper-parameters of the policy by name, e.g. nu; those left out keep their defaults.
     """
 
-    policy: str = "all_modules"
+    policy: str = "discounted_thompson"
     arms: ArmKind | None = None
     min_share: float = 0.1
     gamma: float = 0.8

@@ -106,7 +106,7 @@ def test_a_mistake_in_a_config_file_is_one_line(
             "bandit.policy: unknown policy 'discounted_tompson'; did you",
         ),
         (
-            ["--engine.bandit.options", "{gama: 0.5}"],
+            ["--engine.bandit.policy", "discounted_thompson", "--engine.bandit.options", "{gama: 0.5}"],
             "bandit.options.gama is no hyper-parameter of discounted_thompson",
         ),
         (["--engine.reward.clip", "0"], "reward.clip must be positive, got 0"),
