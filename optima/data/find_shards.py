@@ -39,6 +39,15 @@ class Tar(NamedTuple):
         return self.name.removesuffix(".tar")
 
 
+def local_tar(path: str, name: str) -> Tar:
+    """A tar in a folder; of a link to nowhere what reads it will say so."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return Tar(path, name)
+    return Tar(path, name, status.st_size, max(0, status.st_mtime_ns))
+
+
 def is_pattern(split: str) -> bool:
     """Whether this names tars, and no split."""
     return split.endswith(".tar") or re.search(r"[{*?]", split) is not None
@@ -117,16 +126,9 @@ def _below(root: str | Path, address: str) -> str:
 
 
 def _local(root: str | Path, pattern: str) -> list[Tar]:
-    tars = []
     folder = str(Path(root))
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern), include_hidden=True)):
-        name = path.removeprefix(folder + os.sep)
-        try:
-            status = os.stat(path)
-        except OSError:  # a link to nowhere: what reads it says so
-            tars.append(Tar(path, name))
-        else:
-            tars.append(Tar(path, name, status.st_size, status.st_mtime_ns))
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern), include_hidden=True))
+    tars = [local_tar(path, path.removeprefix(folder + os.sep)) for path in paths]
     if len(tars) > MAX_SHARDS:
         raise OptimaError(f"{shown(root)} holds {len(tars)} shards; {MAX_SHARDS} are the most")
     return tars

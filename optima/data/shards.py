@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optima.data.find_shards import Tar, find_tars
+from optima.data.find_shards import Tar, find_tars, local_tar
 from optima.data.order import WHOLE
 from optima.data.record import (
     Collector,
@@ -146,9 +146,11 @@ def read_packed(root: str | Path, name: str, split: str, index: Path | None = No
             target = _whole(row, "target")
             if not -1 <= target < max(1, len(content.classes)):
                 raise Unusable("row-type", f"target must be one of {len(content.classes)} classes, got {target!r:.80}")
-            record = Record(name, images, texts, target, answers)
-            here.setdefault(name, _whole(row, "place"))
-            return record
+            place = _whole(row, "place")
+            if not 0 <= place < 2**63:
+                raise Unusable("row-type", f"place must be that of a record, got {place!r:.80}")
+            here.setdefault(name, place)
+            return Record(name, images, texts, target, answers)
 
         for sample in _samples(shard, collector):
             try:
@@ -194,7 +196,7 @@ def _packed_tars(root: str | Path, name: str, split: str) -> tuple["_Manifest", 
         tar = Path(root) / file
         if not _has_size(tar, size):
             raise OptimaError(f"shard {shown(tar)} is missing or not whole; {size} bytes are wanted: copy it again")
-        tars.append(Tar(str(tar), tar.name, size, tar.stat().st_mtime_ns))
+        tars.append(local_tar(str(tar), tar.name))
     return content, tars
 
 

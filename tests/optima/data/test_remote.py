@@ -1,14 +1,10 @@
-"""Shards at an address, and with an index: as those in memory, through broken connections, and never other ones."""
+"""Shards at an address: as those of a folder, through broken connections, and named where they do not come whole."""
 
-import io
 import itertools
 import json
 import pickle
-import random
 import shutil
-import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +12,21 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from broken import encoded, scene
 from miniatures import make_nlvr2, make_vqav2, make_webdataset
+from same_records import SMALL, assert_equal_batches, assert_same, batches_of, loader_of
 from servers import Server, serving
 
 from optima.commands.prepare import prepare
-from optima.data import find_shards, remote, shards
-from optima.data.config import DataName, LoaderConfig, PrepareConfig, TransformConfig
+from optima.data import remote, shards
+from optima.data.config import DataName, LoaderConfig, PrepareConfig
 from optima.data.engine import ImageReader, Job
-from optima.data.loader import Loader, make_loader
 from optima.data.order import Order
-from optima.data.record import ImageSource, Records, RejectionLog, Unusable
+from optima.data.record import RejectionLog
 from optima.data.records import open_records
 from optima.data.shard_index import IndexedRecords
 from optima_core.errors import OptimaError
 
 pytest.importorskip("aiohttp", reason="reading web servers needs the extra cloud")
-SMALL = TransformConfig(image_size=32)
 
 
 @pytest.fixture(autouse=True)
@@ -54,32 +48,6 @@ def server(tars: Path) -> Iterator[Server]:
 
 
 PATTERN = "train-{0000..0001}.tar"
-
-
-def loader_of(records: Records, *, workers: int = 0, share: float = 0.01, **options: object) -> Loader:
-    config = LoaderConfig(engine="torch", workers=workers, transform=SMALL, max_rejected=share)
-    return make_loader(records, config, batch_size=4, seed=5, **options)  # type: ignore[arg-type]
-
-
-def batches_of(records: Records, steps: int = 12, **options: object) -> list[list[torch.Tensor]]:
-    with loader_of(records, **options) as loader:  # type: ignore[arg-type]
-        return [list(loader.load(step)) for step in range(steps)]
-
-
-def assert_same(found: Records, expected: Records) -> None:
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found.items, expected.items, strict=True):
-        assert (ours.id, ours.texts, ours.target, ours.answers) == (
-            theirs.id, theirs.texts, theirs.target, theirs.answers,
-        )  # fmt: skip
-        assert [source.read() for source in ours.images] == [source.read() for source in theirs.images]
-    assert (found.task, found.classes, found.left_out) == (expected.task, expected.classes, expected.left_out)
-    assert [vars(lost) for lost in found.rejected] == [vars(lost) for lost in expected.rejected]
-
-
-def assert_equal_batches(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -128,88 +96,6 @@ def test_packed_shards_are_read_by_their_list_from_a_web_server(name: DataName, 
         (out / "train.json").write_text((out / "train.json").read_text().replace('"bytes": ', '"bytes": 1'))
         with pytest.raises(OptimaError, match="copy it again"):
             open_records(name, f"{server.address}/out", "train", index=tmp_path / "other")
-
-
-@pytest.mark.parametrize("name", ["webdataset", "vqav2", "nlvr2"])
-def test_large_local_shards_open_from_an_index_as_small_ones_do_from_memory(
-    name: DataName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    makers = {"webdataset": make_webdataset, "vqav2": make_vqav2, "nlvr2": make_nlvr2}
-    root, out = makers[name](tmp_path / "root", 14), tmp_path / "out"
-    prepare(PrepareConfig(name, root, ["train"], out, workers=1, shard_mib=1))
-    for place in (out, root) if name == "webdataset" else (out,):
-        monkeypatch.setattr(shards, "IN_MEMORY", 2**30)
-        expected = open_records(name, place, "train")
-        monkeypatch.setattr(shards, "IN_MEMORY", 0)
-        for _ in range(2):
-            found = open_records(name, place, "train", index=tmp_path / "index")
-            assert isinstance(found.items, IndexedRecords)
-            assert not isinstance(expected.items, IndexedRecords)
-            assert_same(found, expected)
-            assert [record.id for record in found.items[2:9:3]] == [record.id for record in expected.items[2:9:3]]
-            assert found[-1].id == expected[len(expected) - 1].id
-            assert_equal_batches(batches_of(found, 5), batches_of(expected, 5))
-
-
-def test_what_cannot_be_used_of_a_shard_is_named_at_every_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = make_webdataset(tmp_path / "root", 12)
-    path = root / "train-0001.tar"
-    path.write_bytes(path.read_bytes()[:-9000])
-    with tarfile.open(root / "train-0002.tar", "w") as tar:
-        for name, data in (("a.jpg", encoded(scene())), ("../b.txt", b"a cat"), ("a.json", b"{"), ("c.txt", b"a dog")):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    expected = open_records("webdataset", root, "train", max_rejected=1)
-    assert len(expected.rejected) >= 3
-    monkeypatch.setattr(shards, "IN_MEMORY", 0)
-    for _ in range(2):
-        assert_same(open_records("webdataset", root, "train", max_rejected=1), expected)
-    with pytest.raises(OptimaError, match="cannot be used"):
-        open_records("webdataset", root, "train", max_rejected=0.01)
-
-
-def test_only_shards_that_changed_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, other = make_webdataset(tmp_path / "root", 12), make_webdataset(tmp_path / "other", 16)
-    monkeypatch.setattr(shards, "IN_MEMORY", 0)
-    before = open_records("webdataset", root, "train")
-    shutil.copy(other / "train-0001.tar", root / "train-0001.tar")
-    shutil.copy(other / "validation-0000.tar", root / "train-0002.tar")
-    capsys.readouterr()
-    found = open_records("webdataset", root, "train")
-    assert "reading 2 of 3 shards" in capsys.readouterr().err
-    monkeypatch.setattr(shards, "IN_MEMORY", 2**30)
-    assert_same(found, open_records("webdataset", root, "train"))
-    with pytest.raises(OptimaError, match="made anew"):
-        _ = before[len(before) - 1]
-
-
-def test_a_damaged_index_gives_no_other_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    root = make_webdataset(tmp_path / "root", 8)
-    expected = [record.texts for record in open_records("webdataset", root, "train").items]
-    monkeypatch.setattr(shards, "IN_MEMORY", 0)
-    open_records("webdataset", root, "train", index=tmp_path / "index")
-    whole = {path: path.read_bytes() for path in (tmp_path / "index").iterdir()}
-    draws = random.Random(seed)
-    for number in range(60):
-        folder = tmp_path / f"index{number}"
-        folder.mkdir()
-        for path, data in whole.items():
-            damaged = bytearray(data)
-            for _ in range(draws.randrange(1, 3)):
-                damaged[draws.randrange(len(damaged))] ^= 1 << draws.randrange(8)
-            cut = draws.choice([len(damaged), len(damaged), draws.randrange(len(damaged))])
-            (folder / path.name).write_bytes(damaged[:cut])
-        said = ""
-        try:
-            texts = [record.texts for record in open_records("webdataset", root, "train", index=folder).items]
-        except OptimaError as error:
-            said = str(error)
-        assert "damaged" in said or texts == expected
 
 
 @pytest.mark.parametrize("fault", ["truncated", "dropped", "changed", "gone"])
@@ -318,48 +204,6 @@ def test_an_object_store_is_listed_and_read(tars: Path, monkeypatch: pytest.Monk
         )
 
 
-def test_any_store_that_fsspec_knows_is_read(tars: Path) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    store = MemoryFileSystem()
-    for path in tars.iterdir():
-        store.pipe(f"/shelf/{path.name}", path.read_bytes())
-    expected = open_records("webdataset", tars, "validation")
-    assert_same(open_records("webdataset", "memory://shelf", "validation"), expected)
-    store.rm("/shelf", recursive=True)
-    with pytest.raises(OptimaError, match="lacks the test shards"):
-        open_records("webdataset", "memory://shelf", "test")
-
-
-@pytest.mark.parametrize(
-    "pattern", ["s-{000..012}.tar", "{a,b}/x{8..11}{,y}.tar", "{0..1}{00..02}{p,q,r}.tar", "a.tar"]
-)
-def test_braces_are_expanded_as_by_the_shell(pattern: str) -> None:
-    shell = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True)
-    assert find_shards.expand(pattern) == shell.stdout.split()
-
-
-@pytest.mark.parametrize(
-    "pattern", ["{9..1}.tar", "{0..99999999}.tar", "{0..99}{0..99}{0..9}.tar", "{a}.tar", "{}.tar"]
-)
-def test_braces_without_end_or_sense_are_refused(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find_shards, "MAX_SHARDS", 9999)
-    with pytest.raises(OptimaError):
-        find_shards.expand(pattern)
-
-
-def test_patterns_name_tars_of_a_folder(tars: Path) -> None:
-    whole = open_records("webdataset", tars, "train")
-    assert_same(open_records("webdataset", tars, "train-{0000..0001}.tar"), whole)
-    assert_same(open_records("webdataset", tars, "train-*.tar"), whole)
-    below = open_records("webdataset", tars.parent, "tars/train-000?.tar")
-    assert [record.id for record in below.items] == [f"tars/{record.id}" for record in whole.items]
-    with pytest.raises(OptimaError, match=r"there is no shard .*train-0002\.tar"):
-        open_records("webdataset", tars, "train-{0001..0002}.tar")
-    with pytest.raises(OptimaError, match="coco has no split"):
-        open_records("coco", tars, "train-*.tar")
-
-
 def test_dali_is_fed_the_same_bytes(server: Server, tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nvidia", "nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
@@ -389,10 +233,3 @@ def test_a_reader_of_an_index_is_cheap_to_send_to_a_worker(server: Server) -> No
     again = pickle.loads(sent)
     for place, side in itertools.product(Order(20, 20).step(0), (0,)):
         assert again.read(place, 0, side, training=True) == reader.read(place, 0, side, training=True)
-
-
-def test_a_folder_whose_name_is_no_address_is_one(tmp_path: Path) -> None:
-    with pytest.raises(OptimaError, match="is not a folder"):
-        open_records("webdataset", "s3:/bucket", "train")
-    with pytest.raises(Unusable, match="there is no"):
-        ImageSource("memory://nothing/here.jpg", 0, 10).read()
