@@ -130,16 +130,18 @@ def test_ranks_score_together_what_one_process_scores(
     """Of sharded weights and their running average: captions of 11 and 8 items in batches of 3."""
     run = tmp_path / "run"
     sharing = ["--parallel", "fsdp"] if ranks == 2 else ["--parallel", "hsdp", "--shard_over", "2"]
-    items = ["--evaluate_items", "8", "--test_items", "11", "--evaluate_batch", "3", "--engine.rounds", "2"]
-    options = [*brief, "--run", str(run), *items, *sharing, "--engine.ema", "0.5", "--report", "false"]
-    output = ended(start(options, ranks))
+    items = ["--evaluate_items", "8", "--test_items", "11", "--evaluate_batch", "3", "--samples", "11"]
+    short = ["--engine.rounds", "2", "--engine.ema", "0.5", "--report", "false"]
+    output = ended(start([*brief, "--run", str(run), *items, *short, *sharing], ranks))
     assert output.count("student before") == 1, "more than one rank shows the table"
 
     data, summary = PictogramTask("captioning"), json.loads((run / "summary.json").read_text())
     models = {"teacher": teacher_file, "before": run / "start.safetensors", "after": run / "student.safetensors"}
+    said = {row["images"][0]: row for row in json.loads((run / "samples.json").read_text())}
     for name, weights in models.items():
         alone = evaluate(load_coca(weights), data, "test", limit=11, batch_size=3)
         assert summary["scores"][name] == alone.scores
+        assert [said[f"samples/{index:04d}-0.png"][name] for index in alone.indices] == alone.predictions
     last = evaluate(load_coca(models["after"]), data, "validation", limit=8, batch_size=3)
     assert summary["learning_curve"][-1][data.headline] == last.scores[data.headline]
     assert len(summary["learning_curve"]) == 2
