@@ -1,4 +1,4 @@
-"""OPTIMA: distils a CoCa teacher into a small CoCa student, one module at a time, chosen by a bandit.
+"""OPTIMA: distils a CoCa teacher into a small CoCa student, module by module.
 
 `optima` on the command line is `optima.run`; in Python, `distill(DistillConfig(...))` is a run, and
 `load_student("runs/distill")` its student. All of it is imported when it is asked for.

@@ -176,8 +176,8 @@ class DistillerConfig:
             Each batch weighs the same, also where their masks leave different numbers of tokens.
         objective: Weights and kinds of the losses.
         optimiser: AdamW and its schedule over all steps.
-        bandit: Who chooses the modules; by default all of them are distilled in every round, the best that was found for
-            runs of tens of rounds (bench/COMPARE.md).
+        bandit: Who chooses the modules; by default all of them are distilled in every round, the best that was found
+            for runs of tens of rounds (bench/COMPARE.md).
         reward: What a round earns.
         precision: Arithmetic of both models' forward passes; weights and optimiser stay fp32. "fp16" scales the losses,
             and skips a step whose gradients overflow.

@@ -115,11 +115,11 @@ class _Lines:
         self.note(_score(step, metric, value))
 
     def round(self, record: RoundRecord) -> None:
-        best = ", ".join(f"{name} {_posterior(record, name)}" for name in record.pulls)
+        beliefs = ", ".join(f"{name} {_posterior(record, name)}" for name in record.pulls if name in record.mean)
         losses = "".join(f"{name} loss {record.losses[name]:.3f}  " for name in ("task",) if name in record.losses)
         print(
             f"round {record.round}/{self.pace.rounds}  {'+'.join(record.modules)}  reward {record.reward:+.4f}  "
-            f"{losses}[{best}]  {self.pace.steps_per_second(record):.1f} steps/s  "
+            f"{losses}{f'[{beliefs}]  ' if beliefs else ''}{self.pace.steps_per_second(record):.1f} steps/s  "
             f"{_clock(self.pace.remaining(record.round))} left",
             flush=True,
         )
@@ -171,7 +171,7 @@ class _Panel:
 def _posterior(record: RoundRecord, arm: str) -> str:
     """What the bandit expects of an arm; a single round tells nothing of how far its rewards spread."""
     if arm not in record.mean:
-        return "untried"
+        return "" if arm in record.pulls else "untried"
     spread = f"± {record.std[arm]:.4f}" if record.pulls[arm] > 1 else "(one round)"
     return f"{record.mean[arm]:+.4f} {spread}"
 

@@ -135,7 +135,7 @@ def test_a_comparison_that_was_killed_while_it_wrote_its_settings_begins_again(
     monkeypatch.setattr("optima.commands.compare.run_command", lambda *_: fails)
     with pytest.raises(OptimaError, match="vqa optima seed 0 failed: it ran"):
         compare(CompareConfig(run=tmp_path, task=["vqa"], method=["optima"], seeds=1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.yaml", "vqa"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "settings.yaml", "vqa"]
 
 
 def test_sigterm_to_the_comparison_alone_stops_its_runs_and_is_told(options: list[str], tmp_path: Path) -> None:
