@@ -107,7 +107,9 @@ class Step(Generic[Batch]):
         """`learn`; `weigh` is told how the losses of each module and kind pull, and answers with the strength to take.
 
         A single process without accumulation runs both models once, and backward once for each module and kind.
-        Otherwise both are run as often, for what wraps a student takes one backward pass a forward.
+        Otherwise both are run as often, for what wraps a student takes one backward pass a forward; and each pass is of
+        the predictions as well, whose gradient is taken off again, for shards come together where a layer's output has
+        one.
         """
         taken = list(itertools.islice(batches, self.config.accumulate))
         shared = self._forward(taken[0], gates) if self.ranks.count == 1 and len(taken) == 1 else None
@@ -116,12 +118,15 @@ class Step(Generic[Batch]):
         # Scalars, which are on every rank however the others are sharded, are left out.
         student = [parameter for parameter in self.student.parameters() if parameter.ndim]
         predictions = [parameter.grad for parameter in student]
-        total = self._take_gradients()
+        alone = self._take_gradients()
+        total = list(alone)
 
         for name, kind in itertools.product(gates, LAYER_KINDS):
             strength = self.objective.strength(name, kind)
             strength.fill_(1.0)
             if self._backward_apart(taken, {name: gates[name]}, shared, found, name, kind):
+                if shared is None:
+                    _subtract([parameter.grad for parameter in self.trained], alone)
                 pull = compare_pulls(predictions, [parameter.grad for parameter in student], self.ranks.total)
                 strength.copy_(weigh(name, kind, pull))
                 _add_scaled(total, self._take_gradients(), strength)
@@ -153,7 +158,8 @@ class Step(Generic[Batch]):
                 }
                 found[i] |= part
                 if part:
-                    self.backward(part, keep_graph=shared is not None)
+                    beside = {} if shared is not None else {g: x for g, x in losses.items() if g.module is None}
+                    self.backward(beside | part, keep_graph=shared is not None)
         return bool(part)
 
     def _forward(self, batch: Batch, gates: Gates) -> Losses:
@@ -235,6 +241,13 @@ class Step(Generic[Batch]):
     def arithmetic(self) -> AbstractContextManager[Any]:
         """Around the forward passes and losses."""
         return arithmetic(self.config.precision, self.device)
+
+
+def _subtract(gradients: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> None:
+    """gradients -= others, in place; what has none of the others is left as it is."""
+    for gradient, other in zip(gradients, others, strict=True):
+        if gradient is not None and other is not None:
+            gradient.sub_(other)
 
 
 def _add_scaled(total: list[Tensor | None], gradients: Sequence[Tensor | None], factor: Tensor) -> None:

@@ -60,8 +60,10 @@ CASES: dict[str, dict[str, Any]] = {
 HALF = {"plain": 3, "averaged": 1}
 """Rounds after which runs of some cases are interrupted."""
 
-SHARED = {2: tuple(CASES), 4: ("compiled", "averaged")}
-"""By the number of ranks, the cases that are done."""
+SHARED: dict[int, tuple[str, ...]] = {2: tuple(CASES)}
+if os.environ.get("OPTIMA_TEST_LONG"):
+    SHARED[4] = ("compiled", "averaged")
+"""By the number of ranks, the cases that are done; OPTIMA_TEST_LONG adds those of four."""
 
 HALF_PRECISION = {"precision": "fp16", "rounds": 2}
 """Done together: a slice's gradients overflow where those of the whole do not."""

@@ -42,10 +42,21 @@ def alone() -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
+def launched() -> dict[int, dict[str, dict[str, Run]]]:
+    """By the number of ranks, what `together` has found so far."""
+    return {}
+
+
+@pytest.fixture
 def together(
-    alone: dict[str, Run], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    alone: dict[str, Run],
+    launched: dict[int, dict[str, dict[str, Run]]],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> dict[str, dict[str, Run]]:
     """By layout, what several ranks make of the same: one launch of torchrun, since starting takes the most time."""
+    if request.param in launched:
+        return launched[request.param]
     directory: Path = tmp_path_factory.mktemp("together")
     torch.save({case: alone[f"{case}, half"]["state"] for case in HALF}, directory / "before.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
@@ -57,7 +68,8 @@ def together(
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(directory / f"{name}.pt", weights_only=False) for name in LAYOUTS}
+    launched[request.param] = {name: torch.load(directory / f"{name}.pt", weights_only=False) for name in LAYOUTS}
+    return launched[request.param]
 
 
 def assert_same_run(ours: Run, theirs: Run) -> None:
