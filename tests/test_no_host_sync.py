@@ -115,7 +115,12 @@ def make_fake_distiller(config: DistillerConfig) -> Distiller[TaskBatch]:
     student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
     forwards = (TaskForward(model, "captioning") for model in (student, teacher))
     return Distiller(
-        student, *forwards, module_pairs(student, teacher), lambda step: random_batch(), random_batch(), config
+        student,
+        *forwards,
+        module_pairs(student, teacher, single_layer_maps=True),
+        lambda step: random_batch(),
+        random_batch(),
+        config,
     )
 
 
@@ -180,7 +185,9 @@ def test_a_planted_host_read_is_caught(plant: Callable[..., Tensor], monkeypatch
 def test_counts_of_several_ranks_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number of the host's that is copied to a device is waited for; one that the device fills in is not."""
     student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
-    objective = Objective(module_pairs(student, teacher), ObjectiveConfig(), weigh=torch.ones_like)
+    objective = Objective(
+        module_pairs(student, teacher, single_layer_maps=True), ObjectiveConfig(), weigh=torch.ones_like
+    )
     wanted, wanted_of_teacher = objective.wanted(list(objective.pairs))
     batch = random_batch()
     shown, taught = (
@@ -198,7 +205,7 @@ def test_counts_of_several_ranks_are_made_on_the_device(monkeypatch: pytest.Monk
 
 def test_a_step_is_one_graph(backend: str, seed: int) -> None:
     """Teacher, student, all losses and the bandit's choice in one graph, with its backward; the update in another."""
-    whole = make_whole_step(DistillerConfig())
+    whole = make_whole_step(DistillerConfig(bandit=BanditConfig()))
     torch.compiler.reset()
     forward = torch.compile(whole.forward, fullgraph=True, backend="aot_eager")
     reward = torch.compile(whole.reward, fullgraph=True, backend="aot_eager")

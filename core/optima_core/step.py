@@ -219,6 +219,8 @@ class Step(Generic[Batch]):
         """The host's part of a step: the learning rate of the next one; and the running average."""
         self.schedule.step()
         if self.average is not None:
+            self.ranks.reshard(self.learner)
+            self.ranks.reshard(self.average.module)
             self.average.update(self.student)
 
     def teach(self, batch: Batch, modules: Sequence[str]) -> Forward:
@@ -232,6 +234,7 @@ class Step(Generic[Batch]):
         wanted, _ = self.objective.wanted(self.names)
         training = [module for module in self.student.modules() if module.training]
         self.student.eval()
+        self.ranks.reshard(self.learner)
         with torch.no_grad(), self.arithmetic():
             found = as_vector(self._learn(batch, wanted, taught, dict.fromkeys(self.names)))
         for module in training:

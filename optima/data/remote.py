@@ -281,6 +281,6 @@ def _file_system(process: int, root: str) -> Any:
     try:
         return fsspec.core.url_to_fs(root)[0]
     except ImportError as error:
-        raise OptimaError(f"{shown(root)} needs what `pip install 'optima-distill[cloud]'` brings ({error})") from error
+        raise OptimaError(f"{shown(root)} needs what `pip install -e '.[cloud]'` brings ({error})") from error
     except Exception as error:  # an unknown scheme, credentials that are no JSON, a host that is none
         raise OptimaError(f"{shown(root)} is no address that can be read: {error!s:.200}") from error

@@ -72,7 +72,7 @@ def make_whole_step(config: DistillerConfig, device: torch.device | str = "cpu")
     with torch.device(device):
         student, teacher = make_coca(16, 1, 2), make_coca(32, 2, 2).eval()
     forwards = (TaskForward(model, "captioning") for model in (student, teacher))
-    step = Step(student, *forwards, module_pairs(student, teacher), config)
+    step = Step(student, *forwards, module_pairs(student, teacher, single_layer_maps=True), config)
     policy = config.bandit.make(count_arms(len(step.names), config.bandit.arm_kind))
     rewards = RewardMeter(config.reward)
     losses = 2 + len(step.names) * (bool(config.objective.hidden) + bool(config.objective.attention))
@@ -87,7 +87,14 @@ def make_distiller(
     student, teacher = make_coca(16, 1, 2).to(device), make_coca(32, 2, 2).to(device).eval()
     forwards = (TaskForward(model, "captioning") for model in (student, teacher))
     batch = random_batch(device)
-    return Distiller(student, *forwards, module_pairs(student, teacher), load or (lambda _: batch), batch, config)
+    return Distiller(
+        student,
+        *forwards,
+        module_pairs(student, teacher, single_layer_maps=True),
+        load or (lambda _: batch),
+        batch,
+        config,
+    )
 
 
 def random_batch(device: torch.device | str = "cpu", size: int = 3) -> TaskBatch:

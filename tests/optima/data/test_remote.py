@@ -118,7 +118,7 @@ def test_an_image_that_does_not_come_whole_is_named_counted_and_skipped(fault: s
             path.unlink()
         report = tmp_path / "rejected.jsonl"
         lost = 10 if fault == "gone" else 1
-        with loader_of(records, share=0.5, report=RejectionLog(report)) as loader:
+        with loader_of(records, share=0.5, log=RejectionLog(report)) as loader:
             seen = torch.cat([batch.indices for batch in loader.once()])
         assert seen.tolist() == list(range(20 - lost))
         rows = [json.loads(line) for line in report.read_text().splitlines()]
