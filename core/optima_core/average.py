@@ -4,7 +4,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from optima_core.shards import local
 
 
 class RunningAverage:
@@ -33,7 +35,7 @@ class RunningAverage:
         """Takes in the weights after a step."""
         # Of sharded parameters every rank averages its shards.
         pairs = [
-            (_local(ours), _local(theirs))
+            (local(ours), local(theirs))
             for ours, theirs in zip(self.module.parameters(), model.parameters(), strict=True)
         ]
         averaged = [(ours, theirs) for ours, theirs in pairs if self.steps and ours.is_floating_point()]
@@ -52,8 +54,3 @@ class RunningAverage:
         """The inverse of `state_dict`."""
         self.steps = state["steps"]
         self.module.load_state_dict({name.removeprefix("module."): x for name, x in state.items() if name != "steps"})
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's shard; of a whole parameter, itself."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

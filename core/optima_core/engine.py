@@ -42,7 +42,7 @@ from optima_core.state import (
     random_state,
     trained_state,
 )
-from optima_core.step import Batch, ModelForward, Step
+from optima_core.step import Batch, ModelForward, Part, Step
 from optima_core.terms import LAYER_KINDS, LossKind, LossTerm
 
 
@@ -125,6 +125,11 @@ class Distiller(Generic[Batch]):
         self._taught = self.training.teach(probe, self.names)
         with self.objective.comparing_masks() as self._differing:
             self.initial_probe = self.training.measure(probe, self._taught)
+        terms = self.initial_probe.terms
+        self._parts: tuple[Part, ...] = tuple(
+            dict.fromkeys((term.module, term.kind) for term in terms if term.module is not None)
+        )
+        self._looks = config.balance == "gradient" and any(term.module is None for term in terms)
         self._modules_of_terms = _modules_of(self.initial_probe.terms, self.names, self.device)
         self.reward = self.meter.init(self.initial_probe.values[None])
         if not self.ranks.first:
@@ -171,8 +176,9 @@ class Distiller(Generic[Batch]):
         self.objective.strengths.copy_(choice.strengths[:, None] * self._units())
         with self._taught_ahead(loaded, gates) as batches:
             for i in range(self.config.steps_per_round):
-                if i == 0 and self.config.balance == "gradient":
-                    steps.append(training.run_apart(batches, gates, partial(self._weigh, choice, agreement)))
+                if i == 0 and self._looks:
+                    parts = [part for part in self._parts if part[0] in gates]
+                    steps.append(training.run_apart(batches, gates, parts, partial(self._weigh, choice, agreement)))
                 else:
                     steps.append(training.run(batches, gates))
                 if self.config.reward.source == "training":
@@ -245,7 +251,7 @@ class Distiller(Generic[Batch]):
     def _units(self) -> Tensor:
         """What a strength of 1 weighs, float32 [modules, 2]."""
         units = self.balance.units(self.units).view_as(self.objective.strengths)
-        return units if self.config.balance == "gradient" else torch.ones_like(units)
+        return units if self._looks else torch.ones_like(units)
 
     def _weigh(self, choice: _Choice, agreement: Tensor, name: str, kind: LossKind, pull: Pull) -> Tensor:
         """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
@@ -307,7 +313,7 @@ class Distiller(Generic[Batch]):
         share = sum(layers[name] for name in tapped) / max(1, sum(layers.values()))
         terms = steps[0].terms
         parts = [f"{kind}/{name}" for name in self.names for kind in LAYER_KINDS]
-        compared = {f"{term.kind}/{term.module}" for term in terms}
+        compared = {f"{kind}/{name}" for name, kind in self._parts}
 
         def describe(values: dict[str, Tensor]) -> RoundRecord:
             refuse_other_masks(dict(zip(self._differing, values["masks"].tolist(), strict=False)))

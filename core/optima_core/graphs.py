@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from optima_core.errors import OptimaError
 from optima_core.objective import Gates, LossVector
-from optima_core.step import Batch, Step, Weigh
+from optima_core.step import Batch, Part, Step, Weigh
 
 WARM_UP = 3
 """Steps of an arm before it is recorded."""
@@ -106,11 +106,11 @@ class ReplayedStep(Generic[Batch]):
         self.step.advance()
         return found
 
-    def run_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
+    def run_apart(self, batches: Iterable[Batch], gates: Gates, parts: Sequence[Part], weigh: Weigh) -> LossVector:
         """`Step.run_apart`, which is launched and never recorded."""
         self._rate.fill_(self.step.schedule.get_last_lr()[0])
         with self._rate_on_device():
-            found = self.step.learn_apart(batches, gates, weigh)
+            found = self.step.learn_apart(batches, gates, parts, weigh)
         self.step.advance()
         return found
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optima_core.config import OptimiserConfig
 from optima_core.errors import OptimaError
+from optima_core.shards import local
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
@@ -76,7 +77,7 @@ def _tensors_of_step(optimiser: torch.optim.Optimizer, parameters: Sequence[nn.P
     found = [p.detach() for p in parameters]
     for parameter in parameters:
         found += [x for x in optimiser.state.get(parameter, {}).values() if isinstance(x, Tensor)]
-    return [x.to_local() if hasattr(x, "to_local") else x for x in found]
+    return [local(x) for x in found]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:

@@ -185,15 +185,6 @@ class Ranks:
         for unit in (*reversed(layers_of(module)), module):
             fully_shard(unit, mesh=self.mesh, ignored_params=scalars)
 
-    def reshard(self, module: nn.Module) -> None:
-        """Lets go of parameters that came together for a pass, so that the next one sees what they are now."""
-        if self.sharded and self.count > 1:
-            from torch.distributed.fsdp import FSDPModule
-
-            for unit in module.modules():
-                if isinstance(unit, FSDPModule):
-                    unit.reshard()
-
     def _average_scalars(self, module: nn.Module) -> None:
         found = [p.grad for p in module.parameters() if p.ndim == 0 and p.grad is not None]
         if found:

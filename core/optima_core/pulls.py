@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optima_core.shards import local
+
 Gradients = Sequence[Tensor | None]
 """Of the student's parameters, in their order; None where a loss does not reach a parameter."""
 
@@ -29,10 +31,10 @@ def compare_pulls(
     total: adds up sums over the shards of parameters; the identity where each rank holds all of them. A parameter of
         whose gradient all elements are 0 counts as not reached. Without any gradient, ratio and agreement are 0.
     """
-    alone = [_local(p) for p, m in zip(predictions, module, strict=True) if m is None and p is not None]
-    ours = [_local(m) for m in module if m is not None]
+    alone = [local(p) for p, m in zip(predictions, module, strict=True) if m is None and p is not None]
+    ours = [local(m) for m in module if m is not None]
     theirs = [
-        torch.zeros_like(_local(m)) if p is None else _local(p)
+        torch.zeros_like(local(m)) if p is None else local(p)
         for p, m in zip(predictions, module, strict=True)
         if m is not None
     ]
@@ -46,11 +48,6 @@ def compare_pulls(
         ratio=torch.where(norm > 0, (others.sum() + rest).sqrt() / norm.clamp(min=least), 0.0),
         agreement=torch.where(norm * reached > 0, products.sum() / (norm * reached).clamp(min=least), 0.0),
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optima_core.average import RunningAverage
 from optima_core.learner import Learner
 from optima_core.parallel import Ranks
+from optima_core.shards import reshard, whole
 
 TRAINED = ("student", "objective", "optimiser", "ema")
 """The entries of `trained_state` and `averaged_state`."""
@@ -23,7 +24,7 @@ def trained_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[st
     """Weights of the student and the projections, and the optimiser's state; empty on all ranks but the first."""
     from torch.distributed.checkpoint import state_dict as distributed
 
-    _reshard(learner)
+    reshard(learner)
     options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = distributed.get_model_state_dict(learner, options=options)
     state: dict[str, Any] = {
@@ -42,16 +43,16 @@ def copy_whole(learner: Learner, module: nn.Module, copy: nn.Module) -> None:
 
     All ranks must call this; each one's copy is filled, a tensor at a time.
     """
-    _reshard(learner)
+    reshard(learner)
     weights = module.state_dict()
     for name, ours in copy.state_dict().items():
-        ours.copy_(_whole(weights[name]))
+        ours.copy_(whole(weights[name]))
 
 
 def averaged_state(average: RunningAverage | None) -> dict[str, Any]:
     """The running average's state, of whole tensors; all ranks must call this."""
     state = {} if average is None else average.state_dict()
-    return {name: _whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def load_averaged(average: RunningAverage, state: dict[str, Any], ranks: Ranks) -> None:
@@ -68,7 +69,7 @@ def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict
     """The inverse of `trained_state`, whatever the number of ranks was; that of the first rank counts."""
     from torch.distributed.checkpoint import state_dict as distributed
 
-    _reshard(learner)
+    reshard(learner)
     options = distributed.StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.count > 1)
     weights = {
         f"{part}.{name}": value for part in ("student", "objective") for name, value in state.get(part, {}).items()
@@ -84,19 +85,6 @@ def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict
     for name, parameter in learner.named_parameters():
         if name not in saved:
             optimiser.state.pop(parameter, None)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _reshard(learner: Learner) -> None:
-    """FSDP leaves its root's parameters whole after a forward pass, which the functions that set them do not expect."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in learner.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def random_state(ranks: Ranks) -> list[dict[str, torch.Tensor]]:

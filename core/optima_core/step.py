@@ -24,11 +24,13 @@ from optima_core.parallel import Ranks
 from optima_core.precision import arithmetic, make_scaler
 from optima_core.pulls import Pull, compare_pulls
 from optima_core.taps import WantedTaps
-from optima_core.terms import LAYER_KINDS, LossKind
+from optima_core.terms import LossKind
 
 Batch = TypeVar("Batch")
 ModelForward = Callable[[Batch, WantedTaps], Forward]
 """(batch, wanted taps) -> what the model shows the objective."""
+Part = tuple[str, LossKind]
+"""A module, and which of its layer losses."""
 Weigh = Callable[[str, LossKind, Pull], Tensor]
 """(module, which of its layer losses, how they pull at strength 1) -> the strength to take, 0-d."""
 
@@ -97,79 +99,71 @@ class Step(Generic[Batch]):
         self.update(gates)
         return self._mean(found)
 
-    def run_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
-        """`run`, in which the gradients of the modules' hidden-state and attention-map losses are looked at."""
-        losses = self.learn_apart(batches, gates, weigh)
+    def run_apart(self, batches: Iterable[Batch], gates: Gates, parts: Sequence[Part], weigh: Weigh) -> LossVector:
+        """`run`, in which the gradients of these parts of the layer losses are looked at one by one.
+
+        parts: all that the modules of `gates` have; there must be losses of predictions beside them.
+        """
+        losses = self.learn_apart(batches, gates, parts, weigh)
         self.advance()
         return losses
 
-    def learn_apart(self, batches: Iterable[Batch], gates: Gates, weigh: Weigh) -> LossVector:
-        """`learn`; `weigh` is told how the losses of each module and kind pull, and answers with the strength to take.
+    def learn_apart(self, batches: Iterable[Batch], gates: Gates, parts: Sequence[Part], weigh: Weigh) -> LossVector:
+        """`learn`; `weigh` is told how each part pulls, and answers with the strength to take.
 
-        A single process without accumulation runs both models once, and backward once for each module and kind.
-        Otherwise both are run as often, for what wraps a student takes one backward pass a forward; and each pass is of
-        the predictions as well, whose gradient is taken off again, for shards come together where a layer's output has
-        one.
+        A single process without accumulation runs both models once, and backward once for each part. Otherwise the
+        student is run as often, for what wraps it takes one backward pass a forward; and each pass is of the
+        predictions as well, whose gradient is taken off again, for shards come together where a layer's output has one.
         """
         taken = list(itertools.islice(batches, self.config.accumulate))
         shared = self._forward(taken[0], gates) if self.ranks.count == 1 and len(taken) == 1 else None
-        found: list[Losses] = [{} for _ in taken]
-        self._backward_apart(taken, {}, shared, found, None)
+        found = self._backward_apart(taken, {}, shared, None)
         # Scalars, which are on every rank however the others are sharded, are left out.
         student = [parameter for parameter in self.student.parameters() if parameter.ndim]
         predictions = [parameter.grad for parameter in student]
         alone = self._take_gradients()
         total = list(alone)
 
-        for name, kind in itertools.product(gates, LAYER_KINDS):
+        for name, kind in parts:
             strength = self.objective.strength(name, kind)
             strength.fill_(1.0)
-            if self._backward_apart(taken, {name: gates[name]}, shared, found, name, kind):
-                if shared is None:
-                    _subtract([parameter.grad for parameter in self.trained], alone)
-                pull = compare_pulls(predictions, [parameter.grad for parameter in student], self.ranks.total)
-                strength.copy_(weigh(name, kind, pull))
-                _add_scaled(total, self._take_gradients(), strength)
+            more = self._backward_apart(taken, {name: gates[name]}, shared, (name, kind))
+            found = [known | part for known, part in zip(found, more, strict=True)]
+            if shared is None:
+                _subtract([parameter.grad for parameter in self.trained], alone)
+            pull = compare_pulls(predictions, [parameter.grad for parameter in student], self.ranks.total)
+            strength.copy_(weigh(name, kind, pull))
+            _add_scaled(total, self._take_gradients(), strength)
         for parameter, gradient in zip(self.trained, total, strict=True):
             parameter.grad = gradient
         self.update(gates)
         return self._mean([as_vector(losses) for losses in found])
 
     def _backward_apart(
-        self,
-        batches: Sequence[Batch],
-        gates: Gates,
-        shared: Losses | None,
-        found: list[Losses],
-        module: str | None,
-        kind: LossKind | None = None,
-    ) -> bool:
-        """Gradients of a module's losses of a kind alone, or with None of those of no module; False if there are none.
+        self, batches: Sequence[Batch], gates: Gates, shared: Losses | None, part: Part | None
+    ) -> list[Losses]:
+        """Gradients of a part's losses, None for those of the predictions. Returns the losses, of each batch.
 
-        The losses are added to `found`, which has a dictionary a batch.
+        Without `shared` losses to take them from, both models are run, and the gradients are of the predictions, too.
         """
+        found: list[Losses] = []
         for i, batch in enumerate(batches):
             with self.ranks.exchange(self._learn, last=i + 1 == len(batches)):
                 losses = shared if shared is not None else self._forward(batch, gates)
-                part = {
+                of_part = {
                     group: values
                     for group, values in losses.items()
-                    if group.module == module and kind in (None, group.kind)
+                    if (None if group.module is None else (group.module, group.kind)) == part
                 }
-                found[i] |= part
-                if part:
-                    beside = {} if shared is not None else {g: x for g, x in losses.items() if g.module is None}
-                    self.backward(beside | part, keep_graph=shared is not None)
-        return bool(part)
+                beside = {} if shared is not None else {g: values for g, values in losses.items() if g.module is None}
+                self.backward(beside | of_part, keep_graph=shared is not None)
+            found.append(of_part)
+        return found
 
     def _forward(self, batch: Batch, gates: Gates) -> Losses:
         """`losses`, never as one graph."""
-        wanted, wanted_of_teacher = self.objective.wanted(tuple(gates))
         with self.arithmetic(), self._graphs():
-            with torch.no_grad():
-                teacher = self.teacher_forward(batch, wanted_of_teacher)
-            losses: Losses = self._learn(batch, wanted, teacher, gates)
-        return losses
+            return self.compute(batch, gates)
 
     def _take_gradients(self) -> list[Tensor | None]:
         """The gradients of all that is trained, which has none afterwards."""
@@ -219,8 +213,6 @@ class Step(Generic[Batch]):
         """The host's part of a step: the learning rate of the next one; and the running average."""
         self.schedule.step()
         if self.average is not None:
-            self.ranks.reshard(self.learner)
-            self.ranks.reshard(self.average.module)
             self.average.update(self.student)
 
     def teach(self, batch: Batch, modules: Sequence[str]) -> Forward:
@@ -234,7 +226,6 @@ class Step(Generic[Batch]):
         wanted, _ = self.objective.wanted(self.names)
         training = [module for module in self.student.modules() if module.training]
         self.student.eval()
-        self.ranks.reshard(self.learner)
         with torch.no_grad(), self.arithmetic():
             found = as_vector(self._learn(batch, wanted, taught, dict.fromkeys(self.names)))
         for module in training:

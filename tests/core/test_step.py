@@ -124,7 +124,7 @@ def test_a_step_looked_at_module_by_module_is_the_same_step(accumulate: int, see
     plain.objective.strengths.copy_(torch.stack(list(strengths.values())).view(2, 2))
     batches = [load(i) for i in range(accumulate)]
     gates: Gates = {"front": None, "back": None}
-    ours = apart.run_apart(batches, gates, lambda name, kind, _: strengths[name, kind])
+    ours = apart.run_apart(batches, gates, list(strengths), lambda name, kind, _: strengths[name, kind])
     theirs = plain.run(batches, gates)
     assert ours.terms == theirs.terms
     torch.testing.assert_close(ours.values, theirs.values)
@@ -137,7 +137,8 @@ def test_modules_pull_as_their_gradients_say(seed: int) -> None:
     """Beside gradients that autograd gives for each part alone."""
     step, told = make_step(seed=seed), {}
     gates: Gates = {"front": None, "back": None}
-    step.run_apart([load(0)], gates, lambda name, kind, pull: told.setdefault((name, kind), pull).ratio)
+    parts = [(name, kind) for name in step.names for kind in LAYER_KINDS]
+    step.run_apart([load(0)], gates, parts, lambda name, kind, pull: told.setdefault((name, kind), pull).ratio)
     fresh = make_step(seed=seed)
     losses = fresh.losses(load(0), gates)
     student = [p for p in fresh.student.parameters() if p.ndim]
