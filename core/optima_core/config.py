@@ -170,7 +170,7 @@ class DistillerConfig:
     """How the student is distilled.
 
     Attributes:
-        rounds: Number of rounds; in each, one arm is distilled.
+        rounds: Number of rounds; in each, one arm is distilled, or all modules.
         steps_per_round: Optimiser steps a round.
         accumulate: Batches a step, whose gradients are averaged: the memory of one batch, the step of a larger one.
             Each batch weighs the same, also where their masks leave different numbers of tokens.

@@ -45,7 +45,7 @@ _NO_LAYERS = {"engine.objective.hidden": 0.0, "engine.objective.attention": 0.0}
 
 
 def _policy(name: str, **options: float) -> dict[str, Any]:
-    return {"engine.bandit.policy": name, "engine.bandit.options": options}
+    return {"engine.bandit.policy": name, "engine.bandit.options": options, "engine.bandit.arms": None}
 
 
 def _at(weight: float) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _subset(*modules: str) -> dict[str, Any]:
 METHODS: dict[str, dict[str, Any]] = {
     "task_loss": {"engine.objective.logits": 0.0, **_NO_LAYERS},
     "task_loss_and_logits": _NO_LAYERS,
-    **{f"all_modules_at_{weight}": _at(weight) for weight in (3, 10, 30, 100)},
+    **{f"all_modules_at_{weight}": _policy("all_modules") | _at(weight) for weight in (3, 10, 30, 100)},
     **{f"only_{module}": _policy("fixed_arm", arm=arm) for arm, module in enumerate(MODULES)},
     "image_and_text": _subset("image_encoder", "text_decoder"),
     "image_and_multimodal": _subset("image_encoder", "multimodal_decoder"),

@@ -333,7 +333,8 @@ def _finish(job: _Job, models: dict[Model, CoCa], progress: _Progress) -> Summar
     evaluations = score_models(models, data, config.test_items, config.evaluate_batch, say, job.ranks)
     if directory is None:
         return None
-    speed = measure_speed(models, data, config.test_items, config.evaluate_batch)
+    compared: tuple[Model, ...] = ("teacher", "after")
+    speed = measure_speed({name: models[name] for name in compared}, data, config.test_items, config.evaluate_batch)
     write_samples(directory, data, evaluations, config.samples)
     if config.task == "captioning":
         write_cross_attention(directory, student, data, evaluations["after"])

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 DataName = Literal["coco", "coco_karpathy", "vqav2", "nlvr2", "snli_ve", "folder", "webdataset"]
 """Data sets that are files: the formats of `optima.data.records`."""
-DATA_NAMES: tuple[DataName, ...] = get_args(DataName)
 DataSetName = Literal["pictograms", DataName]
 
 Held = Literal["validation", "test"]

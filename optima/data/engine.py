@@ -21,6 +21,7 @@ from optima.data.record import ImageSource, Records, Unusable
 from optima.data.remote import in_turn
 from optima.data.shard_index import IndexedRecords
 from optima.data.transform import Window, evaluation_window, make_square, mirror_allowed, training_window
+from optima.task import TASKS
 
 
 class ImageBatch(NamedTuple):
@@ -146,7 +147,7 @@ class _OfIndex:
         return self._items[index].images[side]
 
     def mirrors(self, index: int) -> bool:
-        return mirror_allowed(self._task, self._items[index])
+        return TASKS[self._task].mirrors and mirror_allowed(self._task, self._items[index])
 
 
 def _content(source: ImageSource) -> bytes | Unusable:

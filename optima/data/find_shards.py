@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from optima.data.remote import found, is_address, joined
+from optima.data.remote import MAGIC, found, is_address, joined
 from optima.limits import MAX_SHARDS
 from optima.untrusted import shown
 from optima_core.errors import OptimaError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-_MAGIC = re.compile(r"[*?\[]")
 
 
 class Tar(NamedTuple):
@@ -103,10 +102,10 @@ def _named(root: str | Path, names: Sequence[str]) -> list[Tar]:
     for name in names:
         if is_address(root) or is_address(name):
             address = name if is_address(name) else joined(str(root), name)
-            new = _listed(root, address) if _MAGIC.search(name) else [Tar(address, _below(root, address))]
+            new = _listed(root, address) if MAGIC.search(name) else [Tar(address, _below(root, address))]
         else:
             new = _local(root, name)
-            if not new and not _MAGIC.search(name):
+            if not new and not MAGIC.search(name):
                 raise OptimaError(f"there is no shard {shown(os.path.join(root, name))}")
         tars |= {tar.address: tar for tar in new}
     return list(tars.values())

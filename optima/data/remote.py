@@ -27,7 +27,8 @@ AT_ONCE = 32
 
 _BLOCK = 2**22  # bytes that a pass over a tar asks for at a time
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
-_MAGIC = re.compile(r"[*?\[]")
+MAGIC = re.compile(r"[*?\[]")
+"""What makes a pattern of a name, braces apart."""
 T = TypeVar("T")
 
 
@@ -64,12 +65,12 @@ def fetch(address: str, start: int, size: int, checksum: int | None = None, *, e
     def whole(data: bytes, _: int | None) -> bool:
         return (len(data) == size or not exact) and checksum in (None, zlib.crc32(data))
 
-    return _tried(address, start, start + size, whole)[0] if size else b""
+    return _tried(address, lambda: _range(address, start, start + size), whole)[0] if size else b""
 
 
 def length_of(address: str) -> int:
     """Bytes of an object. Raises as `fetch` does."""
-    total = _tried(address, 0, 1, lambda _, total: total is not None)[1]
+    total = _tried(address, lambda: _length(address), lambda _, total: total is not None)[1]
     if total is None:
         raise Unreachable(f"the server of {shown(address)} does not say how long it is")
     return total
@@ -105,7 +106,7 @@ def found(pattern: str) -> dict[str, tuple[int, int]]:
         return {}
     except Exception as error:  # each store's client raises types of its own
         raise OptimaError(f"{shown(pattern)} cannot be listed: {type(error).__name__}: {error!s:.200}") from error
-    folder = _MAGIC.split(pattern)[0].rpartition("/")[0]
+    folder = MAGIC.split(pattern)[0].rpartition("/")[0]
     base = filesystem._strip_protocol(folder)
     return {
         folder + name.removeprefix(base): (int(facts["size"]), zlib.crc32(str(facts.get("ETag", "")).encode()))
@@ -190,14 +191,14 @@ Answer = tuple[bytes, int | None]
 """Bytes of a range, and how many the object has, where the answer says so."""
 
 
-def _tried(address: str, start: int, end: int, good: Callable[[bytes, int | None], bool]) -> Answer:
+def _tried(address: str, ask: Callable[[], Answer], good: Callable[[bytes, int | None], bool]) -> Answer:
     """The first good answer, or the last one. Raises as `fetch` does."""
     answer: Answer | None = None
     reason = ""
     for attempt in range(MAX_TRIES):
         time.sleep(PAUSE * 2 ** (attempt - 1) if attempt else 0)
         try:
-            answer = _asked(address, start, end)
+            answer = ask()
         except (FileNotFoundError, OptimaError, Unreachable):
             raise
         except PermissionError as error:
@@ -212,16 +213,22 @@ def _tried(address: str, start: int, end: int, good: Callable[[bytes, int | None
     return answer
 
 
-def _asked(address: str, start: int, end: int) -> Answer:
-    """One try. Of stores other than web servers only a single byte is asked for together with the length."""
+def _length(address: str) -> Answer:
+    """One try to learn how long an object is; a web server says it beside a range."""
+    filesystem, path = _opened(address)
+    if filesystem.protocol == ("http", "https"):
+        return _range(address, 0, 1)
+    return b"", int(filesystem.info(path)["size"])
+
+
+def _range(address: str, start: int, end: int) -> Answer:
+    """One try to read the bytes from start to end; with the length of the object, of a web server that says it."""
     from fsspec.asyn import sync
 
     filesystem, path = _opened(address)
     if filesystem.protocol == ("http", "https"):
         answer: Answer = sync(filesystem.loop, _http, filesystem, path, start, end)
         return answer
-    if end - start == 1:
-        return b"", int(filesystem.info(path)["size"])
     if filesystem.async_impl:
         work = filesystem._cat_file
         data: bytes = sync(filesystem.loop, work, path, start=start, end=end, timeout=MAX_WAIT_SECONDS)

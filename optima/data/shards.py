@@ -135,9 +135,8 @@ def read_packed(root: str | Path, name: str, split: str, index: Path | None = No
     content, tars = _packed_tars(root, name, split)
     placed: dict[str, int] = {}
 
-    def gather(shard: _Shard, collector: Collector) -> dict[str, int]:
-        """-> the place of each record by its id."""
-        here: dict[str, int] = {}
+    def gather(shard: _Shard, collector: Collector, here: dict[str, int]) -> None:
+        """Puts the place of each record into `here`, by its id."""
 
         def make(row: Any, images: tuple[ImageSource, ...]) -> Record:
             name = identifier(entry(row, "id"), "an id")
@@ -161,19 +160,19 @@ def read_packed(root: str | Path, name: str, split: str, index: Path | None = No
                 continue
             for row in rows if isinstance(rows, list) else [rows]:
                 collector.take(sample.where, sample.key, make, row, images)
-        return here
 
     if _fit_memory(tars):
         collector = Collector()
         for tar in tars:
-            placed = gather(_shard(tar), collector) | placed
+            gather(_shard(tar), collector, placed)
         collector.items.sort(key=lambda record: placed[record.id])
         collector.left_out.update(content.left_out)
         return collector.records(name, split, content.task, content.classes)
 
     def read(tar: Tar) -> Found:
         shard, collector = _shard(tar), Collector()
-        here = gather(shard, collector)
+        here: dict[str, int] = {}
+        gather(shard, collector, here)
         return Found(collector, [here[record.id] for record in collector.items], shard.length)
 
     reader = f"{READERS['packed']} {len(content.classes)}"

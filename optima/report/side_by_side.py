@@ -44,6 +44,7 @@ def render_side_by_side(runs: Sequence[Run], output: Path) -> str:
         title=f"{len(runs)} runs side by side",
         rows=[_row(name, run, output) for name, run in zip(names, runs, strict=True)],
         fact_names=list(dict.fromkeys(fact.name for run in runs for fact in facts(run.summary))),
+        scored_on=" and ".join(dict.fromkeys(run.summary.scored_on for run in runs)).capitalize(),
         swatch=swatch,
         arms=[arm for arm in swatch if any(r.chosen == arm for run in runs for r in run.rounds)],
         choices=inline(

@@ -24,9 +24,10 @@ tags: [distillation, optima]
 Distilled layer by layer with OPTIMA from `{config.teacher}` into `{config.student}`, on the rows of
 `{config.data.name}`. {sizes["student"]} parameters, the teacher {sizes["teacher"]}.
 
-How: {engine.rounds} rounds of {engine.steps_per_round} steps of {config.batch_size} rows; each round the policy
-{engine.bandit.policy} chose what was distilled beside the predictions. Weights: task {objective.task:g}, predictions
-{objective.logits:g}, hidden states {objective.hidden:g}, attention maps {objective.attention:g}.
+How: {engine.rounds} rounds of {engine.steps_per_round} steps of {config.batch_size} rows. What was distilled beside the
+predictions in each round was for the policy {engine.bandit.policy} to say. Weights, with balance {engine.balance}:
+task {objective.task:g}, predictions {objective.logits:g}, hidden states {objective.hidden:g}, attention maps
+{objective.attention:g}.
 
 ## Losses on {summary.test_items} held-out rows
 

@@ -144,7 +144,7 @@ class _Job:
         config, distiller, directory = self.config, self.distiller, self.directory
         ranks = distiller.ranks
         if ranks.broadcast(state is not None):
-            distiller.load_state_dict({} if state is None else state["distiller"])
+            distiller.load_state_dict({} if state is None else state.pop("distiller"))
         else:
             self.scores["before"] = self._losses()
         if state is not None:

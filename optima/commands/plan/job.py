@@ -53,6 +53,7 @@ class Job(NamedTuple):
             classes=self.classes,
             engine=dataclasses.replace(config.engine, teacher_ahead=False) if alone else config.engine,
             layer_map=config.layer_map,
+            single_layer_maps=config.single_layer_maps,
             recompute=config.recompute,
             device=self.device,
         )

@@ -94,6 +94,7 @@ def measure_needs(
     classes: int,
     engine: DistillerConfig,
     layer_map: str | Mapping[str, Sequence[int]] = "uniform",
+    single_layer_maps: bool = False,
     recompute: bool = False,
     device: Literal["gpu", "cpu"] = "gpu",
 ) -> Needs:
@@ -118,7 +119,7 @@ def measure_needs(
         if recompute:
             recompute_activations(student.transformer_layers())
         work = Operations(TaskForward(student, task), TaskForward(teacher, task))
-        step = _make_step(student, work, module_pairs(student, teacher, layer_map), engine, device)
+        step = _make_step(student, work, module_pairs(student, teacher, layer_map, single_layer_maps), engine, device)
         gates = _gates(step, engine)
         averaged = 0 if step.average is None else _bytes(step.average.module)
         weights = memory.live - averaged

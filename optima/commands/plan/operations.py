@@ -87,7 +87,7 @@ def _loss_operations(student: Any, teacher: Any, objective: Objective) -> int:
         for i, tap in enumerate(taps):
             if config.hidden:
                 found += 6 * math.prod(tap.hidden) * tapped[layers[i]].hidden[-1]
-            if config.attention:
+            if config.attention and objective.pairs[module].maps:
                 for s, t in zip(tap.attention, tapped[layers[i]].attention, strict=True):
                     found += 2 * (3 * math.prod(s.q) * s.k[2] + math.prod(t.q) * t.k[2])
     if config.logits and isinstance(student.prediction, LinearPrediction):
