@@ -27,7 +27,7 @@ class ObjectiveConfig:
         task: Weight of the student's own task loss.
         logits: Weight of the prediction distillation.
         hidden: Weight of the hidden-state loss of each distilled module (mean over its layers), times its strength: in
-            units of the pull of the prediction losses, unless the engine's balance is "none".
+            units of the pull of the prediction losses in an engine that balances, else a plain factor.
         attention: Weight of the attention-map loss of each distilled module (mean over its layers), likewise.
         temperature: Softmax temperature T of the prediction distillation, above 0.
         divergence: Direction of the prediction distillation.

@@ -127,9 +127,9 @@ def _config_word(value: str, name: str, command: Command) -> str:
         raise OptimaError(f"recipe {value} is one of `{RECIPES[value].command}`; {listed}")
     if known:
         raise OptimaError(
-            f"config {value} is neither a file nor a recipe; the recipes of {name} are {', '.join(known)}"
+            f"config {shown(value)} is neither a file nor a recipe; the recipes of {name} are {', '.join(known)}"
         )
-    raise OptimaError(f"config {value} is no file")
+    raise OptimaError(f"config {shown(value)} is no file")
 
 
 def _with_values(words: list[str], config: type[Any]) -> list[str]:
@@ -182,8 +182,8 @@ def _file_values(path: Path) -> Any:
     try:
         text = read_file(path, "config", MAX_CONFIG_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise OptimaError(f"config {path} is not UTF-8: {error.reason}") from error
-    return load_yaml(text, f"config {path}")
+        raise OptimaError(f"config {shown(path)} is not UTF-8: {error.reason}") from error
+    return load_yaml(text, f"config {shown(path)}")
 
 
 def _refuse_files_within(values: Any, groups: set[str], prefix: str, path: str) -> None:
@@ -193,7 +193,7 @@ def _refuse_files_within(values: Any, groups: set[str], prefix: str, path: str) 
         for part in group.removeprefix(prefix).split(".") if group.startswith(prefix) else ():
             found = found.get(part) if isinstance(found, dict) else None
         if isinstance(found, str) and found is not values:
-            raise OptimaError(f"config {path}: {group} must be an object of options, got {found!r:.80}")
+            raise OptimaError(f"config {shown(path)}: {group} must be an object of options, got {found!r:.80}")
 
 
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:

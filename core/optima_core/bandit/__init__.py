@@ -1,4 +1,4 @@
-"""The bandit that picks the module to distil next, as tensor operations on the device.
+"""The bandit that can choose what is distilled next, as tensor operations on the device.
 
     policy = make_policy("discounted_thompson", arms=3)
     state = policy.init(batch=1, seed=0, device="cpu")

@@ -276,3 +276,9 @@ def test_doctor_tells_what_is_found_and_used(capsys: pytest.CaptureFixture[str])
     for name in ("Python", "torch", "CPU threads", "GPU", "Triton", "flash-attn", "apex", "DALI"):
         assert name in text
     assert torch.__version__ in text
+
+
+def test_a_long_name_of_a_config_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint_of(capsys, ["watch", "--config", "d/" * 2500])
+    assert line.startswith("optima: config d/d/d/")
+    assert len(line) < 1000
