@@ -6,8 +6,10 @@ planned on a small machine. Checked against real peaks on a CPU (tests/optima/co
 is a prediction.
 
 For a GPU the step is traced as it runs there: fused attention, losses as fused operators. All modules are tapped, as in
-the probe and by the largest of arms. What is not counted: the CUDA context, workspaces of libraries, what the allocator
-loses to fragmentation, and a fused loss's tiles; `predict.HEADROOM` stands for those.
+the probe and by the largest of arms. Where layer losses are balanced, the step that looks at the gradients of each part
+of them is traced, too, and counts for the memory; its time, once a round, is not in that of a step. What is not
+counted: the CUDA context, workspaces of libraries, what the allocator loses to fragmentation, and a fused loss's tiles;
+`predict.HEADROOM` stands for those.
 """
 
 import contextlib
@@ -153,9 +155,16 @@ def measure_needs(
             activations = memory.live - before
             with work.counting("backward"):
                 step.backward(losses)
+            parts = dict.fromkeys((group.module, group.kind) for group in losses if group.module is not None)
             del losses, batch
         step.update(gates)
         step.advance()
+
+        counts, of_losses = dict(work.counts), work.losses(step.objective)
+        if engine.balance == "gradient":
+            # Once a round the gradients of each part are looked at, for which the graph and more gradients are kept.
+            batches = [load(batch_size) for _ in range(min(engine.accumulate, 2))]
+            step.learn_apart(batches, gates, list(parts), lambda *_: torch.ones(()))
 
     times = engine.accumulate / min(engine.accumulate, 2)
     resident = weights + states + averaged + probe_bytes
@@ -171,10 +180,10 @@ def measure_needs(
         activations=activations,
         probe_peak=probe_peak,
         step_peak=memory.peak + ahead,
-        teacher_operations=times * work.counts["teacher"],
-        student_operations=times * work.counts["student"],
-        loss_operations=times * work.losses(step.objective),
-        backward_operations=times * work.counts["backward"],
+        teacher_operations=times * counts["teacher"],
+        student_operations=times * counts["student"],
+        loss_operations=times * of_losses,
+        backward_operations=times * counts["backward"],
         kept=memory.peak - resident if engine.cuda_graphs and device == "gpu" else 0,
         ahead=ahead,
     )

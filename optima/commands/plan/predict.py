@@ -74,7 +74,7 @@ def predicted_hours(needs: Needs, config: PlanConfig, seconds: float, items: int
     """An estimate of all rounds, `seconds` a step of `items` items.
 
     rounds x (steps a round x seconds + the student's forward pass on the probe, as many operations an item as in a
-    step, at the same rate). Start, evaluations and checkpoints come on top.
+    step, at the same rate). Start, evaluations, checkpoints and the looks at gradients come on top.
     """
     engine = config.engine
     probe = seconds * needs.student_operations / max(1.0, needs.operations) * config.probe_size / items

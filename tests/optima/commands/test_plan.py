@@ -59,6 +59,7 @@ def planned(chosen: dict[str, Any], **others: Any) -> Needs:
         objective=ObjectiveConfig(attention_heads="mean"),
         read_arm=chosen.pop("read_arm", True),
         ema=chosen.pop("ema", 0.0),
+        balance=chosen.pop("balance", "gradient"),
         cuda_graphs=chosen.pop("cuda_graphs", False),
         teacher_ahead=chosen.pop("teacher_ahead", False),  # the processes measured here have one thread
     )
@@ -121,12 +122,19 @@ def test_a_teacher_that_runs_ahead_on_a_cpu_takes_a_batch_and_a_forward_pass_mor
 
 
 def test_activations_and_operations_grow_with_the_batch_and_parts_bound_the_former() -> None:
-    one, two = (planned(settings(batch_size=size)) for size in (8, 16))
-    parts = planned(settings(batch_size=8, accumulate=2))
+    one, two = (planned(settings(batch_size=size, balance="none")) for size in (8, 16))
+    parts = planned(settings(batch_size=8, accumulate=2, balance="none"))
     assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
     assert two.operations == pytest.approx(2 * one.operations, rel=0.01)
     assert parts.operations == pytest.approx(two.operations, rel=0.01)
     assert one.peak < parts.peak < two.peak
+
+
+def test_looking_at_the_gradients_of_each_part_takes_their_memory() -> None:
+    """Beside the graph, which a look keeps: those of the predictions, of the total, and of the part."""
+    looks, steps = (planned(settings(batch_size=2, balance=balance)) for balance in ("gradient", "none"))
+    assert looks.operations == steps.operations
+    assert steps.gradients < looks.step_peak - steps.step_peak < 3 * steps.gradients + steps.activations
 
 
 def test_recomputed_layers_keep_less_and_run_again_in_the_backward_pass() -> None:
@@ -141,7 +149,7 @@ def test_recomputed_layers_keep_less_and_run_again_in_the_backward_pass() -> Non
 
 
 def test_what_the_probe_takes_bounds_the_batch_too() -> None:
-    few, many = (planned(settings(batch_size=8, probe_size=size)) for size in (8, 64))
+    few, many = (planned(settings(batch_size=8, probe_size=size, balance="none")) for size in (8, 64))
     assert many.step_peak - few.step_peak == many.probe - few.probe
     assert many.probe_peak - few.probe_peak > many.probe - few.probe
     assert many.peak == many.probe_peak > many.step_peak
@@ -152,7 +160,7 @@ def test_what_the_probe_takes_bounds_the_batch_too() -> None:
 def test_an_update_behind_gates_keeps_copies_of_projections_and_moments() -> None:
     """Where nothing else of a step is alive: few items, so that the update is where the most is."""
     wide = dataclasses.asdict(sizes(256, 2, 4, vocab=50))
-    chosen = settings(batch_size=1, probe_size=1, student=wide, classes=2)
+    chosen = settings(batch_size=1, probe_size=1, student=wide, classes=2, balance="none")
     known, gated = planned(chosen), planned(chosen | {"read_arm": False})
     projections = 2 * 3 * (256 * 192 + 192)
     assert known.projection_parameters == projections
