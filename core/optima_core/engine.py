@@ -130,6 +130,7 @@ class Distiller(Generic[Batch]):
             dict.fromkeys((term.module, term.kind) for term in terms if term.module is not None)
         )
         self._looks = config.balance == "gradient" and any(term.module is None for term in terms)
+        self._kinds = torch.tensor([getattr(config.objective, kind) for kind in LAYER_KINDS], device=self.device)
         self._modules_of_terms = _modules_of(self.initial_probe.terms, self.names, self.device)
         self.reward = self.meter.init(self.initial_probe.values[None])
         if not self.ranks.first:
@@ -257,7 +258,9 @@ class Distiller(Generic[Batch]):
         """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
         module, column = self.names.index(name), LAYER_KINDS.index(kind)
         strength, part = choice.strengths[module], module * len(LAYER_KINDS) + column
-        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, pull.ratio, 0.0))
+        # The unit is that of the losses themselves: the objective's weight, which the pull has in it, multiplies it.
+        ratio = pull.ratio * getattr(self.config.objective, kind)
+        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, ratio, 0.0))
         agreement[module, column].copy_(torch.where(strength > 0, pull.agreement, math.nan))
         return strength * self._units()[module, column]
 
@@ -298,7 +301,7 @@ class Distiller(Generic[Batch]):
         tensors = {
             "arm": choice.arm[0],
             "strengths": choice.strengths,
-            "weights": self.objective.strengths,
+            "weights": self.objective.strengths * self._kinds,
             "agreement": agreement,
             "reward": reward[0],
             "pulls": self.pulls,
