@@ -3,8 +3,8 @@
 A part is the hidden-state losses of a module, or its attention-map losses.
 
 Balancing losses by the norms of their gradients is GradNorm's idea (Chen et al., arXiv 1711.02257), which learns the
-weights; ours are read off: the running geometric mean of `Pull.ratio` at weight 1, which has no hyper-parameter to tune and no
-unit, so that one strength serves every task, student and teacher.
+weights; ours are read off: the running geometric mean of `Pull.ratio` at weight 1, which has no hyper-parameter to
+tune and no unit, so that one strength serves every task, student and teacher.
 """
 
 from dataclasses import dataclass
