@@ -23,7 +23,7 @@ from optima.commands.console import make_console, make_table
 from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
 from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
-from optima.runs.directory import REJECTED, RunDirectory, fingerprint
+from optima.runs.directory import CHECKPOINTS, REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
@@ -40,6 +40,7 @@ from optima.tasks.data import TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
+from optima_core.checkpoint import CheckpointStore, Saved
 from optima_core.config import OptimiserConfig
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
@@ -62,6 +63,7 @@ class _Job:
     config: DistillConfig
     ranks: Ranks
     directory: RunDirectory | None
+    checkpoints: CheckpointStore
     data: TaskData
     teacher: Path
     started: float
@@ -89,9 +91,14 @@ def distill(config: DistillConfig) -> Summary | None:
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        state = directory.checkpoints.load(STATE) if directory is not None else None
-        if directory is not None and state is not None:
-            _refuse_other_run(config, directory, state)
+        # The rounds of a GPU go on while a checkpoint is written; those of a CPU would only get slower.
+        checkpoints = CheckpointStore(
+            config.run / CHECKPOINTS, config.keep, ranks, asynchronous=ranks.device.type == "cuda"
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        saved = checkpoints.newest(STATE)
+        if directory is not None and saved is not None:
+            _refuse_other_run(config, directory, saved.state)
 
         if ranks.first:
             _sayer(config)(f"task {config.task}, data {config.data.name}: reading the teacher and the data")
@@ -111,7 +118,7 @@ def distill(config: DistillConfig) -> Summary | None:
         if config.teach.steps:
             path = _taught(config, directory, data, teacher)
             teacher = load_coca(path).to(ranks.device).requires_grad_(False)
-        return _distill(_Job(config, ranks, directory, data, path, started), teacher, state)
+        return _distill(_Job(config, ranks, directory, checkpoints, data, path, started), teacher, saved)
 
 
 def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskData, teacher: CoCa) -> Path:
@@ -158,18 +165,18 @@ def _sayer(config: DistillConfig, prefix: str = "") -> Callable[[str], None]:
     return say
 
 
-def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
+def _distill(job: _Job, teacher: CoCa, saved: Saved | None) -> Summary | None:
     config, ranks = job.config, job.ranks
     _refuse_misfits(job.teacher, teacher, job.data)
     with told_in_a_line():
-        student = find_start(config, teacher, job.data, job.directory, resumed=state is not None).train()
+        student = find_start(config, teacher, job.data, job.directory, resumed=saved is not None).train()
     whole = copy.deepcopy(student) if ranks.sharded else None
     if config.recompute:
         recompute_activations(student.transformer_layers())
     ranks.shard(teacher)
     with told_in_a_line():
         distiller = _make_distiller(job, student, teacher)
-    progress = _train(job, distiller, whole, state)
+    progress = _train(job, distiller, whole, saved)
     student = _result(distiller, whole)
     if job.directory is None:
         return None
@@ -230,15 +237,15 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
     )
 
 
-def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state: dict[str, Any] | None) -> _Progress:
+def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved: Saved | None) -> _Progress:
     """Runs the rounds that are left."""
     config, ranks, directory = job.config, job.ranks, job.directory
     progress = _Progress([], [], 0.0, "optima " + shlex.join(sys.argv[1:]))
-    if state is not None:
-        progress = _Progress(state["learning_curve"], [], state["seconds"], state["command"])
-    resumed, scored = ranks.broadcast((state is not None, bool(progress.curve)))
-    if resumed:
-        distiller.load_state_dict({} if state is None else state.pop("distiller"))
+    if saved is not None:
+        state = saved.state
+        progress = _Progress([*state["learning_curve"]], [], state["seconds"], state["command"])
+        distiller.restore(saved.part("distiller"))
+    scored = bool(progress.curve)
     rounds = config.engine.rounds
     names = distiller.arm_names[: distiller.policy.arms]
     display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
@@ -249,7 +256,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state
             display = Tracked(display, make_trackers(["tensorboard"], directory.path, distiller.step, {}))
     started = time.monotonic()
     with StopRequest() as stop, contextlib.closing(display):
-        if resumed:
+        if saved is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not scored:
             _add_point(job, progress, distiller, whole, display)
@@ -271,17 +278,20 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state
             if score:
                 _add_point(job, progress, distiller, whole, display)
             if save:
-                saved = {
-                    "distiller": distiller.state_dict(),
-                    "config": fingerprint(config),
-                    "learning_curve": progress.curve,
-                    "seconds": progress.seconds + time.monotonic() - started,
-                    "command": progress.command,
-                }
-                if directory is not None:
-                    directory.checkpoints.save(distiller.step, saved)
+                job.checkpoints.save(
+                    distiller.step,
+                    {
+                        "distiller": distiller.state_dict(),
+                        "config": fingerprint(config),
+                        "learning_curve": progress.curve,
+                        "seconds": progress.seconds + time.monotonic() - started,
+                        "command": progress.command,
+                    },
+                )
             if stopping:
+                job.checkpoints.wait()
                 raise KeyboardInterrupt
+        job.checkpoints.wait()
     return progress
 
 

@@ -24,6 +24,7 @@ from optima.runs.rows import Round, plain
 from optima_core.checkpoint import CheckpointStore, write_atomically
 from optima_core.errors import OptimaError
 
+CHECKPOINTS = "checkpoints"
 START = "start.safetensors"
 REJECTED = "rejected.jsonl"
 LOCK = ".lock"
@@ -55,7 +56,7 @@ class RunDirectory:
         not to be resumed, or there is nothing to resume.
         """
         self.path = path
-        self.checkpoints = CheckpointStore(path / "checkpoints", keep)
+        self.checkpoints = CheckpointStore(path / CHECKPOINTS, keep)
         self.metrics = path / METRICS
         if resume and not path.exists():
             raise OptimaError(

@@ -13,7 +13,7 @@ from plain_models import CLASSES, FEATURES, QUICK, TOKENS, TwoModules
 from torch import Tensor
 from torch.nn import functional as F
 
-from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
+from optima_core import CheckpointStore, Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
 from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import leave
 
@@ -45,8 +45,11 @@ class Padded(TwoModules):
         return Forward(loss, LogitPrediction(logits, counted.float()), taps, counted.sum())
 
 
-def distil(ranks: Ranks, rounds: int, kind: str, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The records up to round `rounds`, and the state then; from the start, or from a state of an earlier call."""
+def distil(ranks: Ranks, rounds: int, kind: str, end: Path, start: Path | None = None) -> dict[str, Any]:
+    """The records up to round `rounds`, and the state then, which is saved at `end`, as all ranks read it whole.
+
+    start: where an earlier call has saved the state to go on from.
+    """
 
     def load(step: int) -> Batch:
         draws = torch.Generator().manual_seed(step)
@@ -63,23 +66,26 @@ def distil(ranks: Ranks, rounds: int, kind: str, state: dict[str, Any] | None = 
     config = DistillerConfig(rounds=ROUNDS, steps_per_round=3, optimiser=QUICK)
     config = replace(config, objective=replace(config.objective, attention_kind=kind))  # type: ignore[arg-type]
     distiller = Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
-    if state is not None:
-        distiller.load_state_dict(state)
+    if start is not None:
+        saved = CheckpointStore(start, ranks=ranks).newest()
+        assert saved is not None
+        distiller.restore(saved)
     records = [distiller.run_round() for _ in range(distiller.round, rounds)]
-    return {"records": records, "state": distiller.state_dict()}
+    store = CheckpointStore(end, ranks=ranks)
+    store.save(distiller.step, distiller.state_dict())
+    return {"records": records, "state": store.load()}
 
 
 def main(directory: Path) -> None:
-    """For each strategy: a whole run, half a run, and a run resumed from half.pt of one process."""
+    """For each strategy: a whole run, half a run, and a run that goes on from what one process saved in half-alone."""
     with join_ranks() as joined:
         for strategy in ("ddp", "fsdp"):
             ranks = replace(joined, strategy=strategy)  # type: ignore[arg-type]
-            half = torch.load(directory / "half.pt", weights_only=False) if ranks.first else {"state": {}}
             results = {
-                "whole": distil(ranks, ROUNDS, "kl"),
-                "whole_mse": distil(ranks, ROUNDS, "mse"),
-                "half": distil(ranks, ROUNDS // 2, "kl"),
-                "resumed": distil(ranks, ROUNDS, "kl", half["state"]),
+                "whole": distil(ranks, ROUNDS, "kl", directory / "whole"),
+                "whole_mse": distil(ranks, ROUNDS, "mse", directory / "whole_mse"),
+                "half": distil(ranks, ROUNDS // 2, "kl", directory / f"half-{strategy}"),
+                "resumed": distil(ranks, ROUNDS, "kl", directory / "resumed", directory / "half-alone"),
             }
             if ranks.first:
                 torch.save(results, directory / f"{strategy}.pt")

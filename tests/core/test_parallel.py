@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import padded_models
@@ -18,20 +19,24 @@ Run = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Run]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs save what they come to."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> dict[str, Run]:
     """Runs of a single process."""
     return {
-        "whole": distil(Ranks(), ROUNDS, "kl"),
-        "whole_mse": distil(Ranks(), ROUNDS, "mse"),
-        "half": distil(Ranks(), ROUNDS // 2, "kl"),
+        "whole": distil(Ranks(), ROUNDS, "kl", directory / "whole-alone"),
+        "whole_mse": distil(Ranks(), ROUNDS, "mse", directory / "whole_mse-alone"),
+        "half": distil(Ranks(), ROUNDS // 2, "kl", directory / "half-alone"),
     }
 
 
 @pytest.fixture(scope="module")
-def together(alone: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Run]]:
+def together(alone: dict[str, Run], directory: Path) -> dict[str, dict[str, Run]]:
     """By strategy, what two ranks make of the same: one launch of torchrun, since starting takes the most time."""
-    directory = tmp_path_factory.mktemp("together")
-    torch.save(alone["half"], directory / "half.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, padded_models.__file__, str(directory)],
@@ -84,8 +89,8 @@ def test_what_one_process_began_two_ranks_end(
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_two_ranks_began_one_process_ends(
-    strategy: str, alone: dict[str, Run], together: dict[str, dict[str, Run]]
+    strategy: str, alone: dict[str, Run], together: dict[str, dict[str, Run]], directory: Path, tmp_path: Path
 ) -> None:
     half = together[strategy]["half"]
-    resumed = distil(Ranks(), ROUNDS, "kl", half["state"])
+    resumed = distil(Ranks(), ROUNDS, "kl", tmp_path, directory / f"half-{strategy}")
     assert_same_run(resumed | {"records": half["records"] + resumed["records"]}, alone["whole"])

@@ -17,10 +17,14 @@ from optima.runs.display import Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.rows import Round, plain
 from optima.runs.tracking import make_trackers
+from optima_core.checkpoint import Saved
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
 
 Scores = dict[str, dict[str, float]]
+
+STATE = {"distiller": dict, "config": str, "before": dict, "command": str, "seconds": float}
+"""What a checkpoint holds: key -> type."""
 
 
 def run_distill_hf(config: DistillHfConfig) -> None:
@@ -52,9 +56,9 @@ def distill_hf(config: DistillHfConfig) -> Scores:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with RunDirectory(config.run, resume=config.resume, keep=config.keep) as directory:
-        state = directory.checkpoints.load()
-        if state is not None:
-            directory.refuse_other_run(config, state["config"])
+        saved = directory.checkpoints.newest(STATE)
+        if saved is not None:
+            directory.refuse_other_run(config, saved.state["config"])
         processor, rows = load_processor(config.teacher), Rows(config.data)
         teacher = load_model(config.teacher, "teacher").to(device).eval().requires_grad_(False)
         student = load_model(config.student, "student").to(device)
@@ -66,9 +70,9 @@ def distill_hf(config: DistillHfConfig) -> Scores:
             student = with_adapters(student, config.lora)
         with told_in_a_line():
             distiller = _make_distiller(config, student.train(), teacher, batches, device)
-        before = _losses(config, distiller, batches, device) if state is None else state["before"]
-        command = "optima " + shlex.join(sys.argv[1:]) if state is None else state["command"]
-        _train(config, directory, distiller, {"before": before, "command": command}, state, started)
+        before = _losses(config, distiller, batches, device) if saved is None else saved.state["before"]
+        command = "optima " + shlex.join(sys.argv[1:]) if saved is None else saved.state["command"]
+        _train(config, directory, distiller, {"before": before, "command": command}, saved, started)
         scores = {"before": before, "after": _losses(config, distiller, batches, device)}
         _finish(config, directory, distiller, teacher, processor, scores, command)
     return scores
@@ -100,14 +104,14 @@ def _train(
     directory: RunDirectory,
     distiller: Distiller[Any],
     kept: dict[str, Any],
-    state: dict[str, Any] | None,
+    saved: Saved | None,
     started: float,
 ) -> None:
     """Runs the rounds that are left; every checkpoint also holds `kept`."""
     seconds = 0.0
-    if state is not None:
-        distiller.load_state_dict(state["distiller"])
-        seconds = state["seconds"]
+    if saved is not None:
+        distiller.restore(saved.part("distiller"))
+        seconds = saved.state["seconds"]
     directory.write_config(config)
     directory.rounds(distiller.round)
     rounds = config.engine.rounds
@@ -120,8 +124,8 @@ def _train(
             display.round(record)
             directory.append_round(Round.of(record, spent))
             if record.round % config.checkpoint_every == 0 or record.round == rounds or stop.made:
-                saved = {"distiller": distiller.state_dict(), "config": fingerprint(config), "seconds": spent, **kept}
-                directory.checkpoints.save(distiller.step, saved)
+                state = {"distiller": distiller.state_dict(), "config": fingerprint(config), "seconds": spent, **kept}
+                directory.checkpoints.save(distiller.step, state)
             if stop.made:
                 raise KeyboardInterrupt
 

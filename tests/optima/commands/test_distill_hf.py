@@ -20,7 +20,7 @@ from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
 from optima.commands.distill_hf.models import load_model, load_processor  # noqa: E402
 from optima.commands.distill_hf.rows import Rows  # noqa: E402
 from optima.commands.distill_hf.work import distill_hf  # noqa: E402
-from optima_core import DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
+from optima_core import CheckpointStore, DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
 
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
 WORDS = (*_MARKS, "what", "is", "it", "a", "the", "dog", "cat", "pig", "red", "big", "one", "two")
@@ -85,7 +85,8 @@ def test_a_student_is_written_that_transformers_loads(tmp_path: Path, llamas: di
     read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     assert len(read.model.layers) == 2
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "student").vocab_size == len(WORDS)
-    saved = torch.load(sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    saved = CheckpointStore(tmp_path / "run" / "checkpoints").load()
+    assert saved is not None
     for name, value in read.state_dict().items():
         assert torch.equal(value, saved["distiller"]["student"][name])
     card = (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
