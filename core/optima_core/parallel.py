@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optima_core.errors import OptimaError
-from optima_core.processes import Strategy, count_processes
+from optima_core.processes import Strategy, count_processes, starts_anew
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others; the first one scores the student while they do."""
+TIMEOUT = 1800.0
+"""Seconds that a rank waits for the others; the first one scores the student while they do."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,12 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
+def join_ranks(strategy: Strategy = "ddp", timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """While entered, this process is one of those that torchrun started; without torchrun, it is alone.
+
+    Args:
+        strategy: See `Ranks`.
+        timeout: Seconds that a rank waits for the others.
 
     Raises OptimaError if there are more processes than GPUs, or a rank is lost on the way.
     """
@@ -177,15 +181,18 @@ def join_ranks(strategy: Strategy = "ddp") -> Iterator[Ranks]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         # Taps are views of what a layer computed, and nothing here changes one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         yield Ranks(dist.get_rank(), count, strategy, device)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise OptimaError(
-                "a process of the run was lost, or waited for in vain; the last checkpoint is kept, continue with the "
-                "same command and --resume"
-            ) from error
+            then = (
+                "torchrun starts the others anew, from the last checkpoint"
+                if starts_anew()
+                else "the last checkpoint is kept, continue with the same command and --resume"
+            )
+            raise OptimaError(f"a process of the run was lost, or waited for in vain; {then}") from error
         raise
     dist.destroy_process_group()

@@ -48,6 +48,7 @@ from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import several
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord
+from optima_core.stalls import StallWatch
 
 SHOWN = 4
 """Captions that the end of a run shows, with what would be right in brackets."""
@@ -64,6 +65,7 @@ class _Job:
     ranks: Ranks
     directory: RunDirectory | None
     checkpoints: CheckpointStore
+    watch: StallWatch
     data: TaskData
     teacher: Path
     started: float
@@ -85,7 +87,8 @@ def distill(config: DistillConfig) -> Summary | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+    # The watch, which can say which rank it was, comes before the time limit of the messages.
+    with join_ranks(config.parallel, 2 * config.patience) as ranks, contextlib.ExitStack() as stack:
         if config.batch_size % ranks.count:
             raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
         directory = None
@@ -118,7 +121,8 @@ def distill(config: DistillConfig) -> Summary | None:
         if config.teach.steps:
             path = _taught(config, directory, data, teacher)
             teacher = load_coca(path).to(ranks.device).requires_grad_(False)
-        return _distill(_Job(config, ranks, directory, checkpoints, data, path, started), teacher, saved)
+        watch = StallWatch(ranks, config.patience)
+        return _distill(_Job(config, ranks, directory, checkpoints, watch, data, path, started), teacher, saved)
 
 
 def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskData, teacher: CoCa) -> Path:
@@ -219,8 +223,12 @@ def _refuse_other_run(config: DistillConfig, directory: RunDirectory, state: dic
 def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBatch]:
     config, ranks = job.config, job.ranks
 
-    def load(step: int) -> TaskBatch:
-        return job.data.training_batch(step, config.batch_size // ranks.count)
+    def load(number: int) -> TaskBatch:
+        step = number // config.engine.accumulate + 1
+        job.watch.at(f"loads a batch of step {step}")
+        batch = job.data.training_batch(number, config.batch_size // ranks.count)
+        job.watch.at(f"learns in step {step}")
+        return batch
 
     probe = job.data.probe_batch(config.probe_size)
     first, size = ranks.share(0, len(probe.tokens))
@@ -255,7 +263,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved
         if config.tensorboard:
             display = Tracked(display, make_trackers(["tensorboard"], directory.path, distiller.step, {}))
     started = time.monotonic()
-    with StopRequest() as stop, contextlib.closing(display):
+    with StopRequest() as stop, job.watch, contextlib.closing(display):
         if saved is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not scored:
@@ -278,6 +286,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved
             if score:
                 _add_point(job, progress, distiller, whole, display)
             if save:
+                job.watch.at(f"saves step {distiller.step}")
                 job.checkpoints.save(
                     distiller.step,
                     {
@@ -309,6 +318,7 @@ def _add_point(
     config, data = job.config, job.data
     if not config.evaluate_every or not config.evaluate_items:
         return
+    job.watch.at(f"scores the student of step {distiller.step}")
     student = _result(distiller, whole)
     if not distiller.ranks.first:
         return

@@ -97,6 +97,8 @@ class DistillConfig:
         quiet: Show nothing but the final table.
         parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
             each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
+        patience: Seconds without progress after which a run of several processes ends, and says which of them held up
+            the others: more than a step, a point of the learning curve and a checkpoint take.
         tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
     """
 
@@ -125,10 +127,11 @@ class DistillConfig:
     resume: bool = False
     quiet: bool = False
     parallel: Strategy = "ddp"
+    patience: float = 1800.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(1, self, "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep")
+        refuse_below(1, self, "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep", "patience")
         refuse_below(0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads")
 
 

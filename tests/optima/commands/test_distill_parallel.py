@@ -77,7 +77,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     from optima_core.parallel import Ranks
 
     @contextlib.contextmanager
-    def three(strategy: str) -> Iterator[Ranks]:
+    def three(strategy: str, timeout: float) -> Iterator[Ranks]:
         yield Ranks(0, 3)
 
     monkeypatch.setattr("optima.commands.distill.join_ranks", three)
