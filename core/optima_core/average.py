@@ -4,7 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class RunningAverage:
@@ -14,8 +14,8 @@ class RunningAverage:
     each time, which waits for the device.
 
     Args:
-        model: The model that learns; a copy of it holds the average. Buffers and
-            whole numbers are copied as they are.
+        model: The model that learns; a copy of it, `module`, holds the average. Buffers and whole numbers are copied
+            as they are. Where the model's parameters are sharded afterwards, the copy's have to be, in the same way.
         decay: Of the average, per step.
     """
 
@@ -31,7 +31,11 @@ class RunningAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in the weights after a step."""
-        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        # Of sharded parameters every rank averages its shards.
+        pairs = [
+            (_local(ours), _local(theirs))
+            for ours, theirs in zip(self.module.parameters(), model.parameters(), strict=True)
+        ]
         averaged = [(ours, theirs) for ours, theirs in pairs if self.steps and ours.is_floating_point()]
         if averaged:
             torch._foreach_lerp_([ours for ours, _ in averaged], [theirs for _, theirs in averaged], 1 - self.decay)
@@ -48,3 +52,8 @@ class RunningAverage:
         """The inverse of `state_dict`."""
         self.steps = state["steps"]
         self.module.load_state_dict({name.removeprefix("module."): x for name, x in state.items() if name != "steps"})
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's shard; of a whole parameter, itself."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

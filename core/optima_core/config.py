@@ -180,12 +180,14 @@ class DistillerConfig:
         precision: Arithmetic of both models' forward passes; weights and optimiser stay fp32. "fp16" scales the losses,
             and skips a step whose gradients overflow.
         compile: Compile teacher, student and losses into one graph that serves every arm through its gates. All modules
-            are tapped then. The first step takes a minute or so; a CPU needs a C++ compiler.
+            are tapped then. The first step takes a minute or so; a CPU needs a C++ compiler. On several ranks each
+            layer is a graph of its own, since gradients and shards travel while other layers are computed; what is
+            tapped is then up to `read_arm`.
         read_arm: The host reads once a round which arm was chosen, asynchronously, when it launches the round; the
             modules of other arms are not tapped and cost nothing. False keeps the choice on the device: no read, and
             the next rounds may be queued at any time, but in every round all modules are tapped, their losses' kernels
-            leave at closed gates, and each update keeps copies of projections and their moments. With compile it is so
-            in any case.
+            leave at closed gates, and each update keeps copies of projections and their moments. With compile on one
+            rank it is so in any case.
         cuda_graphs: On a CUDA device, record the step of each arm as a CUDA graph and replay it, where the host takes
             longer to launch a step than the device to run it. Batches must have the same shapes in every step. The
             memory of a recorded step stays taken while the probe is measured. On a CPU of no effect.

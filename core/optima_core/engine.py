@@ -30,12 +30,12 @@ from optima_core.parallel import Ranks
 from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import (
+    copy_whole,
     load_random,
     load_trained,
     random_state,
     trained_state,
     trained_state_to_fill,
-    whole_student,
 )
 from optima_core.step import Batch, ModelForward, Step
 from optima_core.terms import LossTerm
@@ -71,7 +71,8 @@ class Distiller(Generic[Batch]):
         seed: Seed of the bandit's random numbers.
         ranks: The processes of the run (`optima_core.parallel.join_ranks`). Each gives `load` and `probe` that return
             its slice (`Ranks.share`) of the batch. With FSDP the student is sharded here, a teacher beforehand by
-            `Ranks.shard`.
+            `Ranks.shard`; with `compile` the student's layers are compiled here, a teacher's beforehand, first of all,
+            by `optima_core.compilation.compile_layers`.
 
     Raises ValueError if an option of the policy does not fit the number of arms.
     """
@@ -111,7 +112,7 @@ class Distiller(Generic[Batch]):
         self.round = 0
         self.step = 0
         # A graph that serves every arm taps all modules; then the host need not know the arm.
-        self._reads_arm = config.read_arm and not config.compile
+        self._reads_arm = config.read_arm and not (config.compile and self.ranks.count == 1)
         replays = config.cuda_graphs and self.device.type == "cuda"
         self._replayed = ReplayedStep(self.training, CudaRecorder(self.device)) if replays else None
         self._next: _Choice | None = None
@@ -131,13 +132,8 @@ class Distiller(Generic[Batch]):
         return self.student if average is None else average.module
 
     def gather_result(self, copy: nn.Module) -> nn.Module:
-        """`result`, of sharded parameters, written into an unsharded copy of the student.
-
-        All ranks must call this; only the first one's copy is filled.
-        """
-        weights = whole_student(self.training.learner)
-        if self.ranks.first:
-            copy.load_state_dict(weights)
+        """`result`, of sharded parameters, written into an unsharded copy of the student; all ranks must call this."""
+        copy_whole(self.training.learner, self.result, copy)
         return copy
 
     def run_round(self) -> RoundRecord:
@@ -207,10 +203,10 @@ class Distiller(Generic[Batch]):
         """The inverse of `state_dict`, for a distiller of the same configuration on the same ranks; see `restore`."""
         training = self.training
         load_trained(training.learner, training.optimiser, state)
-        training.schedule.load_state_dict(state["schedule"])
-        training.scaler.load_state_dict(state["scaler"])
         if training.average is not None:
             training.average.load_state_dict(state["ema"])
+        training.schedule.load_state_dict(state["schedule"])
+        training.scaler.load_state_dict(state["scaler"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
         self.reward = {name: tensor.to(self.device) for name, tensor in state["reward"].items()}
         load_random(state["random"], self.ranks)
@@ -318,19 +314,22 @@ class Distiller(Generic[Batch]):
 
 def _refuse_unshared(config: DistillerConfig, ranks: Ranks) -> None:
     """Raises OptimaError for what several ranks cannot do."""
-    for given, name, instead in (
-        (ranks.count > 1 and config.compile, "engine.compile", "leave it out"),
-        (ranks.count > 1 and config.cuda_graphs, "engine.cuda_graphs", "leave it out"),
-        (ranks.sharded and config.ema > 0, "engine.ema", "take --parallel ddp"),
-        (ranks.sharded and config.precision == "fp16", "engine.precision fp16", "take bf16"),
+    for given, name, reason, instead in (
+        (
+            ranks.count > 1 and config.cuda_graphs,
+            "engine.cuda_graphs",
+            "a recorded step would not wait for the others",
+            "take engine.compile",
+        ),
         (
             ranks.sharded and config.optimiser.implementation == "apex",
             "engine.optimiser.implementation apex",
+            "its kernels take no shards",
             "take adamw",
         ),
     ):
         if given:
-            raise OptimaError(f"{name} does not work on {ranks.count} ranks with {ranks.strategy}; {instead}")
+            raise OptimaError(f"{name} does not work on {ranks.count} ranks with {ranks.strategy}: {reason}; {instead}")
 
 
 def _make_ahead(

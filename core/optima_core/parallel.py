@@ -15,17 +15,22 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optima_core.compilation import layers_of
 from optima_core.errors import OptimaError
-from optima_core.processes import Strategy, count_processes, starts_anew
+from optima_core.processes import Strategy, count_neighbours, count_processes, starts_anew
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others; the first one scores the student while they do."""
+"""Seconds that a rank waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,22 @@ class Ranks:
         rank: This process, from 0.
         count: How many there are.
         strategy: "ddp" keeps the whole student on every rank; "fsdp" (FSDP2) shards parameters, gradients and optimiser
-            state.
+            state over all ranks; "hsdp" over groups of `shard_over` ranks, each of which keeps the whole.
         device: Of this process.
+        shard_over: Ranks of a group with "hsdp", which follow each other; a divisor of `count`. 0 for all.
+
+    Raises ValueError if the groups do not make up the ranks.
     """
 
     rank: int = 0
     count: int = 1
     strategy: Strategy = "ddp"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shard_over: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shard_over < 0 or (self.shard_over and self.count % self.shard_over):
+            raise ValueError(f"shard_over must be a divisor of the {self.count} ranks, got {self.shard_over}")
 
     @property
     def first(self) -> bool:
@@ -53,7 +66,17 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         """Whether parameters are spread over the ranks."""
-        return self.count > 1 and self.strategy == "fsdp"
+        return self.count > 1 and self.strategy != "ddp"
+
+    @cached_property
+    def mesh(self) -> "DeviceMesh":
+        """How sharded ranks lie: in a row, or with "hsdp" in a row a group."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if self.strategy == "fsdp":
+            return init_device_mesh(self.device.type, (self.count,))
+        size = self.shard_over or self.count
+        return init_device_mesh(self.device.type, (self.count // size, size), mesh_dim_names=("replicate", "shard"))
 
     def share(self, start: int, size: int) -> tuple[int, int]:
         """This rank's slice, (start, size), of the items start, ..., start + size - 1.
@@ -104,6 +127,12 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def align(self, module: nn.Module) -> None:
+        """Gives every rank the first one's weights and buffers of an unsharded module."""
+        if self.count > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module whose forward is to be called in training so that gradients are means over the ranks.
 
@@ -111,69 +140,71 @@ class Ranks:
         """
         if self.count == 1:
             return module
-        if self.strategy == "fsdp":
+        if self.sharded:
             self.shard(module)
             return module
         # What an arm leaves out has no gradient in its rounds and must not be waited for; it keeps None, as alone.
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
 
-    def gradients_kept(self, module: nn.Module, until_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward passes of a wrapped module: DDP adds up gradients and exchanges them later."""
-        if until_last and isinstance(module, nn.parallel.DistributedDataParallel):
-            return module.no_sync()
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def exchange(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around forward and backward pass of a wrapped module on one of a step's batches.
+
+        Gradients are added up where they are, and become means over the ranks in the last backward pass. With FSDP
+        those that wait are of whole parameters.
+        """
+        if self.sharded:
+            module.set_requires_gradient_sync(last)  # type: ignore[operator]  # an FSDPModule
+        waits = isinstance(module, nn.parallel.DistributedDataParallel) and not last
+        with module.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+        if self.sharded and last:
+            self._average_scalars(module)
 
     def shard(self, module: nn.Module) -> None:
         """With FSDP, spreads the module's parameters over the ranks, each layer of an nn.ModuleList a unit of its own.
 
-        Layers must be used by calling them. Scalars cannot be sharded: every rank keeps them, their gradients are
-        averaged.
+        Layers must be used by calling them. Scalars cannot be sharded: every rank keeps them, and `exchange` averages
+        their gradients.
         """
         if not self.sharded:
             return
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         # As DDP does: the ranks start from the first one's weights.
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
-        mesh = init_device_mesh(self.device.type, (self.count,))
+        self.align(module)
         scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
-        for scalar in scalars:
-            if scalar.requires_grad:
-                scalar.register_post_accumulate_grad_hook(self._average_gradient)  # type: ignore[no-untyped-call]
-        for layer in reversed([layer for found in module.modules() for layer in _layers(found)]):
-            fully_shard(layer, mesh=mesh, ignored_params=scalars)
-        fully_shard(module, mesh=mesh, ignored_params=scalars)
+        for unit in (*reversed(layers_of(module)), module):
+            fully_shard(unit, mesh=self.mesh, ignored_params=scalars)
 
-    def _average_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= self.count
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """The members of an nn.ModuleList that run when called; a list of lists, or of bare projections, has none."""
-    if not isinstance(module, nn.ModuleList):
-        return []
-    return [layer for layer in module if not isinstance(layer, nn.ModuleList | nn.ModuleDict | nn.Linear)]
+    def _average_scalars(self, module: nn.Module) -> None:
+        found = [p.grad for p in module.parameters() if p.ndim == 0 and p.grad is not None]
+        if found:
+            for gradient, mean in zip(found, self.mean(torch.stack(found)), strict=True):
+                gradient.copy_(mean)
 
 
 @contextlib.contextmanager
-def join_ranks(strategy: Strategy = "ddp", timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """While entered, this process is one of those that torchrun started; without torchrun, it is alone.
 
     Args:
         strategy: See `Ranks`.
+        shard_over: See `Ranks`; with "hsdp" 0 takes the ranks of one machine, between which it is quick.
         timeout: Seconds that a rank waits for the others.
 
-    Raises OptimaError if there are more processes than GPUs, or a rank is lost on the way.
+    Raises OptimaError if there are more processes than GPUs, if the groups of "hsdp" do not make up the ranks, or if a
+    rank is lost on the way.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = count_processes()
     if count == 1:
         yield Ranks(device=device)
         return
+    if strategy == "hsdp":
+        shard_over = shard_over or count_neighbours()
+        if count % shard_over:
+            raise OptimaError(f"shard_over must be a divisor of the {count} ranks, got {shard_over}")
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -185,7 +216,7 @@ def join_ranks(strategy: Strategy = "ddp", timeout: float = TIMEOUT) -> Iterator
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         # Taps are views of what a layer computed, and nothing here changes one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        yield Ranks(dist.get_rank(), count, strategy, device)
+        yield Ranks(dist.get_rank(), count, strategy, device, shard_over if strategy == "hsdp" else 0)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             then = (

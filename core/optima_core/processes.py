@@ -5,12 +5,17 @@ import sys
 from datetime import timedelta
 from typing import Literal, NoReturn
 
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "hsdp"]
 
 
 def count_processes() -> int:
     """How many torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_neighbours() -> int:
+    """How many torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def several() -> bool:

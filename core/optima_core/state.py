@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optima_core.learner import Learner
 from optima_core.parallel import Ranks
@@ -83,13 +83,19 @@ def _forget(module: nn.Module, optimiser: torch.optim.Optimizer, moved: Collecti
             optimiser.state.pop(parameter, None)
 
 
-def whole_student(learner: Learner) -> dict[str, Any]:
-    """The student's own state dict, of whole tensors on the CPU; empty on all ranks but the first."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def copy_whole(learner: Learner, module: nn.Module, copy: nn.Module) -> None:
+    """Writes the weights of a sharded module, the learner's student or one sharded in the same way, into a whole copy.
 
+    All ranks must call this; each one's copy is filled, a tensor at a time.
+    """
     _reshard(learner)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(learner.student, options=options))
+    weights = module.state_dict()
+    for name, ours in copy.state_dict().items():
+        ours.copy_(_whole(weights[name]))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _reshard(learner: Learner) -> None:
@@ -101,7 +107,7 @@ def _reshard(learner: Learner) -> None:
             module.reshard()
 
 
-def random_state(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+def random_state(ranks: Ranks) -> list[dict[str, Tensor]]:
     """The state of torch's random numbers on every rank."""
     state = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -109,7 +115,7 @@ def random_state(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     return ranks.gather(state)
 
 
-def load_random(states: list[dict[str, torch.Tensor]], ranks: Ranks) -> None:
+def load_random(states: list[dict[str, Tensor]], ranks: Ranks) -> None:
     """The inverse of `random_state`; ranks that were not there before start numbers of their own."""
     state = states[min(ranks.rank, len(states) - 1)]
     torch.set_rng_state(state["cpu"])

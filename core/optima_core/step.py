@@ -5,7 +5,7 @@ where the host knows that a module is distilled, a tensor where only the device 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from optima_core.average import RunningAverage
+from optima_core.compilation import compile_layers, layers_as_graphs, told_in_a_line
 from optima_core.config import DistillerConfig
-from optima_core.errors import OptimaError
 from optima_core.learner import Learner
 from optima_core.modules import ModulePair
 from optima_core.objective import Forward, Gates, Losses, LossVector, Objective, as_vector
@@ -56,15 +56,23 @@ class Step(Generic[Batch]):
         if self.device.type != "cpu":
             self.objective.to(self.device)
         self.learner = Learner(student, student_forward, self.objective)
+        self.ranks.align(student)
+        # Of whole weights, and sharded as the student is.
+        self.average = RunningAverage(student, config.ema) if config.ema else None
+        if self.average is not None:
+            self.ranks.shard(self.average.module)
+        layered = config.compile and self.ranks.count > 1
+        if layered:
+            compile_layers(student)
         self._learn = self.ranks.wrap(self.learner)
         self.trained = [*student.parameters(), *self.objective.parameters()]
         self.optimiser, self.schedule = make_optimiser(
             self.trained, config.optimiser, config.rounds * config.steps_per_round
         )
         self.scaler = make_scaler(config.precision, self.device)
-        self.average = RunningAverage(student, config.ema) if config.ema else None
-        self._compute = torch.compile(self.compute, fullgraph=True) if config.compile else self.compute
-        self._errors = _told_in_a_line if config.compile else contextlib.nullcontext
+        whole = config.compile and not layered
+        self._compute = torch.compile(self.compute, fullgraph=True) if whole else self.compute
+        self._graphs = layers_as_graphs if layered else told_in_a_line if whole else contextlib.nullcontext
 
     def run(self, batches: Iterable[Batch], gates: Gates) -> LossVector:
         """One step on the next `accumulate` batches, and no more; returns their mean losses. The host reads nothing."""
@@ -77,7 +85,7 @@ class Step(Generic[Batch]):
         parts = self.config.accumulate
         found: list[LossVector] = []
         for i, batch in zip(range(parts), batches, strict=False):
-            with self.ranks.gradients_kept(self._learn, until_last=i + 1 < parts):
+            with self.ranks.exchange(self._learn, last=i + 1 == parts):
                 losses = self.losses(batch, gates)
                 self.backward(losses)
             found.append(as_vector(losses))
@@ -87,11 +95,11 @@ class Step(Generic[Batch]):
 
     def losses(self, batch: Batch, gates: Gates) -> Losses:
         """The losses of a batch, with a graph for `backward`."""
-        with self.arithmetic(), self._errors():
+        with self.arithmetic(), self._graphs():
             return self._compute(batch, gates)
 
     def compute(self, batch: Batch, gates: Gates) -> Losses:
-        """Both models and the losses: what `compile` makes one graph of."""
+        """Both models and the losses: what `compile` makes one graph of in a process on its own."""
         wanted, wanted_of_teacher = self.objective.wanted(tuple(gates))
         with torch.no_grad():
             teacher = self.teacher_forward(batch, wanted_of_teacher)
@@ -144,17 +152,3 @@ class Step(Generic[Batch]):
     def arithmetic(self) -> AbstractContextManager[Any]:
         """Around the forward passes and losses."""
         return arithmetic(self.config.precision, self.device)
-
-
-@contextlib.contextmanager
-def _told_in_a_line() -> Iterator[None]:
-    """What cannot be compiled ends in a page of advice, of which one line says what it was."""
-    try:
-        yield
-    except torch._dynamo.exc.Unsupported as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        context = [line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug context")]
-        raise OptimaError(
-            f"compile: teacher, student and losses do not make one graph ({lines[0]}: {' '.join(context)}); "
-            "take compile: false"
-        ) from error

@@ -31,7 +31,7 @@ from optima.runs.reading import CONFIG, SAMPLES, SUMMARY
 from optima.runs.rows import Model, Round, Summary
 from optima.runs.samples import write_cross_attention, write_samples
 from optima.runs.start import find_start
-from optima.runs.summary import count_parameters, environment, layer_work, score_models
+from optima.runs.summary import count_parameters, environment, layer_work, measure_speed, score_models
 from optima.runs.tracking import make_trackers
 from optima.runs.words import refuse_other_words, write_words
 from optima.tasks.batches import TaskBatch
@@ -41,6 +41,7 @@ from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
 from optima_core.checkpoint import CheckpointStore, Saved
+from optima_core.compilation import compile_layers
 from optima_core.config import OptimiserConfig
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
@@ -88,7 +89,8 @@ def distill(config: DistillConfig) -> Summary | None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # The watch, which can say which rank it was, comes before the time limit of the messages.
-    with join_ranks(config.parallel, 2 * config.patience) as ranks, contextlib.ExitStack() as stack:
+    joined = join_ranks(config.parallel, config.shard_over, 2 * config.patience)
+    with joined as ranks, contextlib.ExitStack() as stack:
         if config.batch_size % ranks.count:
             raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
         directory = None
@@ -103,8 +105,8 @@ def distill(config: DistillConfig) -> Summary | None:
         if directory is not None and saved is not None:
             _refuse_other_run(config, directory, saved.state)
 
-        if ranks.first:
-            _sayer(config)(f"task {config.task}, data {config.data.name}: reading the teacher and the data")
+        say = _sayer(config, speaks=ranks.first)
+        say(f"task {config.task}, data {config.data.name}: reading the teacher and the data")
         teacher = load_coca(config.teacher or TEACHER).to(ranks.device).requires_grad_(False)
         data = open_data(
             config.data,
@@ -159,11 +161,11 @@ def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskDat
     return weights
 
 
-def _sayer(config: DistillConfig, prefix: str = "") -> Callable[[str], None]:
-    """What shows a line to a person who wants to see some."""
+def _sayer(config: DistillConfig, prefix: str = "", speaks: bool = True) -> Callable[[str], None]:
+    """What shows a line to a person who wants to see some, if this process is the one that speaks."""
 
     def say(line: str) -> None:
-        if not config.quiet:
+        if speaks and not config.quiet:
             print(prefix + line, flush=True)
 
     return say
@@ -177,17 +179,21 @@ def _distill(job: _Job, teacher: CoCa, saved: Saved | None) -> Summary | None:
     whole = copy.deepcopy(student) if ranks.sharded else None
     if config.recompute:
         recompute_activations(student.transformer_layers())
+    if config.engine.compile and ranks.count > 1:
+        compile_layers(teacher)
     ranks.shard(teacher)
     with told_in_a_line():
         distiller = _make_distiller(job, student, teacher)
     progress = _train(job, distiller, whole, saved)
     student = _result(distiller, whole)
-    if job.directory is None:
-        return None
     if ranks.sharded:
         teacher = load_coca(job.teacher).to(ranks.device)
-    before = find_start(config, teacher, job.data, job.directory, resumed=True)
-    return _finish(job, job.directory, {"teacher": teacher, "before": before, "after": student}, progress)
+    if job.directory is None:
+        before = copy.deepcopy(student)  # to be filled by the first rank, whose directory holds it
+    else:
+        before = find_start(config, teacher, job.data, job.directory, resumed=True)
+    ranks.align(before)
+    return _finish(job, {"teacher": teacher, "before": before, "after": student}, progress)
 
 
 def _refuse_misfits(path: Path, teacher: CoCa, data: TaskData) -> None:
@@ -305,7 +311,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved
 
 
 def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
-    """The student to score and to keep; where it is sharded, `whole` with its weights, on the first rank."""
+    """The student to score and to keep; where it is sharded, `whole` with its weights."""
     found = distiller.result if whole is None else distiller.gather_result(whole)
     assert isinstance(found, CoCa)
     return found
@@ -314,28 +320,39 @@ def _result(distiller: Distiller[TaskBatch], whole: CoCa | None) -> CoCa:
 def _add_point(
     job: _Job, progress: _Progress, distiller: Distiller[TaskBatch], whole: CoCa | None, display: Display
 ) -> None:
-    """A point of the learning curve. The first rank scores; the others wait for it in the next round."""
+    """A point of the learning curve, by all ranks together."""
     config, data = job.config, job.data
     if not config.evaluate_every or not config.evaluate_items:
         return
     job.watch.at(f"scores the student of step {distiller.step}")
-    student = _result(distiller, whole)
-    if not distiller.ranks.first:
-        return
-    scores = evaluate(student, data, "validation", limit=config.evaluate_items, batch_size=config.evaluate_batch).scores
+    scores = evaluate(
+        _result(distiller, whole),
+        data,
+        "validation",
+        limit=config.evaluate_items,
+        batch_size=config.evaluate_batch,
+        ranks=job.ranks,
+    ).scores
     headline = data.headline
     progress.curve.append({"step": distiller.step, headline: scores[headline]})
     display.score(distiller.step, headline, scores[headline])
 
 
-def _finish(job: _Job, directory: RunDirectory, models: dict[Model, CoCa], progress: _Progress) -> Summary:
-    """Keeps the student, scores all models on the test split, and writes what the report is drawn from."""
-    config, data, student = job.config, job.data, models["after"]
-    save_coca(student, directory.path / "student.safetensors")
-    write_words(directory, data, config.data.loader.transform)
-    say = _sayer(config)
+def _finish(job: _Job, models: dict[Model, CoCa], progress: _Progress) -> Summary | None:
+    """Keeps the student, scores all models on the test split, and writes what the report is drawn from.
+
+    All ranks score; the first one does the rest, and returns the summary.
+    """
+    config, data, directory, student = job.config, job.data, job.directory, models["after"]
+    say = _sayer(config, speaks=job.ranks.first)
+    if directory is not None:
+        save_coca(student, directory.path / "student.safetensors")
+        write_words(directory, data, config.data.loader.transform)
     say("scoring the teacher, and the student before and after, on the test split")
-    evaluations, speed = score_models(models, data, config.test_items, config.evaluate_batch, say)
+    evaluations = score_models(models, data, config.test_items, config.evaluate_batch, say, job.ranks)
+    if directory is None:
+        return None
+    speed = measure_speed(models, data, config.test_items, config.evaluate_batch)
     write_samples(directory, data, evaluations, config.samples)
     if config.task == "captioning":
         write_cross_attention(directory, student, data, evaluations["after"])

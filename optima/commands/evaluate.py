@@ -3,8 +3,6 @@
 import contextlib
 from dataclasses import replace
 
-import torch
-
 from optima.coca import CoCa
 from optima.coca.checkpoint import load_coca
 from optima.commands.console import make_console, make_table
@@ -15,18 +13,20 @@ from optima.runs.directory import REJECTED
 from optima.runs.words import refuse_other_words, words_beside
 from optima.task import TASKS, Task
 from optima.tasks.choose import open_data
+from optima.tasks.data import Evaluation, TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks, join_ranks
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Prints a model's scores, and writes its predictions if asked to."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_coca(config.model).to(device)
-    for task in config.tasks or _own_tasks(config, model):
-        _evaluate_task(config, model, task, device)
+    with join_ranks() as ranks:
+        model = load_coca(config.model).to(ranks.device)
+        for task in config.tasks or _own_tasks(config, model):
+            _evaluate_task(config, model, task, ranks)
 
 
 def _own_tasks(config: EvaluateConfig, model: CoCa) -> list[Task]:
@@ -41,14 +41,22 @@ def _shown_as(data: DataConfig, trained: TransformConfig) -> DataConfig:
     return replace(data, loader=replace(data.loader, transform=transform))
 
 
-def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torch.device) -> None:
-    console = make_console()
+def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, ranks: Ranks) -> None:
     report = config.predictions / REJECTED if config.predictions is not None else None
     trained = words_beside(config.model)
     words, chosen = None, config.data
     if trained is not None:
         words, chosen = (trained.tokenizer, trained.text_length), _shown_as(chosen, trained.transform)
-    data = open_data(chosen, task, model.config, device=device, report=report, words=words)
+    data = open_data(
+        chosen,
+        task,
+        model.config,
+        device=ranks.device,
+        rank=ranks.rank,
+        world_size=ranks.count,
+        report=report,
+        words=words,
+    )
     with contextlib.closing(data):
         refuse_other_words(config.model, data)
         refuse_misfit(model, f"model {config.model}", data)
@@ -60,17 +68,31 @@ def _evaluate_task(config: EvaluateConfig, model: CoCa, task: Task, device: torc
             )
         if config.predictions is not None:
             config.predictions.mkdir(parents=True, exist_ok=True)
+        read = data.unused(config.split)
         found = evaluate(
-            model, data, config.split, limit=config.items, batch_size=config.batch_size, generation=config.generation
+            model,
+            data,
+            config.split,
+            limit=config.items,
+            batch_size=config.batch_size,
+            generation=config.generation,
+            ranks=ranks,
         )
-        if found.scores:
-            table = make_table("score, %", task, left=2)
-            for name, value in found.scores.items():
-                table.add_row(name, f"{value:.1f}")
-            console.print(table)
-        if unused := data.unused(config.split):
-            print(f"{len(found.indices):,} items count; {unused:,} that cannot be used are left out")
-        if config.predictions is not None:
-            name, content = data.submission(config.split, found.indices, found.predictions)
-            write_atomically(config.predictions / name, content.encode())
-            console.print(f"wrote {config.predictions / name}", soft_wrap=True)
+        unused = read + sum(ranks.gather(data.unused(config.split) - read))
+        if ranks.first:
+            _tell(config, data, found, unused)
+
+
+def _tell(config: EvaluateConfig, data: TaskData, found: Evaluation, unused: int) -> None:
+    console = make_console()
+    if found.scores:
+        table = make_table("score, %", data.task, left=2)
+        for name, value in found.scores.items():
+            table.add_row(name, f"{value:.1f}")
+        console.print(table)
+    if unused:
+        print(f"{len(found.indices):,} items count; {unused:,} that cannot be used are left out")
+    if config.predictions is not None:
+        name, content = data.submission(config.split, found.indices, found.predictions)
+        write_atomically(config.predictions / name, content.encode())
+        console.print(f"wrote {config.predictions / name}", soft_wrap=True)

@@ -39,7 +39,7 @@ class EvaluateConfig:
         data: Which images and texts.
         split: Which held-out split; data.validation and data.test say which one of the data set that is.
         items: Items of the split that count; 0 takes all.
-        batch_size: Items a forward pass.
+        batch_size: Items a forward pass. Processes that torchrun started, one a device, take whole batches in turn.
         generation: How captions are generated.
         predictions: Folder to write predictions to, in the benchmark's submission format; null writes none.
     """

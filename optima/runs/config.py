@@ -84,7 +84,8 @@ class DistillConfig:
         evaluate_every: Rounds between points of the learning curve, the first at the start and the last at the end; 0
             draws none.
         evaluate_items: Validation items a point of the learning curve.
-        evaluate_batch: Items a forward pass of an evaluation.
+        evaluate_batch: Items a forward pass of an evaluation. Ranks take whole batches in turn, so that their scores
+            are those of one process: there should be as many batches as ranks, or more.
         test_items: Test items that the final scores are measured on; 0 takes all.
         samples: Sample predictions kept for the report.
         report: Draw report.html at the end; `report` draws it later from the same files.
@@ -96,7 +97,9 @@ class DistillConfig:
             may be asked for where the schedule of the learning rate permits it.
         quiet: Show nothing but the final table.
         parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
-            each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
+            each, "fsdp" (FSDP2) spreads the parameters of both models over all of them, "hsdp" over groups of them, of
+            which each holds the whole. Without torchrun of no effect.
+        shard_over: Processes of a group with parallel hsdp, a divisor of their number; 0 takes those of one machine.
         patience: Seconds without progress after which a run of several processes ends, and says which of them held up
             the others: more than a step, a point of the learning curve and a checkpoint take.
         tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
@@ -116,7 +119,7 @@ class DistillConfig:
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     evaluate_every: int = 10
     evaluate_items: int = 250
-    evaluate_batch: int = 250
+    evaluate_batch: int = 64
     test_items: int = 0
     samples: int = 24
     report: bool = True
@@ -127,12 +130,15 @@ class DistillConfig:
     resume: bool = False
     quiet: bool = False
     parallel: Strategy = "ddp"
+    shard_over: int = 0
     patience: float = 1800.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         refuse_below(1, self, "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep", "patience")
-        refuse_below(0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads")
+        refuse_below(
+            0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads", "shard_over"
+        )
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,7 @@ def fingerprint(config: Any) -> str:
         "quiet",
         "parallel",
         "patience",
+        "shard_over",
         "report",
         "tensorboard",
         "threads",

@@ -14,33 +14,44 @@ from optima.coca import CoCa
 from optima.runs.rows import LayerWork, Model, Round
 from optima.tasks.data import Evaluation, TaskData
 from optima.tasks.evaluate import evaluate
+from optima_core.parallel import Ranks
 
+TIMED = 250
+"""Most items that speed is measured on."""
 PASSES = 3
 """Passes over the same items that each model's speed is the median of: one is as good as the machine's other work."""
 
 
 def score_models(
-    models: Mapping[Model, CoCa], data: TaskData, items: int, batch_size: int, say: Callable[[str], None]
-) -> tuple[dict[Model, Evaluation], dict[Model, float]]:
-    """Evaluates the models on the test split (`items` of it, 0 is all) -> the outcomes, and items a second.
+    models: Mapping[Model, CoCa],
+    data: TaskData,
+    items: int,
+    batch_size: int,
+    say: Callable[[str], None],
+    ranks: Ranks | None = None,
+) -> dict[Model, Evaluation]:
+    """Evaluates the models on the test split (`items` of it, 0 is all), on all ranks together.
 
     say: shows a line as soon as a model is scored.
     """
     found: dict[Model, Evaluation] = {}
     for name, model in models.items():
-        found[name] = evaluate(model, data, "test", limit=items, batch_size=batch_size)
+        found[name] = evaluate(model, data, "test", limit=items, batch_size=batch_size, ranks=ranks)
         say(f"{name}: {data.headline} {found[name].scores[data.headline]:.1f}")
-    return found, _speed(models, data, min(items or batch_size, batch_size))
+    return found
 
 
-def _speed(models: Mapping[Model, CoCa], data: TaskData, items: int) -> dict[Model, float]:
-    """Items a second of each model; the models take turns, so that what disturbs one disturbs all."""
+def measure_speed(models: Mapping[Model, CoCa], data: TaskData, items: int, batch_size: int) -> dict[Model, float]:
+    """Items a second of each model on the first test items, `items` of them or `TIMED`, on this process alone.
+
+    The models take turns, so that what disturbs one disturbs all.
+    """
     found: dict[Model, list[float]] = {name: [] for name in models}
     for _ in range(PASSES):
         for name, model in models.items():
             begun = time.monotonic()
-            predictions = evaluate(model, data, "test", limit=items, batch_size=items).predictions
-            found[name].append(len(predictions) / (time.monotonic() - begun))
+            said = evaluate(model, data, "test", limit=min(items or TIMED, TIMED), batch_size=batch_size).predictions
+            found[name].append(len(said) / (time.monotonic() - begun))
     return {name: statistics.median(speeds) for name, speeds in found.items()}
 
 

@@ -82,8 +82,13 @@ class TaskData(Protocol):
     def held_batch(self, split: Held, indices: Sequence[int]) -> TaskBatch:
         """Certain items of a held-out split, as evaluation shows them: nothing is drawn."""
 
-    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
-        """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning."""
+    def held_batches(
+        self, split: Held, size: int, limit: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[HeldBatch]:
+        """The items of a held-out split in order; `limit` > 0 takes only that many from its beginning.
+
+        share: (rank, ranks) takes every ranks-th batch alone, from number `rank` on.
+        """
 
     def unused(self, split: Held) -> int:
         """How many items of a held-out split cannot be used, as far as it was read: no score speaks of them."""

@@ -191,15 +191,25 @@ class OfficialTask:
         records = self._held(split)
         return self._of_records(records, torch.stack([self._squares(records, i) for i in indices]), indices)
 
-    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
+    def held_batches(
+        self, split: Held, size: int, limit: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[HeldBatch]:
         records = self._held(split)
-        if limit:
-            records = dataclasses.replace(records, items=records.items[:limit])
+        total = min(len(records), limit or len(records))
+        places = [place for place in range(total) if place // size % share[1] == share[0]]
+        if not places:
+            return
+        if len(places) < len(records):
+            records = dataclasses.replace(records, items=[records[place] for place in places])
+        # As many unusable images are allowed as where one process takes all items.
+        most = min(1.0, self._loader.max_rejected * total / len(places))
+        loading = dataclasses.replace(self._loader, max_rejected=most)
         with make_loader(
-            records, self._loader, batch_size=size, device=self._device, report=self._report, training=False
+            records, loading, batch_size=size, device=self._device, report=self._report, training=False
         ) as loader:
             for images, indices, _ in loader.once():
-                yield HeldBatch(indices.tolist(), self._of_records(records, images, indices.tolist()))
+                found = indices.tolist()
+                yield HeldBatch([places[index] for index in found], self._of_records(records, images, found))
             self._unused.setdefault(records.split, set()).update(found.id for found in loader.rejected.values())
 
     def unused(self, split: Held) -> int:

@@ -66,10 +66,12 @@ class PictogramTask:
     def held_batch(self, split: Held, indices: Sequence[int]) -> TaskBatch:
         return self._batch(self._held[split], indices)
 
-    def held_batches(self, split: Held, size: int, limit: int = 0) -> Iterator[HeldBatch]:
+    def held_batches(
+        self, split: Held, size: int, limit: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[HeldBatch]:
         total = len(self._held[split])
         total = min(total, limit) if limit else total
-        for start in range(0, total, size):
+        for start in range(0, total, size)[share[0] :: share[1]]:
             indices = range(start, min(start + size, total))
             yield HeldBatch(list(indices), self.held_batch(split, indices))
 

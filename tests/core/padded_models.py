@@ -3,17 +3,30 @@
 Slices of a batch hold unequal numbers of items, of sequences that count, and of tokens that count.
 """
 
+import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from plain_models import CLASSES, FEATURES, QUICK, TOKENS, TwoModules
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
-from optima_core import CheckpointStore, Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, WantedTaps
+from optima_core import (
+    CheckpointStore,
+    Distiller,
+    DistillerConfig,
+    Forward,
+    LogitPrediction,
+    ModulePair,
+    ObjectiveConfig,
+    WantedTaps,
+)
+from optima_core.compilation import compile_layers
 from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import leave
 
@@ -45,11 +58,26 @@ class Padded(TwoModules):
         return Forward(loss, LogitPrediction(logits, counted.float()), taps, counted.sum())
 
 
-def distil(ranks: Ranks, rounds: int, kind: str, end: Path, start: Path | None = None) -> dict[str, Any]:
-    """The records up to round `rounds`, and the state then, which is saved at `end`, as all ranks read it whole.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mse": {"objective": ObjectiveConfig(attention_kind="mse")},
+    "compiled": {"compile": True},
+    "averaged": {"ema": 0.8, "accumulate": 3, "rounds": 3},
+}
+"""What is done alone and together, as options of the engine."""
 
-    start: where an earlier call has saved the state to go on from.
-    """
+HALF = {"plain": 3, "averaged": 1}
+"""Rounds after which runs of some cases are interrupted."""
+
+SHARED = {2: tuple(CASES), 4: ("compiled", "averaged")}
+"""By the number of ranks, the cases that are done."""
+
+HALF_PRECISION = {"precision": "fp16", "rounds": 2}
+"""Done together: a slice's gradients overflow where those of the whole do not."""
+
+
+def make_distiller(ranks: Ranks, **options: Any) -> Distiller[Batch]:
+    """options: of `DistillerConfig`."""
 
     def load(step: int) -> Batch:
         draws = torch.Generator().manual_seed(step)
@@ -61,34 +89,71 @@ def distil(ranks: Ranks, rounds: int, kind: str, end: Path, start: Path | None =
 
     torch.manual_seed(3)
     teacher, student = Padded(16, 4, 2).eval().requires_grad_(False), Padded(8, 2, 1)
+    config = DistillerConfig(**{"rounds": ROUNDS, "steps_per_round": 3, "optimiser": QUICK} | options)
+    if config.compile and ranks.count > 1:
+        compile_layers(teacher)
     ranks.shard(teacher)
     pairs = (ModulePair("front", 2, 4, 8, 16), ModulePair("back", 1, 2, 8, 16))
-    config = DistillerConfig(rounds=ROUNDS, steps_per_round=3, optimiser=QUICK)
-    config = replace(config, objective=replace(config.objective, attention_kind=kind))  # type: ignore[arg-type]
-    distiller = Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
+    return Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
+
+
+def distil(ranks: Ranks, end: Path, until: int = ROUNDS, start: Path | None = None, **options: Any) -> dict[str, Any]:
+    """The records up to round `until`, and the state and the result then, which all ranks read whole from `end`.
+
+    Args:
+        ranks: The processes of the run.
+        end: Where the state is saved.
+        until: The last round.
+        start: Where an earlier call has saved the state to go on from.
+        options: Of `DistillerConfig`.
+    """
+    distiller = make_distiller(ranks, **options)
     if start is not None:
         saved = CheckpointStore(start, ranks=ranks).newest()
         assert saved is not None
         distiller.restore(saved)
-    records = [distiller.run_round() for _ in range(distiller.round, rounds)]
+    records = [distiller.run_round() for _ in range(distiller.round, min(until, distiller.config.rounds))]
     store = CheckpointStore(end, ranks=ranks)
     store.save(distiller.step, distiller.state_dict())
-    return {"records": records, "state": store.load()}
+    result = distiller.gather_result(Padded(8, 2, 1)) if ranks.sharded else distiller.result
+    return {"records": records, "state": store.load(), "result": result.state_dict()}
+
+
+def count_exchanges(ranks: Ranks, accumulate: int) -> int:
+    """How often gradients of shards are exchanged in a step."""
+    distiller = make_distiller(ranks, accumulate=accumulate)
+    batches = map(distiller.load, range(accumulate))
+    with CommDebugMode() as counted:  # type: ignore[no-untyped-call]
+        distiller.training.run(batches, {"front": None})
+    return sum(count for name, count in counted.get_comm_counts().items() if "reduce_scatter" in str(name))
+
+
+def layouts(joined: Ranks) -> dict[str, Ranks]:
+    """By name, the ways in which the ranks share the work."""
+    return {
+        "ddp": joined,
+        "fsdp": replace(joined, strategy="fsdp"),
+        "hsdp": replace(joined, strategy="hsdp", shard_over=2),
+    }
 
 
 def main(directory: Path) -> None:
-    """For each strategy: a whole run, half a run, and a run that goes on from what one process saved in half-alone."""
+    """For each layout: every case, runs interrupted, and runs that go on with what one process left in `alone`."""
+    # Traced and differentiated as for any backend, without a C++ compiler's seconds.
+    torch.compile = partial(torch.compile, backend=os.environ.get("OPTIMA_TEST_BACKEND", "aot_eager"))
     with join_ranks() as joined:
-        for strategy in ("ddp", "fsdp"):
-            ranks = replace(joined, strategy=strategy)  # type: ignore[arg-type]
-            results = {
-                "whole": distil(ranks, ROUNDS, "kl", directory / "whole"),
-                "whole_mse": distil(ranks, ROUNDS, "mse", directory / "whole_mse"),
-                "half": distil(ranks, ROUNDS // 2, "kl", directory / f"half-{strategy}"),
-                "resumed": distil(ranks, ROUNDS, "kl", directory / "resumed", directory / "half-alone"),
-            }
+        for name, ranks in layouts(joined).items():
+            cases, place = SHARED[ranks.count], directory / f"{ranks.count}-{name}"
+            results: dict[str, Any] = {case: distil(ranks, place / case, **CASES[case]) for case in cases}
+            results["place"] = str(place)
+            results["fp16"] = distil(ranks, place / "fp16", **HALF_PRECISION)
+            results["exchanges"] = {parts: count_exchanges(ranks, parts) for parts in (1, 3)}
+            for case, rounds in ((case, rounds) for case, rounds in HALF.items() if case in cases):
+                half, resumed = f"{case}, half", f"{case}, resumed"
+                results[half] = distil(ranks, place / half, rounds, **CASES[case])
+                results[resumed] = distil(ranks, place / resumed, start=directory / "alone" / half, **CASES[case])
             if ranks.first:
-                torch.save(results, directory / f"{strategy}.pt")
+                torch.save(results, directory / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import resharded_runs
 import torch
-from padded_models import ROUNDS, distil
+from padded_models import distil
 
 from optima_core import CheckpointStore
 from optima_core.parallel import Ranks
@@ -17,8 +17,8 @@ from optima_core.parallel import Ranks
 PLACES = [
     f"{count}-{strategy}-from-{written}"
     for count in (1, 2, 3)
-    for strategy in (resharded_runs.STRATEGIES if count > 1 else ("ddp",))
-    for written in resharded_runs.STRATEGIES
+    for strategy in (resharded_runs.READ if count > 1 else ("ddp",))
+    for written in resharded_runs.WRITTEN
 ]
 
 
@@ -40,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The undisturbed run of one process."""
-    return state_at_the_end(distil(Ranks(), ROUNDS, "kl", tmp_path_factory.mktemp("whole")))
+    return state_at_the_end(distil(Ranks(), tmp_path_factory.mktemp("whole")))
 
 
 def state_at_the_end(run: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_what_four_ranks_saved_is_restored_bit_for_bit_by_fewer(place: str, dire
     assert_equal(written, restored)
 
 
-@pytest.mark.parametrize("strategy", resharded_runs.STRATEGIES)
+@pytest.mark.parametrize("strategy", resharded_runs.WRITTEN)
 def test_every_rank_writes_a_share(strategy: str, directory: Path) -> None:
     (checkpoint,) = CheckpointStore(directory / f"4-{strategy}").paths()
     sizes = [path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))]

@@ -1,17 +1,33 @@
 """The main job under torchrun, with gloo: a lost rank, a request to stop, and going on with another number of ranks."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launched_ranks import rank_process, rows_of, start, told, wait_for_rounds
 
+from optima.coca.checkpoint import load_coca
 from optima.run import main
+from optima.tasks.evaluate import evaluate
+from optima.tasks.pictograms import PictogramTask
 from optima_core import CheckpointStore
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What the processes said, when all went well."""
+    try:
+        output, errors = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        raise
+    assert process.returncode == 0, errors
+    return output
 
 
 def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_number_of_ranks(
@@ -59,6 +75,37 @@ def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_
         assert one["probe"] == pytest.approx(other["probe"], rel=1e-5 * one["round"])
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_score_together_what_one_process_scores(
+    ranks: int, brief: list[str], teacher_file: Path, tmp_path: Path
+) -> None:
+    """Of sharded weights and their running average: captions of 11 and 8 items in batches of 3."""
+    run = tmp_path / "run"
+    sharing = ["--parallel", "fsdp"] if ranks == 2 else ["--parallel", "hsdp", "--shard_over", "2"]
+    items = ["--evaluate_items", "8", "--test_items", "11", "--evaluate_batch", "3", "--engine.rounds", "2"]
+    options = [*brief, "--run", str(run), *items, *sharing, "--engine.ema", "0.5", "--report", "false"]
+    output = ended(start(options, ranks))
+    assert output.count("student before") == 1, "more than one rank shows the table"
+
+    data, summary = PictogramTask("captioning"), json.loads((run / "summary.json").read_text())
+    models = {"teacher": teacher_file, "before": run / "start.safetensors", "after": run / "student.safetensors"}
+    for name, weights in models.items():
+        alone = evaluate(load_coca(weights), data, "test", limit=11, batch_size=3)
+        assert summary["scores"][name] == alone.scores
+    last = evaluate(load_coca(models["after"]), data, "validation", limit=8, batch_size=3)
+    assert summary["learning_curve"][-1][data.headline] == last.scores[data.headline]
+    assert len(summary["learning_curve"]) == 2
+
+
+def test_evaluate_shares_the_batches_too(teacher_file: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(teacher_file), "--tasks", "vqa", "--items", "10", "--batch_size", "3"]
+    assert main([*words, "--predictions", str(tmp_path / "alone")]) == 0
+    output = ended(start([*words, "--predictions", str(tmp_path / "together")]))
+    assert output.count("score, %") == 1, "more than one rank shows the table"
+    (ours,), (theirs,) = ([path.read_bytes() for path in (tmp_path / name).iterdir()] for name in ("together", "alone"))
+    assert ours == theirs
+
+
 def test_a_loss_that_explodes_is_told_once(brief: list[str], tmp_path: Path) -> None:
     rate = ["--engine.optimiser.learning_rate", "1e30", "--engine.optimiser.warmup", "0"]
     process = start([*brief, "--run", str(tmp_path / "run"), *rate])
@@ -77,7 +124,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     from optima_core.parallel import Ranks
 
     @contextlib.contextmanager
-    def three(strategy: str, timeout: float) -> Iterator[Ranks]:
+    def three(*_: object) -> Iterator[Ranks]:
         yield Ranks(0, 3)
 
     monkeypatch.setattr("optima.commands.distill.join_ranks", three)

@@ -40,6 +40,8 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["--batch_size", "abc"], ["batch_size must be", "int", "abc"]),
         (["--batch_size", "0"], ["batch_size must be at least 1, got 0"]),
         (["--seed", "-1"], ["seed must be at least 0, got -1"]),
+        (["--parallel", "hsdp", "--shard_over", "-1"], ["shard_over must be at least 0, got -1"]),
+        (["--parallel", "tp"], ["parallel must be", "ddp", "fsdp", "hsdp", "got tp"]),
         (["--task", "vqaa"], ["task", "captioning", "nlvr2", "vqaa"]),
         (["--layer_map", "first"], ["layer_map", "uniform", "last", "first"]),
         (["--engine.objective.normalize", "l3"], ["engine.objective.normalize", "layernorm", "null", "l3"]),

@@ -1,5 +1,10 @@
 """Scores, of models whose answers are known beforehand."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
 import pytest
 import torch
 
@@ -8,6 +13,7 @@ from optima.data.tokenizer import word_tokenizer
 from optima.task import TASKS, Task
 from optima.tasks.evaluate import evaluate
 from optima.tasks.pictograms import HEADLINE, TEXT_LENGTH, PictogramTask
+from optima_core.parallel import Ranks
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if CLASSES[task]])
@@ -71,3 +77,32 @@ def test_the_batch_size_changes_no_prediction(make_coca, seed: int) -> None:
     model, data = make_coca(), PictogramTask("captioning")
     small, large = (evaluate(model, data, "validation", limit=9, batch_size=b) for b in (2, 9))
     assert small.predictions == large.predictions
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process; `meeting` holds what they bring to `gather`."""
+
+    meeting: ClassVar[dict[int, Any]] = {}
+    barrier: ClassVar[threading.Barrier]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.meeting[self.rank] = value
+        self.barrier.wait(60)
+        return [self.meeting[rank] for rank in range(self.count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("task", TASKS)
+def test_ranks_together_find_exactly_what_one_process_finds(make_coca, count: int, task: Task, seed: int) -> None:
+    """Six of them share four batches."""
+    model, data = make_coca(), PictogramTask(task)
+    alone = evaluate(model, data, "validation", limit=22, batch_size=6)
+    Threads.barrier = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as threads:
+        found = threads.map(
+            lambda rank: evaluate(
+                copy.deepcopy(model), data, "validation", limit=22, batch_size=6, ranks=Threads(rank, count)
+            ),
+            range(count),
+        )
+        assert list(found) == [alone] * count

@@ -170,6 +170,21 @@ def test_an_unusable_image_is_left_out_of_an_evaluation_and_named(tmp_path: Path
     assert json.loads(line)["id"] == "images/3.jpg"
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_ranks_share_the_batches_of_an_evaluation(count: int, tmp_path: Path) -> None:
+    """Bit for bit, an unusable image included, which is as large a share of one rank's items as it may be of all."""
+    MAKERS["folder"](tmp_path)
+    (tmp_path / "images/3.jpg").write_bytes(b"no image")
+    data = official("folder", tmp_path, max_rejected=0.1)
+    alone = list(data.held_batches("validation", 4, 11))
+    shares = [list(data.held_batches("validation", 4, 11, (rank, count))) for rank in range(count)]
+    for number, whole in enumerate(alone):
+        ours = shares[number % count].pop(0)
+        assert ours.indices == whole.indices
+        assert all(torch.equal(x, y) for x, y in zip(ours.batch, whole.batch, strict=True))
+    assert shares == [[] for _ in range(count)]
+
+
 def test_rows_that_cannot_be_used_are_named_once_and_counted(tmp_path: Path) -> None:
     MAKERS["folder"](tmp_path)
     with open(tmp_path / "validation.tsv", "a") as file:
