@@ -43,6 +43,7 @@ def launch(ranks: int, words: list[str], output: Path) -> int:
     if child == 0:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stdout.fileno())
         os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed rank flushes nothing
         # The endpoint of --standalone.
         config = LaunchConfig(
             1, 1, ranks, run_id=f"run-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
