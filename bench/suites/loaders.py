@@ -38,7 +38,7 @@ def contests(device: torch.device) -> list[Contest]:
     """Of thumbnails, of COCO's sizes, and of a camera's."""
     if device.type != "cpu":
         return []
-    return [contest(128, (256, 480), 224), contest(64, (480, 640), 224), contest(32, (1200, 1600), 224)]
+    return [contest(128, (256, 480), 224), contest(64, (480, 640), 224), contest(32, (1200, 1200), 224)]
 
 
 def sweeps(device: torch.device) -> list[Sweep]:

@@ -73,6 +73,7 @@ def write_safetensors(
         for name in sorted(tensors):
             stored = tensors[name].detach().to("cpu", dtype).contiguous()
             file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+            del stored  # before the next one is made
 
 
 def load_coca(path: Path) -> CoCa:

@@ -33,7 +33,7 @@ CONTESTS = [
     logits.predictions(CPU, 5, 30),
     *whole_step.contests(CPU, SIZES),
     *bandit.contests(CPU, batch=3),
-    loaders.contest(5, (150, 200), 32, batch=3),
+    loaders.contest(5, (150, 150), 32, batch=3),
     generation.contest(CPU, 64, 1, 40, batch=2, tokens=6),
     generation.contest(CPU, 64, 1, 40, batch=2, tokens=6, beams=3),
 ]

@@ -67,5 +67,5 @@ def brief(teacher_file: Path, student_file: Path) -> list[str]:
     return (
         f"--teacher {teacher_file} --student {student_file} --engine.rounds 4 --engine.steps_per_round 2 "
         "--batch_size 4 --probe_size 6 --evaluate_every 2 --evaluate_items 4 --test_items 20 --samples 4 "
-        "--checkpoint_every 1 --threads 1 --quiet"
+        "--checkpoint_every 1 --threads 1 --quiet --engine.bandit.policy discounted_thompson"
     ).split()

@@ -44,5 +44,6 @@ def test_compiled_layers_show_the_same_taps_and_learn_the_same(
         with layers_as_graphs():
             found = shown(model)
         for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            # Graphs add up in another order: what that changes is small beside the tensor, not beside each element.
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert 2 <= counter.frame_count <= 3, "layers of one kind share a graph"

@@ -42,7 +42,8 @@ def finished(teacher_file: Path, student_file: Path, tmp_path_factory: pytest.Te
     options = (
         f"--teacher {teacher_file} --student {student_file} --run {run} --engine.rounds 4 --engine.steps_per_round 2 "
         "--batch_size 4 --probe_size 6 --evaluate_every 2 --evaluate_items 4 --test_items 20 --samples 4 "
-        "--checkpoint_every 1 --threads 1 --quiet --engine.optimiser.weight_decay 0.25"
+        "--checkpoint_every 1 --threads 1 --quiet --engine.optimiser.weight_decay 0.25 "
+        "--engine.bandit.policy discounted_thompson"
     )
     assert main(options.split()) == 0
     return run

@@ -135,7 +135,7 @@ def test_ten_lines_of_the_documentation_use_a_program(tmp_path: Path) -> None:
     scene = Pictograms("test").scene(3)
     Image.fromarray(render(scene).transpose(1, 2, 0)).save(tmp_path / "image.png")
     (code,) = (block for block in PYTHON.findall(USE.read_text(encoding="utf-8")) if "onnxruntime" in block)
-    assert len([line for line in code.splitlines() if line]) == 10
+    assert len([line for line in code.splitlines() if line]) <= 10
     expected = next(iter(load_student(run, device="cpu").answer("is there a dog?", tmp_path / "image.png")))
     assert said_without_optima(code, tmp_path) == expected
 

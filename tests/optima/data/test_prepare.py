@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_by_the_name_of_the_folder(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("optima.data.shards.tarfile.TarFile.addfile", full)
+    monkeypatch.setattr("optima.data.packing.tarfile.TarFile.addfile", full)
     assert main(f"prepare --data coco --root {root} --splits [train] --out {out} --workers 1".split()) == 2
     assert capsys.readouterr().err == f"optima: {out} cannot be written to: No space left on device; start again\n"
 
