@@ -103,6 +103,8 @@ class DistillConfig:
             each, "fsdp" (FSDP2) spreads the parameters of both models over all of them, "hsdp" over groups of them, of
             which each holds the whole. Without torchrun of no effect.
         shard_over: Processes of a group with parallel hsdp, a divisor of their number; 0 takes those of one machine.
+        patience: Seconds without progress after which a run of several processes ends, and says which of them held up
+            the others: more than a step, a point of the learning curve and a checkpoint take.
         tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
     """
 
@@ -134,10 +136,13 @@ class DistillConfig:
     quiet: bool = False
     parallel: Strategy = "ddp"
     shard_over: int = 0
+    patience: float = 1800.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(1, self, "init_items", "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep")
+        refuse_below(
+            1, self, "init_items", "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep", "patience"
+        )
         refuse_below(
             0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads", "shard_over"
         )
