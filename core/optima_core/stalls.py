@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from optima_core.parallel import Ranks
 from optima_core.processes import attempt, leave, speaks
+from optima_core.step import Batch
 
 _TICKS = 20
 """Looks at the count within the time that it may stand still."""
@@ -37,13 +39,28 @@ class StallWatch:
         self.patience = patience
         self._count = 0
         self._place = "begins"
-        self._thread = threading.get_ident()
+        self._thread = self._own = threading.get_ident()
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="stalls", daemon=True)
 
     def at(self, place: str) -> None:
         """Notes progress: what this rank does from now on. All ranks do the same in the same order."""
-        self._place, self._thread = place, threading.get_ident()
+        self._note(place, self._own)
+
+    def loading(self, load: Callable[[int], Batch], accumulate: int) -> Callable[[int], Batch]:
+        """`load` of a `Distiller`, which may be called in any thread, with progress noted before and after a batch."""
+
+        def watched(number: int) -> Batch:
+            step = number // accumulate + 1
+            self._note(f"loads a batch of step {step}", threading.get_ident())
+            batch = load(number)
+            self._note(f"learns in step {step}", self._own)
+            return batch
+
+        return watched
+
+    def _note(self, place: str, thread: int) -> None:
+        self._place, self._thread = place, thread
         self._count += 1
 
     def __enter__(self) -> Self:

@@ -231,11 +231,7 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
     config, ranks = job.config, job.ranks
 
     def load(number: int) -> TaskBatch:
-        step = number // config.engine.accumulate + 1
-        job.watch.at(f"loads a batch of step {step}")
-        batch = job.data.training_batch(number, config.batch_size // ranks.count)
-        job.watch.at(f"learns in step {step}")
-        return batch
+        return job.data.training_batch(number, config.batch_size // ranks.count)
 
     probe = job.data.probe_batch(config.probe_size)
     first, size = ranks.share(0, len(probe.tokens))
@@ -244,7 +240,7 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
         TaskForward(student, config.task),
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map, config.single_layer_maps),
-        load,
+        job.watch.loading(load, config.engine.accumulate),
         TaskBatch(*(part[first : first + size] for part in probe)),
         config.engine,
         config.seed,

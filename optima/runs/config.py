@@ -24,6 +24,12 @@ def refuse_below(least: int, config: object, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
 
 
+def refuse_impatience(patience: float) -> None:
+    """Raises ValueError for seconds that no run could wait, or that no clock counts."""
+    if not 1 <= patience <= 1e6:
+        raise ValueError(f"patience must be from 1 to 1e6 seconds, got {patience}")
+
+
 @contextlib.contextmanager
 def told_in_a_line() -> Iterator[None]:
     """Around what first puts the options together: a ValueError that says what does not fit becomes an OptimaError."""
@@ -140,12 +146,11 @@ class DistillConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        refuse_below(
-            1, self, "init_items", "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep", "patience"
-        )
+        refuse_below(1, self, "init_items", "batch_size", "probe_size", "evaluate_batch", "checkpoint_every", "keep")
         refuse_below(
             0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads", "shard_over"
         )
+        refuse_impatience(self.patience)
 
 
 @dataclass(frozen=True)

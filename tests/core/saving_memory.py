@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from optima_core import CheckpointStore
 from optima_core.parallel import Ranks
+from optima_core.shards import local
 from optima_core.state import optimiser_state
 
 WIDTH = 2048
@@ -47,8 +48,7 @@ def share_of(value: Any) -> float:
         return sum(map(share_of, value))
     if not isinstance(value, Tensor):
         return 0
-    local = value.to_local() if hasattr(value, "to_local") else value
-    return float(local.numel() * local.element_size()) / MIB
+    return float(local(value).numel() * value.element_size()) / MIB
 
 
 def measure(ranks: Ranks, directory: Path, layers: int) -> None:

@@ -15,11 +15,13 @@ from optima_core.stalls import StallWatch
 
 
 def hang(ranks: Ranks) -> None:
-    with StallWatch(ranks, 4.0) as watch:
-        watch.at("loads a batch of step 12")
+    def load(number: int) -> int:
         if not ranks.first:
             time.sleep(300)
-        watch.at("learns in step 12")
+        return number
+
+    with StallWatch(ranks, 4.0) as watch:
+        assert watch.loading(load, 3)(33) == 33
         dist.all_reduce(torch.zeros(1))
 
 

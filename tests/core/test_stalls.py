@@ -44,7 +44,7 @@ def test_a_hang_ends_in_a_line_that_names_the_rank_and_the_step_and_slowness_doe
     lines = [line for line in done.stderr.splitlines() if line.startswith("optima: ")]
     assert len(lines) == 1, lines
     assert re.fullmatch(
-        r"optima: no progress for 4 s: rank 1 loads a batch of step 12, at core/stalled_ranks\.py:\d+ in hang; "
+        r"optima: no progress for 4 s: rank 1 loads a batch of step 12, at core/stalled_ranks\.py:\d+ in load; "
         r"it is waited for: rank 0 learns in step 12, at distributed/distributed_c10d\.py:\d+ in all_reduce",
         lines[0],
     ), lines[0]

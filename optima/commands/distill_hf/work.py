@@ -26,6 +26,7 @@ from optima_core.checkpoint import CheckpointStore, Saved
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
 from optima_core.parallel import Ranks, join_ranks
+from optima_core.stalls import StallWatch
 
 STATE = {"distiller": dict, "config": str, "before": dict, "command": str, "seconds": float}
 """What a checkpoint holds: key -> type."""
@@ -62,7 +63,7 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+    with join_ranks(config.parallel, timeout=2 * config.patience) as ranks, contextlib.ExitStack() as stack:
         if config.batch_size % ranks.count:
             raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
         directory = None
@@ -84,9 +85,10 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
             student = with_adapters(student, config.lora)
         whole = copy.deepcopy(student) if ranks.sharded else None
         ranks.shard(teacher)
+        watch = StallWatch(ranks, config.patience)
         with told_in_a_line():
-            distiller = _make_distiller(config, student.train(), teacher, batches, ranks)
-        job = _Job(config, directory, checkpoints, distiller, batches, started)
+            distiller = _make_distiller(config, student.train(), teacher, batches, watch)
+        job = _Job(config, directory, checkpoints, distiller, batches, watch, started)
         rounds = job.train(saved)
         job.score()
         result = distiller.result if whole is None else distiller.gather_result(whole)
@@ -107,10 +109,11 @@ def _make_batches(config: DistillHfConfig, processor: Any, student: Any, ranks: 
 
 
 def _make_distiller(
-    config: DistillHfConfig, student: Any, teacher: Any, batches: Any, ranks: Ranks
+    config: DistillHfConfig, student: Any, teacher: Any, batches: Any, watch: StallWatch
 ) -> Distiller[dict[str, Any]]:
     from optima_core.integrations.huggingface import TransformersAdaptor, TransformersForward, pair_modules
 
+    ranks = watch.ranks
     ours, theirs = TransformersAdaptor(student), TransformersAdaptor(teacher)
     probe = _on(batches.probe(config.probe_size), ranks.device)
     pairs = pair_modules(ours, theirs, probe, names=config.modules or None, layer_map=config.layer_map)
@@ -122,7 +125,8 @@ def _make_distiller(
         return _on(batches.load(number), ranks.device)
 
     forwards = TransformersForward(ours), TransformersForward(theirs)
-    return Distiller(student, *forwards, pairs, load, probe, config.engine, config.seed, ranks)
+    watched = watch.loading(load, config.engine.accumulate)
+    return Distiller(student, *forwards, pairs, watched, probe, config.engine, config.seed, ranks)
 
 
 class _Job:
@@ -135,10 +139,11 @@ class _Job:
         checkpoints: CheckpointStore,
         distiller: Distiller[dict[str, Any]],
         batches: Any,
+        watch: StallWatch,
         started: float,
     ) -> None:
         self.config, self.directory, self.checkpoints = config, directory, checkpoints
-        self.distiller, self.batches = distiller, batches
+        self.distiller, self.batches, self.watch = distiller, batches, watch
         self.started = started
         self.seconds = 0.0
         """Those of earlier parts of the run."""
@@ -163,7 +168,7 @@ class _Job:
             directory.write_config(config)
             done = directory.rounds(distiller.round)
             display = Tracked(display, make_trackers(config.track, directory.path, distiller.step, flat(plain(config))))
-        with StopRequest() as stop, contextlib.closing(display):
+        with StopRequest() as stop, self.watch, contextlib.closing(display):
             while distiller.round < rounds:
                 record = distiller.run_round()
                 display.round(record)
@@ -255,6 +260,7 @@ class _Job:
             "command": self.command,
             "seconds": self._spent(),
         }
+        self.watch.at(f"saves step {self.distiller.step}")
         self.checkpoints.save(self.distiller.step, state)
 
 
