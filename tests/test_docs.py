@@ -165,7 +165,7 @@ def test_the_documentation_is_built_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["optima_kernels", "optima_core"])
 def test_losses_and_engine_need_what_they_say(package: str) -> None:
-    """Nothing else that OPTIMA depends on may be imported with any of their names: torch, and safetensors by the engine."""
+    """Nothing else that OPTIMA depends on may be imported with their names: torch, and safetensors by the engine."""
     others = ["matplotlib", "PIL", "jsonargparse", "yaml", "rich", "jinja2", "tokenizers", "optima"]
     others += ["safetensors"] if package == "optima_kernels" else []
     code = f"import sys\nfor name in {others}: sys.modules[name] = None\nfrom {package} import *"
