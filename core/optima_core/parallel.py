@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from optima_core.compilation import layers_of
 from optima_core.errors import OptimaError
+from optima_core.meeting import meet
 from optima_core.processes import Strategy, count_neighbours, count_processes, starts_anew
 
 if TYPE_CHECKING:
@@ -221,7 +222,11 @@ def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0, timeout: float =
         torch.cuda.set_device(device)
     try:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        place = meet(store, rank, count, timeout)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=count, timeout=limit)
         # Taps are views of what a layer computed, and nothing here changes one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         yield Ranks(dist.get_rank(), count, strategy, device, shard_over if strategy == "hsdp" else 0)

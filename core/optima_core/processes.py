@@ -34,7 +34,10 @@ def starts_anew() -> bool:
 
 
 def launcher() -> str:
-    """The torchrun that started this process, the same after every restart; "" without one."""
+    """The torchrun that started this process, the same after every restart; "" without one.
+
+    Agents on several machines share the name that they were given (`--rdzv-id`), and count restarts each for itself.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     # What has no name of its own is of this machine.
     return f"{name} of {os.getppid()}" if name == "none" else name

@@ -7,6 +7,7 @@ a process without saying which one it waited for; nothing is sent as long as all
 """
 
 import os
+import secrets
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Self
 import torch.distributed as dist
 
 from optima_core.parallel import Ranks
-from optima_core.processes import attempt, leave, speaks
+from optima_core.processes import leave, speaks
 from optima_core.step import Batch
 
 _TICKS = 20
@@ -30,7 +31,7 @@ class StallWatch:
     """While entered, a run of several ranks that makes no progress ends, and says which rank holds up the others.
 
     Args:
-        ranks: The processes of the run; each enters a watch of its own.
+        ranks: The processes of the run; each makes and enters a watch of its own, all at the same time.
         patience: Seconds without progress, more than the longest step, checkpoint and evaluation take.
     """
 
@@ -39,6 +40,7 @@ class StallWatch:
         self.patience = patience
         self._count = 0
         self._place = "begins"
+        self._name = ranks.broadcast(secrets.token_hex(8))
         self._thread = self._own = threading.get_ident()
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="stalls", daemon=True)
@@ -89,7 +91,7 @@ class StallWatch:
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
             )
-            names = [f"optima/stall/{attempt()}/{rank}" for rank in range(self.ranks.count)]
+            names = [f"optima/stall/{self._name}/{rank}" for rank in range(self.ranks.count)]
             store.set(names[self.ranks.rank], own)
             # Those that wait began to do so later than the one that they wait for, by a step or less.
             time.sleep(self.patience / 4)

@@ -26,7 +26,7 @@ from optima.runs.rows import Round, plain
 from optima.untrusted import read_file
 from optima_core.checkpoint import CheckpointStore, write_atomically
 from optima_core.errors import OptimaError
-from optima_core.processes import attempt, launcher
+from optima_core.processes import launcher
 
 CHECKPOINTS = "checkpoints"
 START = "start.safetensors"
@@ -51,7 +51,7 @@ os.register_at_fork(after_in_child=_release_in_child)
 class RunDirectory:
     """A run's directory: new and empty, or, with `resume`, one that holds an earlier part of the same run.
 
-    After a restart by torchrun the run that it began before is resumed without being asked to.
+    What the same torchrun began before it started its processes anew is resumed without being asked to.
 
     It is locked for as long as it is entered, or alive. Hidden files do not count, nor does what a run leaves that is
     killed before it begins: unfinished files, a start, a list of rejected images. After an error before it begins the
@@ -71,7 +71,7 @@ class RunDirectory:
             raise OptimaError(
                 f"run directory {path} does not exist, so there is nothing to resume; give the run's with --run"
             )
-        resume = resume or (attempt() > 0 and self._begun() and _locked_by(path) == launcher())
+        resume = resume or (self._begun() and _locked_by(path) == launcher() != "")
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)

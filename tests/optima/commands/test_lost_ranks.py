@@ -52,8 +52,7 @@ def test_the_run_of_somebody_else_is_not_taken_for_ones_own_by_a_restart(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
     with RunDirectory(run, resume=False, keep=2) as directory:
         directory.write_text("config.yaml", "run: run\n")
-    for attempt, launcher in (("0", "ours"), ("0", "theirs"), ("1", "theirs")):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+    for launcher in ("theirs", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
         with pytest.raises(OptimaError, match="is not empty; continue it with --resume"):
             RunDirectory(run, resume=False, keep=2)
@@ -63,6 +62,11 @@ def test_the_run_of_somebody_else_is_not_taken_for_ones_own_by_a_restart(
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(OptimaError, match="is not empty; continue it with --resume"):
         RunDirectory(run, resume=False, keep=2)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with RunDirectory(run, resume=True, keep=2):
+        pass
+    with pytest.raises(OptimaError, match="is not empty; continue it with --resume"):
+        RunDirectory(run, resume=False, keep=2)
 
 
 def test_a_restart_goes_on_with_what_its_launcher_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +74,10 @@ def test_a_restart_goes_on_with_what_its_launcher_began(tmp_path: Path, monkeypa
 
     run = tmp_path / "run"
     for name in ("ours", "none"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         with RunDirectory(run / name, resume=False, keep=2) as directory:
             directory.write_text("config.yaml", "run: run\n")
-        for attempt in "12":
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        for _ in range(2):
             with RunDirectory(run / name, resume=False, keep=2):
                 pass
 
