@@ -9,13 +9,13 @@ their restarts each for itself.
 import secrets
 import time
 
-import torch.distributed as dist
+from torch.distributed import DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
 
 _PAUSE = 0.01
 """Seconds between two looks of the first rank."""
 
 
-def meet(store: "dist.Store", rank: int, count: int, timeout: float) -> "dist.PrefixStore":
+def meet(store: Store, rank: int, count: int, timeout: float) -> PrefixStore:
     """A part of the store that these ranks have for themselves; all of them must call this.
 
     Each other rank asks the first one under a name that nobody had before. The first one answers all that ask, those
@@ -34,7 +34,7 @@ def meet(store: "dist.Store", rank: int, count: int, timeout: float) -> "dist.Pr
         store.set(f"optima/asks/{rank}", own)
         name = store.get(f"optima/answers/{rank}/{own}").decode()
         store.set(f"optima/hears/{name}/{rank}", "")
-        return dist.PrefixStore(f"optima/{name}", store)
+        return PrefixStore(f"optima/{name}", store)
     awaited = set(range(1, count))
     deadline = time.monotonic() + timeout
     while awaited:
@@ -44,6 +44,6 @@ def meet(store: "dist.Store", rank: int, count: int, timeout: float) -> "dist.Pr
                 store.set(f"optima/answers/{other}/{asked}", own)
         awaited = {other for other in awaited if not store.check([f"optima/hears/{own}/{other}"])}
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"ranks {sorted(awaited)} did not come")
+            raise DistStoreError(f"ranks {sorted(awaited)} did not come")
         time.sleep(_PAUSE)
-    return dist.PrefixStore(f"optima/{own}", store)
+    return PrefixStore(f"optima/{own}", store)

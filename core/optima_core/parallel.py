@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from optima_core.compilation import layers_of
 from optima_core.errors import OptimaError
@@ -223,7 +224,7 @@ def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0, timeout: float =
     try:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, _ = next(rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
         place = meet(store, rank, count, timeout)
         dist.init_process_group(backend, store=place, rank=rank, world_size=count, timeout=limit)

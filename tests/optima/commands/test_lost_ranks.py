@@ -1,6 +1,6 @@
 """Ranks that are killed or hang under `torchrun --max-restarts`: the run goes on by itself, to the same bits.
 
-OPTIMA_TEST_KILLS says how often a rank is killed (3): OPTIMA_TEST_KILLS=20 python -m pytest -s <this file>
+OPTIMA_TEST_KILLS says how often a rank is killed (2): OPTIMA_TEST_KILLS=20 python -m pytest -s <this file>
 """
 
 import json
@@ -17,7 +17,7 @@ from launched_ranks import rank_process, rows_of, start, told, wait_for_rounds
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
-KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "2"))
 STRATEGIES = ("fsdp", "ddp")[: 1 + (KILLS > 3)]
 
 
@@ -26,9 +26,11 @@ def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(
     strategy: str, brief: list[str], tmp_path: Path, seed: int
 ) -> None:
     loud = [word for word in brief if word != "--quiet"]
-    # Each start adds five rounds at the most, before a rank is killed.
-    options = f"--engine.rounds 24 --engine.steps_per_round 1 --report false --parallel {strategy}".split()
     script, kills = Path(__file__).with_name("lost_ranks.py"), KILLS // len(STRATEGIES)
+    # Each start adds five rounds or so, before a rank is killed.
+    rounds = 8 * min(kills, 3)
+    words = f"--engine.rounds {rounds} --engine.steps_per_round 1 --evaluate_every 4 --parallel {strategy}"
+    options = [*words.split(), "--test_items", "4", "--samples", "1", "--report", "false"]
     done = subprocess.run(
         [sys.executable, str(script), str(kills), str(seed), str(tmp_path), "2", *loud, *options],
         capture_output=True,
