@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from optima_core.ahead import TeacherAhead
 from optima_core.balance import GradientBalance
 from optima_core.bandit.arms import arm_strengths, belief_names, count_arms
+from optima_core.checkpoint import Saved
 from optima_core.comparable import refuse_other_masks
 from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
@@ -33,14 +34,12 @@ from optima_core.pulls import Pull
 from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import (
-    TRAINED,
-    averaged_state,
     copy_whole,
-    load_averaged,
     load_random,
     load_trained,
     random_state,
     trained_state,
+    trained_state_to_fill,
 )
 from optima_core.step import Batch, ModelForward, Part, Step
 from optima_core.terms import LAYER_KINDS, LossKind, LossTerm
@@ -204,14 +203,14 @@ class Distiller(Generic[Batch]):
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
 
         Holds references to live tensors: write it out, or copy it, before the next round. With several ranks all must
-        call this; the first one's result is whole, however the parameters are sharded.
+        call this; each has its own share of what is sharded, as DTensors, which `CheckpointStore` saves as they are.
         """
         training = self.training
         return {
             **trained_state(training.learner, training.optimiser),
             "schedule": training.schedule.state_dict(),
             "scaler": training.scaler.state_dict(),
-            "ema": averaged_state(training.average),
+            "ema": {} if training.average is None else training.average.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
             "units": self.units,
@@ -222,15 +221,11 @@ class Distiller(Generic[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, for a distiller of the same configuration on any number of ranks.
-
-        All ranks must call this; what the others hand in is not looked at, the first one's state is sent to them.
-        """
+        """The inverse of `state_dict`, for a distiller of the same configuration on the same ranks; see `restore`."""
         training = self.training
-        load_trained(training.learner, training.optimiser, state, self.ranks)
+        load_trained(training.learner, training.optimiser, state)
         if training.average is not None:
-            load_averaged(training.average, state.get("ema", {}), self.ranks)
-        state = self.ranks.broadcast({name: part for name, part in state.items() if name not in TRAINED})
+            training.average.load_state_dict(state["ema"])
         training.schedule.load_state_dict(state["schedule"])
         training.scaler.load_state_dict(state["scaler"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
@@ -243,6 +238,18 @@ class Distiller(Generic[Batch]):
         self._next = None
         if self._replayed is not None:
             self._replayed.forget()
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from a `state_dict` in a checkpoint, whatever the number of ranks and the strategy that wrote it.
+
+        All ranks must call this; each reads its share. The configuration must be the same.
+        """
+        training = self.training
+        moved = saved.state["optimiser"].get("state", {})
+        blank = trained_state_to_fill(training.learner, training.optimiser, moved)
+        if training.average is not None:
+            blank["ema"] = training.average.state_dict()
+        self.load_state_dict(saved.read(blank))
 
     def _choose(self) -> _Choice:
         """The next round's arm, queued; a pure function of the bandit's state, which stays as it is."""
