@@ -95,7 +95,7 @@ class Soak:
         self.tally.commands += 1
         self.running = subprocess.Popen(
             [*self.command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True, cwd=self.ground, preexec_fn=bound,
+            process_group=0, cwd=self.ground, preexec_fn=bound,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         return self.running
@@ -289,13 +289,13 @@ def ended_after(seconds: float) -> Iterator[None]:
         yield
 
 
-def spent(session: int) -> float:
-    """CPU seconds of a session's processes and of the children that they have waited for."""
+def spent(group: int) -> float:
+    """CPU seconds of a process group, and of the children that it has waited for."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
+            if int(fields[2]) == group:
                 ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
