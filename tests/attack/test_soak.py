@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import soak
+from jobs import jobs
 
-SOAK = Path(__file__).with_name("soak.py")
-FILES = ["student.safetensors", "model.safetensors", "train.tar"]
+FILES = ["model.safetensors", "train.tar"]
 UNDISTURBED = 3
 """Calls before the first disturbance of a soak of one command: two models are made first."""
 
@@ -37,56 +38,60 @@ except OSError:
 """Stands for the product: writes the same files at every call, or after the undisturbed ones does something else."""
 
 
-def start(folder: Path, mode: str, *options: str) -> subprocess.Popen[str]:
-    product = folder / "product.py"
-    product.write_text(f"MODE = {mode!r}\n{PRODUCT}")
-    words = ["--job", "prepare", "--ground", str(folder / "ground"), "--command", f"{sys.executable} -S -E {product}"]
-    return subprocess.Popen(
-        [sys.executable, str(SOAK), *words, *options], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+def product(folder: Path, mode: str) -> list[str]:
+    path = folder / "product.py"
+    path.write_text(f"MODE = {mode!r}\n{PRODUCT}")
+    return [sys.executable, "-S", "-E", str(path)]
 
 
-def calls(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("call-")) for path in (folder / "ground").glob("call-*")]
+@pytest.fixture
+def make(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """A soak of `prepare`, by what stands for it, after the undisturbed runs."""
+    monkeypatch.setattr(soak, "write_images", lambda root: None)
+
+    def made(mode: str) -> soak.Soak:
+        chosen = [job for job in jobs() if job.name == "prepare"]
+        found = soak.Soak(tmp_path, product(tmp_path, mode), chosen, seed, longest=1)
+        found.prepare_ground()
+        return found
+
+    return made
 
 
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def test_what_survives_everything_has_no_fault(make) -> None:
+    found = make("survives")
+    (job,) = found.jobs
+    for disturb in (lambda job: found.disturb_by_kills(job, 3), found.disturb_by_full_disk, found.disturb_by_damage):
+        for _ in range(3):
+            disturb(job)
+    assert found.tally.faults == []
+    assert found.tally.finished + found.tally.refused >= 6
+    assert found.figures().endswith("faults 0")
 
 
-def test_what_survives_everything_has_no_fault(tmp_path: Path, seed: int) -> None:
-    said, _ = start(tmp_path, "survives", "--minutes", "0.06", "--seed", str(seed)).communicate(timeout=300)
-    assert re.fullmatch(r"soak: 0 min, \d+ commands; .* faults 0\n", said), said
-    assert int(re.search(r"(\d+) came to equal bits", said)[1]) > 0, said
+@pytest.mark.parametrize(("mode", "fault"), [("differs", "bits"), ("raises", "traceback"), ("hangs", "hung")])
+def test_what_it_is_there_to_see_is_seen(mode: str, fault: str, make, capsys: pytest.CaptureFixture[str]) -> None:
+    found = make(mode)
+    found.end_well(found.jobs[0], found.new_place(found.jobs[0]), "prepare")
+    assert found.tally.faults[0].startswith(f"{fault}: prepare")
+    assert f"'{fault}': 1" in found.figures()
+    assert capsys.readouterr().out.splitlines() == found.tally.faults
 
 
-@pytest.mark.parametrize(("mode", "fault"), [("differs", "bits"), ("raises", "traceback")])
-def test_what_it_is_there_to_see_is_seen(mode: str, fault: str, tmp_path: Path) -> None:
-    process = start(tmp_path, mode, "--kills", "1")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, said
-    assert re.search(rf"^{fault}: prepare", said, re.MULTILINE), said
-    assert f"faults 1 {{'{fault}': 1}}" in said.splitlines()[-1] or fault == "traceback", said
-
-
-@pytest.mark.parametrize("ending", [None, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ending", [None, signal.SIGTERM])
 def test_its_line_is_said_though_a_command_is_under_way(ending: signal.Signals | None, tmp_path: Path) -> None:
     """That command is ended, too."""
-    process = start(tmp_path, "hangs", "--minutes", "30" if ending else "0.1")
-    while ending and len(calls(tmp_path)) <= UNDISTURBED and process.poll() is None:
+    ground = tmp_path / "ground"
+    words = ["--job", "prepare", "--ground", str(ground), "--minutes", "30" if ending else "0.05"]
+    words += ["--command", " ".join(product(tmp_path, "hangs"))]
+    process = subprocess.Popen([sys.executable, soak.__file__, *words], stdout=subprocess.PIPE, text=True)
+    while ending and len(list(ground.glob("call-*"))) <= UNDISTURBED and process.poll() is None:
         time.sleep(0.05)
     if ending:
         process.send_signal(ending)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert re.fullmatch(r"soak: \d+ min, \d+ commands; .* faults 0\n", said), said
-    assert not any(is_alive(call) for call in calls(tmp_path))
-
-
-def test_a_command_that_hangs_is_a_fault(tmp_path: Path) -> None:
-    said, _ = start(tmp_path, "hangs", "--kills", "1", "--longest", "1").communicate(timeout=300)
-    assert re.search(r"^hung: prepare", said, re.MULTILINE), said
+    for path in ground.glob("call-*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name.removeprefix("call-")), 0)
