@@ -5,6 +5,7 @@ since it is ours to mend; `-v` or OPTIMA_TRACEBACK=1 shows it of mistakes, too.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -72,7 +73,16 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
+        said = str(error).strip().partition("\n")[0]
+        return f"memory is not enough{f' ({said:.300})' if said else ''}; `optima plan` says what a run needs"
     return None
+
+
+_NO_MEMORY = re.compile(
+    r"^OutOfMemoryError|^RuntimeError: .*((can't allocate|not enough) memory|Storage size calculation overflowed)"
+)
+"""Of what torch raises, which has a class of its own for a GPU's memory alone, and need not be loaded here."""
 
 
 def _complain(message: str) -> None:

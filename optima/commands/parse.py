@@ -85,6 +85,9 @@ def _overview() -> str:
 def _built(config: type[Any], values: dict[str, Any], prefix: str) -> Any:
     """The dataclass of plain values. Raises OptimaError, which names the group of options, if it refuses them."""
     hints = get_type_hints(config)
+    for name, value in values.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise OptimaError(f"{prefix}{name} must be a number that 64 bits hold, got {value!r:.80}")
     given = {
         name: _built(hints[name], value, f"{prefix}{name}.") if dataclasses.is_dataclass(hints[name]) else value
         for name, value in values.items()

@@ -1,6 +1,7 @@
 """Runs cases and commands in forked children, with bounds on their memory and their time."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -81,10 +83,10 @@ class Ended(NamedTuple):
 
 
 def run_command(call: Callable[[], int], *, more_bytes: int, patience: float, most: float) -> Ended:
-    """Runs a command in a forked child.
+    """Runs a command in a forked child, and ends what it leaves behind.
 
-    Its seconds are those that it computed, so that a busy machine makes nothing look slow; thirty that it only
-    waited count as one.
+    Its seconds are those that it and what it started computed, so that a busy machine makes nothing look slow; thirty
+    that it only waited count as one.
 
     Args:
         call: returns the exit status.
@@ -112,6 +114,8 @@ def run_command(call: Callable[[], int], *, more_bytes: int, patience: float, mo
                 stopped = True
             else:
                 time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
         for file in (out, error):
             file.seek(0)
         texts = [file.read().decode("utf-8", "replace") for file in (out, error)]
@@ -119,16 +123,19 @@ def run_command(call: Callable[[], int], *, more_bytes: int, patience: float, mo
 
 
 def _computed(process: int) -> float:
-    """CPU seconds of a process and of the children that it has waited for; 0 where the system does not say."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds of a process and of all that it has started; 0 where the system does not say."""
+    ticks, left = 0, [process]
+    while left:
+        place = Path(f"/proc/{left.pop()}")
+        with contextlib.suppress(OSError):  # it has ended
+            ticks += sum(map(int, (place / "stat").read_text().rpartition(")")[2].split()[11:15]))
+            for thread in (place / "task").iterdir():
+                left += map(int, (thread / "children").read_text().split())
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _run_and_leave(call: Callable[[], int], more_bytes: int) -> None:
+    os.setpgid(0, 0)
     # pytest's own streams would keep what is written.
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     _bound(more_bytes)
@@ -146,6 +153,7 @@ def _run_and_leave(call: Callable[[], int], more_bytes: int) -> None:
 
 
 def _bound(more_bytes: int) -> None:
+    gc.freeze()  # what was there before the fork need not be walked, and its pages copied, by each child anew
     torch.set_num_threads(1)  # threads do not survive a fork
     with open("/proc/self/statm") as file:
         begun = int(file.read().split()[0]) * resource.getpagesize()

@@ -1,23 +1,26 @@
 """Kills commands at random, fills their disks and damages their files, for as long as asked, and prints one line.
 
     python tests/attack/soak.py --minutes 120
-    python tests/attack/soak.py --kills 8        8 kills of each command, and nothing else
+    python tests/attack/soak.py --kills 8                  8 kills of each command, and nothing else
+    python tests/attack/soak.py --kills 8 --job prepare    of one command
 
 Six commands, small enough to take some seconds, are run once undisturbed; that is what every disturbed one must come
 to, bit for bit, by the same command, with `--resume` where there is something to resume, and with nothing deleted by
 hand. A full disk, and a damaged file, may end a command with status 2 and a line, never with a traceback. Damage to a
 file that nothing can replace may also be refused for good, in a line; that is counted.
 
+The line is printed when the time is up, whatever is under way then, and after SIGTERM or Ctrl-C; what is under way does
+not count. Every ten minutes it is printed as it stands.
+
 It knows the product by its command line alone.
 """
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,86 +28,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-SIZES = " ".join(
-    f"--model.{tower}.{name}={value}"
-    for tower in ("image_encoder", "text_decoder", "multimodal_decoder")
-    for name, value in (("width", 16), ("layers", 1), ("heads", 2))
-)
-SCORED = "--evaluate_every 2 --evaluate_items 4 --test_items 8"
-SMALL = f"--engine.rounds 6 --engine.steps_per_round 1 --batch_size 4 --probe_size 4 --samples 2 {SCORED}"
+from jobs import SIZES, Job, jobs, results, write_images
 
-
-@dataclass(frozen=True)
-class Job:
-    """A command with its options, the one that names where it writes, and which of its files are always the same."""
-
-    name: str
-    words: str
-    place: str
-    results: tuple[str, ...]
-    resumes: bool
-
-    def command(self, ground: Path, out: Path, *, again: bool) -> list[str]:
-        """The command line; `again` if an earlier one was disturbed."""
-        words = [word.format(ground=ground) for word in self.words.split()]
-        resume = ["--resume"] if again and self.resumes and (out / "config.yaml").exists() else []
-        return [*words, self.place, str(out), *resume]
-
-
-def jobs() -> list[Job]:
-    """The commands; `own images` teaches its teacher first."""
-    models = "--teacher {ground}/teacher/model.safetensors --student {ground}/student/model.safetensors --threads 1"
-    compared = " ".join(f"--distill.{word[2:]}" if word[:2] == "--" else word for word in f"{models} {SMALL}".split())
-    return [
-        Job(
-            "distill", f"distill {models} {SMALL} --checkpoint_every 1 --quiet", "--run", ("student.safetensors",), True
-        ),
-        Job(
-            "own images",
-            f"distill {SMALL} --init scratch --threads 1 --data.name folder --data.root {{ground}}/images "
-            "--data.tokenizer texts --data.loader.workers 0 --data.loader.max_rejected 0.1 --teach.steps 2 "
-            "--teach.batch_size 4 --checkpoint_every 1 --quiet",
-            "--run",
-            ("student.safetensors", "teacher/model.safetensors"),
-            True,
-        ),
-        Job(
-            "finetune",
-            "finetune --model {ground}/student/model.safetensors --task vqa --steps 8 --batch_size 2 --threads 1 "
-            f"--checkpoint_every 1 --log_every 1 {SCORED}",
-            "--run",
-            ("model.safetensors",),
-            True,
-        ),
-        Job(
-            "pretrain",
-            "pretrain --caption_steps 4 --task_steps 4 --images 2 --threads 1 --checkpoint_every 1 --log_every 1 "
-            f"{SIZES}",
-            "--run",
-            ("model.safetensors",),
-            True,
-        ),
-        Job(
-            "compare",
-            f"compare {compared} --seeds 1 --task captioning --method optima,uniform",
-            "--run",
-            ("*/*/seed-0/student.safetensors",),
-            False,
-        ),
-        Job(
-            "prepare",
-            "prepare --data folder --root {ground}/images --workers 1 --shard_mib 1 --tokenizer words --text_length 9 "
-            "--max_rejected 0.1",
-            "--out",
-            ("*.tar", "*.idx", "*.json"),
-            False,
-        ),
-    ]
+SAID_EVERY = 600.0
+"""Seconds between two lines of figures as they stand."""
 
 
 @dataclass
@@ -142,14 +74,16 @@ class Tally:
 class Soak:
     """The disturbances, one after the other, over one ground of data and models."""
 
-    def __init__(self, ground: Path, command: list[str], seed: int, longest: float) -> None:
-        self.ground, self.command, self.longest = ground, command, longest
+    def __init__(self, ground: Path, command: list[str], chosen: list[Job], seed: int, longest: float) -> None:
+        self.ground, self.command, self.jobs, self.longest = ground, command, chosen, longest
+        self.began = time.monotonic()
         self.draws = Random(seed)
         self.tally = Tally()
         self.expected: dict[str, dict[str, str]] = {}
         self.seconds: dict[str, float] = {}
         self.sizes: dict[str, int] = {}
         self.trial = 0
+        self.running: subprocess.Popen[str] | None = None
 
     def start(self, words: list[str], limit: int | None = None) -> subprocess.Popen[str]:
         """A command in a group of its own; `limit`: bytes of the largest file that it may write."""
@@ -159,21 +93,23 @@ class Soak:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         self.tally.commands += 1
-        return subprocess.Popen(
+        self.running = subprocess.Popen(
             [*self.command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True, cwd=self.ground, preexec_fn=bound,
+            process_group=0, cwd=self.ground, preexec_fn=bound,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        return self.running
 
     def finish(self, process: subprocess.Popen[str], what: str) -> tuple[int, str]:
         """Waits for the end -> exit status and what was said; a fault is noted for a hang, a traceback, a status."""
-        began = time.monotonic()
-        try:
-            _, error = process.communicate(timeout=self.longest)
-        except subprocess.TimeoutExpired:
-            self.kill(process)
-            error = process.communicate()[1]
-            self.tally.note(f"hung: {what}")
+        began, patience, error = time.monotonic(), Patience(self.longest), None
+        while error is None:
+            try:
+                error = process.communicate(timeout=2)[1]
+            except subprocess.TimeoutExpired:
+                if patience.is_over(spent(process.pid)):
+                    self.tally.note(f"hung: {what}")
+                    self.kill(process)
         self.tally.longest = max(self.tally.longest, time.monotonic() - began)
         self.tally.peak = max(self.tally.peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
         if "Traceback" in error:
@@ -189,12 +125,13 @@ class Soak:
 
     def run_for(self, process: subprocess.Popen[str], share: float, job: Job) -> bool:
         """Lets it do a share of the undisturbed command's work, however busy the machine -> whether it still runs."""
-        began, used = time.monotonic(), 0.0
+        patience, used = Patience(self.longest), 0.0
         while process.poll() is None and used < share * self.seconds[job.name]:
-            if time.monotonic() - began > self.longest:
-                break  # whoever waits for its end says that it hangs
             time.sleep(0.2)  # looking has a price on a busy machine
             used = spent(process.pid)
+            if patience.is_over(used):
+                self.tally.note(f"hung: {job.name}")
+                break
         # The same work takes more CPU time where others use the caches.
         self.seconds[job.name] = max(self.seconds[job.name], used)
         return process.poll() is None
@@ -207,7 +144,7 @@ class Soak:
             status, error = self.finish(self.start(words.split()), name)
             if status:
                 raise SystemExit(f"{name} cannot be made: {error}")
-        for job in jobs():
+        for job in self.jobs:
             out, before = self.ground / f"whole-{job.name}", spent_by_children()
             status, error = self.finish(self.start(job.command(self.ground, out, again=False)), job.name)
             if status:
@@ -283,14 +220,82 @@ class Soak:
         self.trial += 1
         return self.ground / f"trial-{self.trial}-{job.name}"
 
+    def kill_each(self, most: int) -> None:
+        """Kills every command that many times, or until there is a fault."""
+        for job in self.jobs:
+            while self.tally.kills[job.name] < most and not self.tally.faults:
+                self.disturb_by_kills(job, min(3, most - self.tally.kills[job.name]))
 
-def spent(session: int) -> float:
-    """CPU seconds of a session's processes and of the children that they have waited for."""
+    def disturb_for_ever(self) -> None:
+        """One disturbance at random after the other."""
+        said = time.monotonic()
+        while True:
+            job = self.draws.choice(self.jobs)
+            self.draws.choice(
+                [lambda job: self.disturb_by_kills(job, 3), self.disturb_by_full_disk, self.disturb_by_damage]
+            )(job)
+            if time.monotonic() - said > SAID_EVERY:
+                said = time.monotonic()
+                print(f"so far, {self.figures()}", flush=True)
+
+    def figures(self) -> str:
+        return self.tally.line((time.monotonic() - self.began) / 60)
+
+    def end(self) -> None:
+        """Ends what is under way."""
+        if self.running is not None:
+            self.kill(self.running)
+            self.running.wait()
+
+
+class Patience:
+    """With a command, which hangs if it computes for too long, or in as long a time not even for a second.
+
+    Time alone says nothing: on a busy machine the same command takes many times as long.
+    """
+
+    def __init__(self, longest: float) -> None:
+        """longest: seconds."""
+        self.longest = longest
+        self.looked, self.used = time.monotonic(), 0.0
+
+    def is_over(self, used: float) -> bool:
+        """used: CPU seconds so far."""
+        idle = False
+        if time.monotonic() - self.looked > self.longest:
+            idle = used - self.used < 1
+            self.looked, self.used = time.monotonic(), used
+        return idle or used > self.longest
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Ends what is within after these seconds, if any, or at SIGTERM or Ctrl-C, wherever it is."""
+
+    class Enough(BaseException):
+        pass
+
+    numbers = (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)
+
+    def end(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise Enough
+
+    for number in numbers:
+        signal.signal(number, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    with contextlib.suppress(Enough):
+        yield
+
+
+def spent(group: int) -> float:
+    """CPU seconds of a process group, and of the children that it has waited for."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
+            if int(fields[2]) == group:
                 ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -314,12 +319,6 @@ def kind_of(path: Path) -> str:
     return "needed"
 
 
-def results(job: Job, out: Path) -> dict[str, str]:
-    """Digests of the files that must be the same."""
-    found = sorted(path for pattern in job.results for path in out.glob(pattern))
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
-
-
 def damage(path: Path, draws: Random) -> str:
     """Damages a file -> how."""
     data = bytearray(path.read_bytes())
@@ -336,60 +335,43 @@ def damage(path: Path, draws: Random) -> str:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, size: int) -> "contextlib.AbstractContextManager[Callable[[], None] | None]":  # type: ignore[misc]
+def small_disk(path: Path, size: int) -> Iterator[Callable[[], object] | None]:
     """A file system of `size` bytes at the path, and what makes it large; None where mounting is not allowed."""
     path.mkdir()
     size = max(size, 2**16)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        yield None
-        return
+    larger = ["mount", "-o", "remount,size=1g", str(path)]
+    mounts = False
     try:
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", str(path)], check=True, capture_output=True)
+        mounts = shutil.which("mount") is not None and not subprocess.run(mount, capture_output=True).returncode
+        yield (lambda: subprocess.run(larger, check=True, capture_output=True)) if mounts else None
     finally:
-        subprocess.run(["umount", "-l", str(path)], capture_output=True)
-
-
-def write_images(root: Path, count: int = 300) -> None:
-    """A folder of images with captions, one of them broken."""
-    import numpy as np
-    from PIL import Image
-
-    root.mkdir()
-    draws = np.random.default_rng(0)
-    rows = []
-    for place in range(count):
-        name = f"{place}.jpg"
-        Image.fromarray(draws.integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(root / name, quality=90)
-        rows.append({"file_name": name, "text": f"{place % 9} cats"})
-    (root / "0.jpg").write_bytes((root / "0.jpg").read_bytes()[:500])
-    (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if mounts:
+            subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=0, help="how long, after the undisturbed runs")
+    parser.add_argument("--minutes", type=float, default=0, help="how long in all, with the undisturbed runs")
     parser.add_argument("--kills", type=int, default=0, help="that many kills of each command, and nothing else")
+    parser.add_argument("--job", choices=[job.name for job in jobs()], action="append", help="by default all of them")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    parser.add_argument("--longest", type=float, default=180, help="seconds after which a command counts as hung")
+    parser.add_argument("--longest", type=float, default=180, help="CPU seconds after which a command counts as hung")
     parser.add_argument("--ground", type=Path, help="an empty folder to work in; by default a temporary one")
     parser.add_argument("--command", default=f"{sys.executable} -P -m optima.run", help="what starts the product")
     words = parser.parse_args()
     ground = (words.ground or Path(tempfile.mkdtemp(prefix="soak-"))).resolve()
     ground.mkdir(parents=True, exist_ok=True)
-    soak = Soak(ground, words.command.split(), words.seed, words.longest)
-    soak.prepare_ground()
-    began = time.monotonic()
-    if words.kills:
-        for job in jobs():
-            while soak.tally.kills[job.name] < words.kills and not soak.tally.faults:
-                soak.disturb_by_kills(job, min(3, words.kills - soak.tally.kills[job.name]))
-    while time.monotonic() - began < 60 * words.minutes:
-        job = soak.draws.choice(jobs())
-        soak.draws.choice(
-            [lambda job: soak.disturb_by_kills(job, 3), soak.disturb_by_full_disk, soak.disturb_by_damage]
-        )(job)
-    print(soak.tally.line((time.monotonic() - began) / 60))
+    chosen = [job for job in jobs() if not words.job or job.name in words.job]
+    soak = Soak(ground, shlex.split(words.command), chosen, words.seed, words.longest)
+    with ended_after(60 * words.minutes):
+        soak.prepare_ground()
+        if words.kills:
+            soak.kill_each(words.kills)
+        elif words.minutes:
+            soak.disturb_for_ever()
+    soak.end()
+    print(soak.figures(), flush=True)
     if not soak.tally.faults and words.ground is None:
         shutil.rmtree(ground, ignore_errors=True)
     return 1 if soak.tally.faults else 0

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 from boxed import run_boxed, run_command
@@ -48,6 +50,14 @@ def test_a_command_is_stopped_and_what_it_wrote_is_kept() -> None:
         time.sleep(60)
         return 0
 
+    reading, writing = os.pipe()
+
+    def parent() -> int:
+        working = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"], pass_fds=[writing])
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
+        working.wait()
+        return 0
+
     ended = run_command(lambda: 2, more_bytes=2**28, patience=5, most=10)
     assert (ended.status, ended.stopped) == (2, False)
     ended = run_command(stubborn, more_bytes=2**28, patience=0.5, most=1.5)
@@ -55,5 +65,11 @@ def test_a_command_is_stopped_and_what_it_wrote_is_kept() -> None:
     ended = run_command(polite, more_bytes=2**28, patience=0.5, most=5)
     assert (ended.status, ended.stopped) == (130, True)
     assert 0.4 < ended.seconds < 5
+    ended = run_command(parent, more_bytes=2**28, patience=0.5, most=5)
+    assert (ended.status, ended.stopped) == (130, True)
+    assert 0.4 < ended.seconds < 5
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read() == b""  # whoever could write has ended
     ended = run_command(idle, more_bytes=2**28, patience=0.02, most=0.2)
     assert (ended.status, ended.stopped) == (-signal.SIGTERM, True)

@@ -112,10 +112,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Tally(list[Ended]):
+    """How they ended; of a failure hypothesis shows the arguments, which this is no part of."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
 @pytest.fixture(scope="module")
-def tally() -> Iterator[list[Ended]]:
+def tally() -> Iterator[Tally]:
     """How they ended, for a line at the end."""
-    ended: list[Ended] = []
+    ended = Tally()
     yield ended
     by_status = Counter(found.status for found in ended)
     slow = [found.seconds for found in ended if found.seconds > 20]
@@ -145,7 +152,7 @@ def complaint_about(ended: Ended, name: str) -> str:
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(words=st.integers(0, 2**48).map(lambda number: command_line(Random(number))))
 def test_every_command_line_ends_well(
-    words: list[str], ground: Path, tally: list[Ended], tmp_path_factory: pytest.TempPathFactory
+    words: list[str], ground: Path, tally: Tally, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     place = tmp_path_factory.mktemp("case")
     for path in ground.iterdir():

@@ -5,8 +5,8 @@ at one instant of each command is drawn; OPTIMA_INSTANTS says how many are to be
 all of them. Only then `compare` takes part, whose runs are processes of their own.
 """
 
-import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from boxed import Ended, run_command
-from soak import Job, jobs, results, write_images
+from jobs import Job, jobs, results, write_images
 from tiny import tiny_model
 from warm import import_everything
 
@@ -39,12 +39,20 @@ GROWING = ("open", "os.mkdir")
 CHANGING = (*GROWING, "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
-class Watch:
-    """An audit hook: counts changes below a folder, and lets one of them, and all that follow, come to harm."""
+class Instant(NamedTuple):
+    """A change of a file: the audit event, the path below what is watched, and whether a file is begun anew."""
 
-    def __init__(self, place: Path, counted: int, harm: str, at: int) -> None:
-        """counted: file descriptor that the count is written to."""
-        self.place, self.counted, self.harm, self.at = os.fspath(place), counted, harm, at
+    event: str
+    path: str
+    anew: bool
+
+
+class Watch:
+    """An audit hook: tells of changes below a folder, and lets one of them, and all that follow, come to harm."""
+
+    def __init__(self, place: Path, told: int, harm: str, at: int) -> None:
+        """told: file descriptor that the instants are written to."""
+        self.place, self.told, self.harm, self.at = os.fspath(place), told, harm, at
         self.count = 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -54,7 +62,8 @@ class Watch:
         if not any(path.startswith(self.place) for path in paths):
             return
         self.count += 1
-        os.pwrite(self.counted, b"%d" % self.count, 0)
+        anew = event == "open" and not arguments[2] & os.O_APPEND
+        os.write(self.told, json.dumps((event, os.path.relpath(paths[0], self.place), anew)).encode() + b"\n")
         if self.harm == "killed" and self.count == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.harm == "no space" and self.count >= self.at and event in GROWING:
@@ -63,12 +72,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Whole:
-    """What an undisturbed command comes to: results, names of its files, bytes of the largest, number of instants."""
+    """What an undisturbed command comes to: results, names of its files, bytes of the largest, and its instants."""
 
     results: dict[str, str]
     files: set[str]
     largest: int
-    instants: int
+    instants: list[Instant]
 
 
 @pytest.fixture(scope="module")
@@ -106,27 +115,21 @@ def files(folder: Path) -> set[str]:
     return {re.sub(r"/(\d{5})-[0-9a-f]{8}\.", r"/\1.", name) for name in names}
 
 
-def run(job: Job, ground: Path, out: Path, harm: str = "", at: int = 0) -> tuple[Ended, int]:
-    """Runs a job's command, also as the one that goes on -> how it ended, and how many instants it had."""
+def run(job: Job, ground: Path, out: Path, harm: str = "", at: int = 0) -> tuple[Ended, list[Instant]]:
+    """Runs a job's command, also as the one that goes on -> how it ended, and its instants."""
     words = job.command(ground, out, again=out.exists())
-    counted = os.open(ground / "counted", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    group = ground / "group"
+    told = os.open(ground / "told", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
     def call() -> int:
-        os.setsid()
-        group.write_text(str(os.getpid()))
         if harm == "cut short":
             resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
         else:
-            sys.addaudithook(Watch(out, counted, harm, at))
+            sys.addaudithook(Watch(out, told, harm, at))
         return main(words)
 
     ended = run_command(call, more_bytes=MORE_BYTES, patience=MOST, most=MOST)
-    with contextlib.suppress(ProcessLookupError):  # what a killed one had started, as the death of a machine does
-        os.killpg(int(group.read_text()), signal.SIGKILL)
-    instants = int(os.pread(counted, 20, 0) or b"0")
-    os.close(counted)
-    return ended, instants
+    os.close(told)
+    return ended, [Instant(*json.loads(line)) for line in (ground / "told").read_text().splitlines()]
 
 
 def places(whole: Whole, harm: str, draws: Random) -> list[int]:
@@ -134,7 +137,7 @@ def places(whole: Whole, harm: str, draws: Random) -> list[int]:
     if harm == "cut short":
         count = 10 if INSTANTS == "all" else int(INSTANTS or 1)
         return [draws.randint(4096, max(4097, whole.largest)) for _ in range(count)]
-    every = list(range(1, whole.instants + 1))
+    every = list(range(1, len(whole.instants) + 1))
     return every if INSTANTS == "all" else sorted(draws.sample(every, min(int(INSTANTS or 1), len(every))))
 
 
@@ -160,8 +163,16 @@ def test_harm_at_any_instant_costs_nothing(
             elif files(out) != whole.files:
                 complaint = f"then other files: {sorted(files(out) ^ whole.files)}"
         if complaint:
-            wrong.append(f"{harm} at {at} of {whole.instants}: {complaint}: {ended.error[-600:]}")
+            wrong.append(f"{harm} at {at} of {len(whole.instants)}: {complaint}: {ended.error[-600:]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_files_are_written_under_another_name_or_added_to(name: str, whole_of: Callable[[Job], Whole]) -> None:
+    """So that none is ever there in part. Hidden ones have no content."""
+    begun = {Path(instant.path) for instant in whole_of(JOBS[name]).instants if instant.anew}
+    assert begun
+    assert {path for path in begun if path.suffix not in (".part", ".partial") and path.name[0] != "."} == set()
 
 
 def complaint_about(ended: Ended, harm: str) -> str:

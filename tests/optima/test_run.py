@@ -1,11 +1,14 @@
 """The door: what becomes of mistakes, of faults of ours and of Ctrl-C, and what starting costs."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import optima
@@ -54,6 +57,27 @@ def test_a_mistake_is_a_line_and_a_fault_of_ours_is_not(
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("Traceback")
         assert lines[-1] == "optima: the teacher is tired"
+
+
+@pytest.mark.parametrize(
+    ("take", "said"),
+    [
+        (lambda: bytearray(2**62), ""),
+        (lambda: torch.empty(2**50), "memory: you tried to allocate"),
+        (lambda: torch.empty(2**40, 2**40), "Storage size calculation overflowed"),
+        (lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried\nto")), r"CUDA out of memory. Tried\)"),
+    ],
+)
+def test_too_little_memory_is_a_line(
+    take: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("optima.commands.doctor.doctor", lambda _: take())
+    assert main(["doctor"]) == 2
+    assert re.fullmatch(rf"optima: memory is not enough.*{said}.*; `optima plan` says .*\n", capsys.readouterr().err)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(

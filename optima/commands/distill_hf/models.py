@@ -1,6 +1,8 @@
 """The models of a distillation, from folders or the Hub, and the student as it is written."""
 
 import copy
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,24 @@ def with_adapters(student: Any, rank: int) -> Any:
 
 
 def write_student(student: Any, processor: Any, folder: Path, card: str, push_to: str | None) -> None:
-    """What from_pretrained loads: weights, adapters merged, with the processor and the model card."""
+    """What from_pretrained loads: weights, adapters merged, with the processor and the model card.
+
+    The folder is whole whenever it is there. Raises OptimaError if it cannot be written.
+    """
+    from safetensors import SafetensorError
+
     whole = copy.deepcopy(student).merge_and_unload() if hasattr(student, "merge_and_unload") else student
-    whole.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    aside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+    try:
+        whole.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OptimaError(f"cannot write {folder}: {_first_line(error)}; what was saved before is intact") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
     if push_to is not None:
         from huggingface_hub import HfApi
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
 
 from optima.commands.distill_hf.batches import Batches  # noqa: E402
 from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
-from optima.commands.distill_hf.models import load_model, load_processor  # noqa: E402
+from optima.commands.distill_hf.models import load_model, load_processor, write_student  # noqa: E402
 from optima.commands.distill_hf.source import Rows, Stream  # noqa: E402
 from optima.commands.distill_hf.work import distill_hf  # noqa: E402
 from optima.report import write_side_by_side  # noqa: E402
@@ -111,6 +112,29 @@ def test_a_student_is_written_that_transformers_loads(tmp_path: Path, llamas: di
     assert f"| task | {shown} |" in card
     rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["round"] for row in rows] == [1, 2, 3]
+
+
+def test_a_student_is_written_whole_or_not_at_all(tmp_path: Path, llamas: dict[str, str]) -> None:
+    student, processor = load_model(llamas["teacher"], "student"), load_processor(llamas["teacher"])
+    folder = tmp_path / "written"
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    write_student(student, processor, folder, "first", None)
+    first, places = content(), set(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first["model.safetensors"]) - 1, limits[1]))
+    try:
+        with pytest.raises(OptimaError, match=r"cannot write .*written: .*; what was saved before is intact"):
+            write_student(student, processor, folder, "second", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content() == first
+    assert set(tmp_path.iterdir()) == places
+    (folder / "of another model.bin").touch()
+    write_student(student, processor, folder, "third", None)
+    assert content() == first | {"README.md": b"third"}
 
 
 def test_the_teachers_own_loss_is_what_transformers_says(tmp_path: Path, llamas: dict[str, str]) -> None:

@@ -63,6 +63,8 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["pretrain", "--checkpoint_every", "0"], ["checkpoint_every must be at least 1, got 0"]),
         (["pretrain", "--model.image_encoder.width", "33"], ["image_encoder.width 33"]),
         (["simulate", "--policies", "[foo]"], ["policies", "foo"]),
+        (["simulate", "--seeds", "9" * 20], ["seeds must be a number that 64 bits hold, got 9999"]),
+        (["--engine.rounds", str(2**63)], ["engine.rounds must be a number that 64 bits hold"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
