@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from optima_core.adaptor import Adaptor, LayerPaths, LinearQK, LinearQKV, TorchAttention
     from optima_core.balancer import Balancer
     from optima_core.bandit.config import BanditConfig
-    from optima_core.checkpoint import CheckpointStore
+    from optima_core.checkpoint import CheckpointStore, Saved
     from optima_core.config import DistillerConfig, ObjectiveConfig, OptimiserConfig, RewardConfig
     from optima_core.distillation import Distillation
     from optima_core.engine import Distiller
@@ -31,7 +31,7 @@ else:
         adaptor=("Adaptor", "LayerPaths", "LinearQK", "LinearQKV", "TorchAttention"),
         balancer=("Balancer",),
         bandit=("BanditConfig",),
-        checkpoint=("CheckpointStore",),
+        checkpoint=("CheckpointStore", "Saved"),
         config=("DistillerConfig", "ObjectiveConfig", "OptimiserConfig", "RewardConfig"),
         distillation=("Distillation",),
         engine=("Distiller",),
@@ -72,6 +72,7 @@ __all__ = [
     "Ranks",
     "RewardConfig",
     "RoundRecord",
+    "Saved",
     "Step",
     "Taps",
     "TorchAttention",

@@ -3,8 +3,8 @@
 A part is the hidden-state losses of a module, or its attention-map losses.
 
 Balancing losses by the norms of their gradients is GradNorm's idea (Chen et al., arXiv 1711.02257), which learns the
-weights; ours are read off: the running geometric mean of `Pull.ratio`, which has no hyper-parameter to tune and no
-unit, so that one strength serves every task, student and teacher.
+weights; ours are read off: the running geometric mean of `Pull.ratio` at weight 1, which has no hyper-parameter to
+tune and no unit, so that one strength serves every task, student and teacher.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class GradientBalance:
         }
 
     def observe(self, state: State, part: int, ratio: Tensor) -> State:
-        """Takes in a part's `Pull.ratio`, 0-d; one that is 0 or not finite tells nothing."""
+        """Takes in a part's `Pull.ratio` at weight 1, 0-d; one that is 0 or not finite tells nothing."""
         here = torch.arange(self.parts, device=ratio.device) == part
         tells = here & (ratio > 0) & torch.isfinite(ratio)
         log_ratio = torch.log(torch.where(tells, ratio, 1.0))

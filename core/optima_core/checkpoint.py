@@ -1,27 +1,37 @@
-"""Checkpoints that survive a crash at any instant.
+"""Checkpoints that survive a crash at any instant, written by one process or by many ranks together.
 
-A checkpoint is written aside, synced, and renamed into place, so that a reader sees the old one or the new one. The
-newest two or more are kept: if the newest cannot be read, the one before is taken, with a warning.
+A checkpoint is a folder, `step-000000123`: a file of safetensors for each rank, and `manifest.json`, which says where
+every tensor is, has all that is no tensor, and the digests of the files and of itself. The manifest is put in its place
+last, in one stroke: before, there is no checkpoint, and afterwards all of it is on the disk. The newest two or more are
+kept: if the newest cannot be read, the one before is taken, with a warning.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import re
+import secrets
+import shutil
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from optima_core.errors import OptimaError
+from optima_core.parallel import Ranks
+from optima_core.pieces import Pieces, Planner, check_file, join, pieces_from, read_tensors, split, write_tensors
 
-_DIGEST_SIZE = hashlib.sha256().digest_size
+MANIFEST = "manifest.json"
+_FORMAT = "optima checkpoint 2"
 _PIECE = 2**24
-_NAME = re.compile(r"step-(\d{9})\.pt")
+_NAME = re.compile(r"step-(\d{9})")
 
 
 @contextlib.contextmanager
@@ -37,11 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OptimaError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
@@ -53,136 +59,273 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-class _Digesting:
-    """A file to write whose content is digested on the way, so that it need not be in memory as a whole."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, or a part of one, that was found whole; its tensors are read when they are asked for.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
+    Attributes:
+        state: What was saved, with tensors on the device "meta" in the place of the real ones.
+        files: Those that hold the tensors.
+        tensors: Where they are, by name.
+        path: The keys from the whole state to this part of it.
+    """
 
-    def write(self, content: bytes) -> int:
-        """As a binary file's."""
-        self.digest.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:  # torch.save makes something else of it
-            self.error = error
-            raise
+    state: Any
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Pieces]
+    path: tuple[str, ...] = ()
 
-    def flush(self) -> None:
-        """As a binary file's."""
-        self.file.flush()
+    def part(self, key: str) -> "Saved":
+        """What was saved under this key."""
+        return Saved(self.state[key], self.files, self.tensors, (*self.path, key))
+
+    def read(self, into: Any = None) -> Any:
+        """The state.
+
+        A tensor that `into` has in the same place is filled, whatever its device and however it is spread over the
+        ranks, and is part of the result; the others come whole, on the CPU.
+
+        Raises ValueError if one in `into` is of another shape.
+        """
+        tree, wanted = split(self.state, self.path)
+        _, given = split(into, self.path)
+        targets = {
+            name: given[name] if name in given else torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in wanted.items()
+        }
+        read_tensors(self.files, self.tensors, targets)
+        return join(tree, targets, self.path)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a rank, as the manifest knows it."""
+
+    name: str
+    sha256: str
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step-000000123.pt` files of tensors, numbers, strings, and containers of them.
+    """The checkpoints of one run: tensors, numbers, texts, None, and lists and dicts (by text) of them.
 
-    A file is what torch.save writes, followed by its SHA-256 digest.
+    Args:
+        directory: Where they are; all ranks must see it.
+        keep: How many of the newest stay on disk, at least 1.
+        ranks: The processes of the run. All of them must make a store, and save and load at the same time.
+        asynchronous: Copy what is to be saved, and write it while the run goes on. That takes as much memory on the
+            CPU as a rank's share, and pays where the CPU is idle: beside a GPU.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """keep: how many of the newest checkpoints stay on disk, at least 1."""
+    def __init__(
+        self, directory: Path, keep: int = 2, ranks: Ranks | None = None, *, asynchronous: bool = False
+    ) -> None:
         self.directory = directory
         self.keep = keep
+        self.ranks = ranks or Ranks()
+        self._planner = Planner(self.ranks)
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        # The other thread's messages must not get among those of the run.
+        apart = asynchronous and self.ranks.count > 1
+        self._group = dist.new_group(backend="gloo") if apart else None
+        self._unfinished: Future[None] | None = None
 
     def paths(self) -> list[Path]:
         """The checkpoints on disk, oldest first."""
-        return sorted(path for path in self.directory.glob("step-*.pt") if _NAME.fullmatch(path.name))
+        folders = (path.parent for path in self.directory.glob(f"step-*/{MANIFEST}"))
+        return sorted(folder for folder in folders if _NAME.fullmatch(folder.name))
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes the state of a step, then drops the checkpoints beyond `keep`."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptimaError(f"cannot make the directory {self.directory}: {error.strerror}") from error
-        for unfinished in self.directory.glob("step-*.pt.part"):  # of a run that was killed
-            unfinished.unlink(missing_ok=True)
-        path = self.directory / f"step-{step:09d}.pt"
-        with replacing(path) as file:
-            digesting = _Digesting(file)
-            try:
-                torch.save(state, digesting)  # type: ignore[arg-type]  # it asks for no more than write and flush
-            except RuntimeError:
-                if digesting.error is None:
-                    raise
-                raise digesting.error from None
-            file.write(digesting.digest.digest())
-        for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
-        return path
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Saves the state of a step, then drops the checkpoints beyond `keep`.
+
+        What is no tensor is saved as the first rank has it.
+
+        Raises OptimaError if it cannot be written, or the one before, written meanwhile, could not. ValueError if the
+        state holds something else.
+        """
+        self.wait()
+        folder = self.directory / f"step-{step:09d}"
+        tree, tensors = split(state)
+        written, layout = self._planner.plan(tensors)
+        if self._writer is None:
+            self._write(folder, tree, written, layout)
+        else:
+            copies = {key: tensor.to("cpu", copy=True) for key, tensor in written.items()}
+            self._unfinished = self._writer.submit(self._write, folder, tree, copies, layout)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk. Raises what `save` raises."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def close(self) -> None:
+        """Waits, and lets the thread go; errors are told by `wait`, which is to be called before."""
+        if self._writer is not None:
+            self._writer.shutdown()
 
     def load(self, wanted: Mapping[str, type] | None = None) -> dict[str, Any] | None:
-        """The newest readable state, or None if there is no checkpoint at all.
+        """The newest state that can be read, whole, on the CPU; see `newest`."""
+        saved = self.newest(wanted)
+        return None if saved is None else dict(saved.read())
+
+    def newest(self, wanted: Mapping[str, type] | None = None) -> Saved | None:
+        """The newest checkpoint that is whole, or None if there is none at all.
 
         Args:
-            wanted: what a state must hold: key -> type. One that does not counts as unreadable.
+            wanted: what a state must hold: key -> type. One that does not counts as damaged.
 
         Raises OptimaError if there are checkpoints and none can be read.
         """
         damaged: list[str] = []
-        for path in reversed(self.paths()):
+        for path in reversed(self.ranks.broadcast(self.paths())):
+            complaint, saved = None, None
             try:
-                state = _state(_read(path), wanted or {})
+                saved = self._open(path, wanted or {})
             except Exception as error:  # a damaged file may fail in any way
                 lines = str(error).strip().splitlines()
-                damaged.append(f"checkpoint {path} cannot be read ({lines[0] if lines else type(error).__name__})")
-            else:
-                for complaint in damaged:
-                    warnings.warn(f"{complaint}; {path.name} is taken instead", stacklevel=2)
-                return state
+                complaint = f"checkpoint {path} cannot be read ({lines[0] if lines else type(error).__name__})"
+            complaints = [found for found in self.ranks.gather(complaint) if found]
+            if saved is not None and not complaints:
+                for found in damaged if self.ranks.first else ():
+                    warnings.warn(f"{found}; {path.name} is taken instead", stacklevel=2)
+                return saved
+            damaged += complaints[:1]
         if damaged:
             raise OptimaError(
                 f"none of the {len(damaged)} checkpoints in {self.directory} can be read; start the run afresh "
                 f"(the newest: {damaged[0]})"
             )
+        if any(self.directory.glob("step-*.pt")):
+            raise OptimaError(
+                f"the checkpoints in {self.directory} are of a version of optima that kept each in one file (.pt); end "
+                "the run with that version, or start it afresh"
+            )
         return None
 
+    def _open(self, folder: Path, wanted: Mapping[str, type]) -> Saved:
+        """Reads the manifest and this rank's share of the files. Raises any exception if something is amiss."""
+        content = _read_manifest(folder / MANIFEST)
+        files = [_File(**found) for found in content["files"]]
+        tensors = {name: pieces_from(found, len(files)) for name, found in content["tensors"].items()}
+        for number in range(self.ranks.rank, len(files), self.ranks.count):
+            path = folder / files[number].name
+            if path.parent != folder or not path.is_file():
+                raise OSError(f"its {files[number].name} is no plain file")
+            if _digest(path) != files[number].sha256:
+                raise OSError(f"the SHA-256 digest of {path.name} is wrong")
+            check_file(path, number, tensors)
+        blank = {name: torch.empty(found.shape, dtype=found.dtype, device="meta") for name, found in tensors.items()}
+        state = join(content["state"], blank)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds {type(state).__name__} and no state of a run")
+        for name, kind in wanted.items():
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"its {name!r} is {type(state.get(name)).__name__}, {kind.__name__} is wanted")
+        return Saved(state, tuple(folder / file.name for file in files), tensors)
 
-def load_plain(path: Path) -> Any:
-    """What torch.save wrote, on the CPU, if it is tensors, numbers, texts and containers of them; no code is run.
+    def _write(self, folder: Path, tree: Any, written: dict[str, Tensor], layout: dict[str, Pieces]) -> None:
+        """Writes this rank's file; of those of all ranks the first one makes a checkpoint."""
+        if self.ranks.first:
+            self._tidy(folder)
+        try:
+            files = self._together(lambda: self._write_file(folder, written))
+            self._together(lambda: self._commit(folder, tree, files, layout) if self.ranks.first else None)
+        except OptimaError:
+            if self.ranks.first and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
-    Raises OptimaError for anything else, and for an archive that unpacks to more than the file holds. A damaged file
-    may raise any exception.
-    """
-    if not path.is_file():
-        raise OptimaError("it is no plain file")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-        # torch.save compresses nothing; what is compressed may unpack to a thousand times its size.
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise OptimaError("it is compressed, which torch.save does not do")
-        if sum(part.file_size for part in parts) > path.stat().st_size:
-            raise OptimaError("its parts overlap")
+    def _commit(self, folder: Path, tree: Any, files: list[_File], layout: dict[str, Pieces]) -> None:
+        content = {
+            "format": _FORMAT,
+            "files": [vars(file) for file in files],
+            "tensors": {name: tensor.described() for name, tensor in layout.items()},
+            "state": tree,
+        }
+        write_atomically(folder / MANIFEST, json.dumps({"sha256": _digest_of(content), **content}).encode())
+        _sync(self.directory)
+        for path in folder.iterdir():  # of an earlier attempt at this step
+            if path.name not in {MANIFEST, *(file.name for file in files)}:
+                path.unlink(missing_ok=True)
+        self._tidy(folder)
+
+    def _write_file(self, folder: Path, written: dict[str, Tensor]) -> _File:
+        # Of another name than in an earlier attempt at this step, so that none is ever half of this and half of that.
+        path = folder / f"{self.ranks.rank:05d}-{secrets.token_hex(4)}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptimaError(f"cannot make the directory {folder}: {error.strerror}") from error
+        with replacing(path) as file:
+            digesting = _Digesting(file)
+            write_tensors(digesting, written)  # type: ignore[arg-type]  # it asks for no more than write
+        return _File(path.name, digesting.digest.hexdigest())
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """What the work of every rank gives. Raises the OptimaError of any rank, on all of them."""
+        try:
+            found = work()
+        except OptimaError as error:
+            found = error
+        outcomes = [found] * self.ranks.count
+        if self.ranks.count > 1:
+            dist.all_gather_object(outcomes, found, group=self._group)
+        for outcome in outcomes:
+            if isinstance(outcome, OptimaError):
+                raise outcome
+        return outcomes
+
+    def _tidy(self, current: Path) -> None:
+        """Drops the checkpoints beyond `keep`, and what killed or failed runs left of others than the current one."""
+        kept = {*self.paths()[-self.keep :], current}
+        for folder in self.directory.glob("step-*"):
+            if _NAME.fullmatch(folder.name) and folder not in kept:
+                # Without a manifest it is no checkpoint, whatever else of it a crash may leave.
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Digesting:
+    """A file to write whose content is digested on the way, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """As a binary file's."""
+        self.digest.update(content)
+        return self.file.write(content)
+
+
+def _sync(directory: Path) -> None:
+    """Makes sure that a crash of the machine does not undo what was renamed or made in the directory."""
+    number = os.open(directory, os.O_RDONLY)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        # torch's own message advises to read the file without this check.
-        raise OptimaError("it holds more than tensors and plain values, and reading it could run code") from None
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
-def _read(path: Path) -> Any:
-    """torch.load checks nothing: without the digest behind the content a flipped bit would become a weight."""
-    if not path.is_file():
-        raise OSError("it is no plain file")
-    digest, left = hashlib.sha256(), path.stat().st_size - _DIGEST_SIZE
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while left > 0:
-            piece = file.read(min(left, _PIECE))
+        while piece := file.read(_PIECE):
             digest.update(piece)
-            left -= len(piece)
-        if digest.digest() != file.read(_DIGEST_SIZE):
-            raise OSError("its SHA-256 digest is wrong")
-    # The reader finds the archive's end before the digest.
-    return load_plain(path)
+    return digest.hexdigest()
 
 
-def _state(content: Any, wanted: Mapping[str, type]) -> dict[str, Any]:
-    """The content, if it is a state that holds what is wanted; raises ValueError otherwise."""
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds {type(content).__name__} and no state of a run")
-    for name, kind in wanted.items():
-        if not isinstance(content.get(name), kind):
-            raise ValueError(f"its {name!r} is {type(content.get(name)).__name__}, {kind.__name__} is wanted")
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError if it is none, or its digest is wrong."""
+    if not path.is_file():
+        raise OSError(f"its {MANIFEST} is no plain file")
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest_of(content):
+        raise ValueError(f"the SHA-256 digest of its {MANIFEST} is wrong")
+    if content.get("format") != _FORMAT:
+        raise ValueError(f"it is no {_FORMAT}")
     return content

@@ -40,8 +40,8 @@ class ObjectiveConfig:
 
     task: float = 1.0
     logits: float = 1.0
-    hidden: float = 0.5
-    attention: float = 0.5
+    hidden: float = 1.0
+    attention: float = 1.0
     temperature: float = 2.0
     divergence: Divergence = "forward"
     attention_kind: AttentionKind = "kl"

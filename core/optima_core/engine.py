@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from optima_core.ahead import TeacherAhead
 from optima_core.balance import GradientBalance
 from optima_core.bandit.arms import arm_strengths, belief_names, count_arms
+from optima_core.checkpoint import Saved
 from optima_core.comparable import refuse_other_masks
 from optima_core.config import DistillerConfig
 from optima_core.errors import OptimaError
@@ -33,14 +34,12 @@ from optima_core.pulls import Pull
 from optima_core.records import PendingRecord, RoundRecord, Sent, Stopwatch
 from optima_core.reward import RewardMeter
 from optima_core.state import (
-    TRAINED,
-    averaged_state,
     copy_whole,
-    load_averaged,
     load_random,
     load_trained,
     random_state,
     trained_state,
+    trained_state_to_fill,
 )
 from optima_core.step import Batch, ModelForward, Part, Step
 from optima_core.terms import LAYER_KINDS, LossKind, LossTerm
@@ -130,6 +129,7 @@ class Distiller(Generic[Batch]):
             dict.fromkeys((term.module, term.kind) for term in terms if term.module is not None)
         )
         self._looks = config.balance == "gradient" and any(term.module is None for term in terms)
+        self._kinds = torch.tensor([getattr(config.objective, kind) for kind in LAYER_KINDS], device=self.device)
         self._modules_of_terms = _modules_of(self.initial_probe.terms, self.names, self.device)
         self.reward = self.meter.init(self.initial_probe.values[None])
         if not self.ranks.first:
@@ -203,14 +203,14 @@ class Distiller(Generic[Batch]):
         """Everything that a resumed run needs to go on bit for bit, torch's random numbers included.
 
         Holds references to live tensors: write it out, or copy it, before the next round. With several ranks all must
-        call this; the first one's result is whole, however the parameters are sharded.
+        call this; each has its own share of what is sharded, as DTensors, which `CheckpointStore` saves as they are.
         """
         training = self.training
         return {
             **trained_state(training.learner, training.optimiser),
             "schedule": training.schedule.state_dict(),
             "scaler": training.scaler.state_dict(),
-            "ema": averaged_state(training.average),
+            "ema": {} if training.average is None else training.average.state_dict(),
             "bandit": self.bandit,
             "reward": self.reward,
             "units": self.units,
@@ -221,15 +221,11 @@ class Distiller(Generic[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, for a distiller of the same configuration on any number of ranks.
-
-        All ranks must call this; what the others hand in is not looked at, the first one's state is sent to them.
-        """
+        """The inverse of `state_dict`, for a distiller of the same configuration on the same ranks; see `restore`."""
         training = self.training
-        load_trained(training.learner, training.optimiser, state, self.ranks)
+        load_trained(training.learner, training.optimiser, state)
         if training.average is not None:
-            load_averaged(training.average, state.get("ema", {}), self.ranks)
-        state = self.ranks.broadcast({name: part for name, part in state.items() if name not in TRAINED})
+            training.average.load_state_dict(state["ema"])
         training.schedule.load_state_dict(state["schedule"])
         training.scaler.load_state_dict(state["scaler"])
         self.bandit = {name: tensor.to(self.device) for name, tensor in state["bandit"].items()}
@@ -242,6 +238,18 @@ class Distiller(Generic[Batch]):
         self._next = None
         if self._replayed is not None:
             self._replayed.forget()
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from a `state_dict` in a checkpoint, whatever the number of ranks and the strategy that wrote it.
+
+        All ranks must call this; each reads its share. The configuration must be the same.
+        """
+        training = self.training
+        moved = saved.state["optimiser"].get("state", {})
+        blank = trained_state_to_fill(training.learner, training.optimiser, moved)
+        if training.average is not None:
+            blank["ema"] = training.average.state_dict()
+        self.load_state_dict(saved.read(blank))
 
     def _choose(self) -> _Choice:
         """The next round's arm, queued; a pure function of the bandit's state, which stays as it is."""
@@ -257,7 +265,9 @@ class Distiller(Generic[Batch]):
         """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""
         module, column = self.names.index(name), LAYER_KINDS.index(kind)
         strength, part = choice.strengths[module], module * len(LAYER_KINDS) + column
-        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, pull.ratio, 0.0))
+        # The unit is that of the losses themselves: the objective's weight, which the pull has in it, multiplies it.
+        ratio = pull.ratio * getattr(self.config.objective, kind)
+        self.units = self.balance.observe(self.units, part, torch.where(strength > 0, ratio, 0.0))
         agreement[module, column].copy_(torch.where(strength > 0, pull.agreement, math.nan))
         return strength * self._units()[module, column]
 
@@ -298,7 +308,7 @@ class Distiller(Generic[Batch]):
         tensors = {
             "arm": choice.arm[0],
             "strengths": choice.strengths,
-            "weights": self.objective.strengths,
+            "weights": self.objective.strengths * self._kinds,
             "agreement": agreement,
             "reward": reward[0],
             "pulls": self.pulls,

@@ -21,16 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from optima_core.compilation import layers_of
 from optima_core.errors import OptimaError
-from optima_core.processes import Strategy, count_neighbours, count_processes
+from optima_core.meeting import meet
+from optima_core.processes import Strategy, count_neighbours, count_processes, starts_anew
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others."""
+TIMEOUT = 1800.0
+"""Seconds that a rank waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,13 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0) -> Iterator[Ranks]:
+def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """While entered, this process is one of those that torchrun started; without torchrun, it is alone.
 
-    shard_over: of `Ranks`; with "hsdp" 0 takes the ranks of one machine, between which it is quick.
+    Args:
+        strategy: See `Ranks`.
+        shard_over: See `Ranks`; with "hsdp" 0 takes the ranks of one machine, between which it is quick.
+        timeout: Seconds that a rank waits for the others.
 
     Raises OptimaError if there are more processes than GPUs, if the groups of "hsdp" do not make up the ranks, or if a
     rank is lost on the way.
@@ -217,15 +222,22 @@ def join_ranks(strategy: Strategy = "ddp", shard_over: int = 0) -> Iterator[Rank
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        store, rank, _ = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        place = meet(store, rank, count, timeout)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=count, timeout=limit)
         # Taps are views of what a layer computed, and nothing here changes one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         yield Ranks(dist.get_rank(), count, strategy, device, shard_over if strategy == "hsdp" else 0)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise OptimaError(
-                "a process of the run was lost, or waited for in vain; the last checkpoint is kept, continue with the "
-                "same command and --resume"
-            ) from error
+            then = (
+                "torchrun starts the others anew, from the last checkpoint"
+                if starts_anew()
+                else "the last checkpoint is kept, continue with the same command and --resume"
+            )
+            raise OptimaError(f"a process of the run was lost, or waited for in vain; {then}") from error
         raise
     dist.destroy_process_group()

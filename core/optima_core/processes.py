@@ -23,17 +23,36 @@ def several() -> bool:
     return count_processes() > 1
 
 
+def attempt() -> int:
+    """How often torchrun has started the processes anew, because one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def starts_anew() -> bool:
+    """Whether torchrun is to start the processes once more if one is lost (`--max-restarts`)."""
+    return attempt() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def launcher() -> str:
+    """The torchrun that started this process, the same after every restart; "" without one.
+
+    Agents on several machines share the name that they were given (`--rdzv-id`), and count restarts each for itself.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # What has no name of its own is of this machine.
+    return f"{name} of {os.getppid()}" if name == "none" else name
+
+
 def speaks() -> bool:
     """Whether this process is to tell why the run ends: the first that asks, for the others end for the same reason."""
     if not several():
         return True
     import torch
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
-        return store.add(f"optima/told/{attempt}", 1) == 1
+        return store.add(f"optima/told/{attempt()}", 1) == 1
     except RuntimeError:  # the store has gone with the process that held it
         return True
 

@@ -18,8 +18,8 @@ class RoundRecord:
     """What happened in a round, on the host.
 
     round: from 1. step: optimiser steps taken in all. arm: index, -1 for all modules. modules: those distilled.
-    strengths: of each module distilled. weights: by "hidden/<module>" and "attention/<module>", what the strength came
-        to, its unit included: a factor of those losses.
+    strengths: of each module distilled. weights: by "hidden/<module>" and "attention/<module>", the factor of
+        those losses: strength, unit, and the objective's weight.
     agreement: by the same names, the cosine of their gradient and the predictions' in the round's first step.
     reward: what the round earned. pulls: rounds by arm name so far, for the arms tried; mean, std: their posterior.
     losses: mean of each loss term over the round's steps. probe: each loss term on the probe batch after the round.

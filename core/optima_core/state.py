@@ -1,41 +1,87 @@
-"""The state of what is trained, whole and on the CPU however it is spread over ranks, and back again.
+"""The state of what is trained, each rank's share of it, under names that are the same however it is spread.
 
-torch.distributed.checkpoint's state-dict functions gather it, name optimiser state by parameter rather than by number,
-and spread it anew: so one file, written by one rank, serves one process, DDP and FSDP on any number of ranks. They are
-imported where they are used, since that takes half a second, which a command that trains nothing should not wait for.
+torch.distributed.checkpoint's state-dict functions name optimiser state by parameter rather than by number, and leave
+sharded parameters the DTensors that they are: so what `CheckpointStore` writes of it serves one process, DDP and FSDP
+on any number of ranks. They are imported where they are used, since that takes half a second, which a command that
+trains nothing should not wait for.
 """
 
-from dataclasses import replace
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima_core.average import RunningAverage
 from optima_core.learner import Learner
 from optima_core.parallel import Ranks
 from optima_core.shards import reshard, whole
 
-TRAINED = ("student", "objective", "optimiser", "ema")
-"""The entries of `trained_state` and `averaged_state`."""
-
 
 def trained_state(learner: Learner, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights of the student and the projections, and the optimiser's state; empty on all ranks but the first."""
-    from torch.distributed.checkpoint import state_dict as distributed
+    """Weights of the student and the projections, and the optimiser's state: the live tensors of this rank."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     reshard(learner)
-    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = distributed.get_model_state_dict(learner, options=options)
+    weights = get_model_state_dict(learner)
     state: dict[str, Any] = {
         part: {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
         for part in ("student", "objective")
     }
+    return state | {"optimiser": optimiser_state(learner, optimiser)}
+
+
+def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `trained_state`."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    reshard(learner)
+    parts = ("student", "objective")
+    set_model_state_dict(learner, {f"{part}.{name}": value for part in parts for name, value in state[part].items()})
+    load_optimiser(learner, optimiser, state["optimiser"])
+
+
+def trained_state_to_fill(learner: Learner, optimiser: torch.optim.Optimizer, moved: Collection[str]) -> dict[str, Any]:
+    """`trained_state` for other values to be read into. Of the optimiser, what was is forgotten.
+
+    moved: the parameters that the optimiser is to have state of.
+    """
+    reshard(learner)
+    optimiser.state.clear()
+    if moved:
+        optimiser_state(learner, optimiser, of_all=True)
+        _forget(learner, optimiser, moved)
+    return trained_state(learner, optimiser)
+
+
+def optimiser_state(module: nn.Module, optimiser: torch.optim.Optimizer, *, of_all: bool = False) -> dict[str, Any]:
+    """The optimiser's state by the names of the module's parameters.
+
+    of_all: makes state of parameters that no step has moved yet, if none has moved any.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     # Before the first step there is no state, and asking for it would make some.
-    state["optimiser"] = (
-        distributed.get_optimizer_state_dict(learner, optimiser, options=options) if optimiser.state else {}
-    )
-    return state
+    return dict(get_optimizer_state_dict(module, optimiser)) if optimiser.state or of_all else {}
+
+
+def load_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `optimiser_state`."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    moved = state.get("state", {})
+    if not moved:
+        return
+    # Not strict, for what no arm has trained yet has no state. The function makes some for it, which has to go again:
+    # a bias correction would start a step late.
+    set_optimizer_state_dict(module, optimiser, state, options=StateDictOptions(strict=False))
+    _forget(module, optimiser, moved)
+
+
+def _forget(module: nn.Module, optimiser: torch.optim.Optimizer, moved: Collection[str]) -> None:
+    """Drops the optimiser's state of all parameters but these."""
+    for name, parameter in module.named_parameters():
+        if name not in moved:
+            optimiser.state.pop(parameter, None)
 
 
 def copy_whole(learner: Learner, module: nn.Module, copy: nn.Module) -> None:
@@ -49,45 +95,7 @@ def copy_whole(learner: Learner, module: nn.Module, copy: nn.Module) -> None:
         ours.copy_(whole(weights[name]))
 
 
-def averaged_state(average: RunningAverage | None) -> dict[str, Any]:
-    """The running average's state, of whole tensors; all ranks must call this."""
-    state = {} if average is None else average.state_dict()
-    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-def load_averaged(average: RunningAverage, state: dict[str, Any], ranks: Ranks) -> None:
-    """The inverse of `averaged_state`; the state of the first rank counts."""
-    from torch.distributed.checkpoint import state_dict as distributed
-
-    average.steps = ranks.broadcast(state.get("steps"))
-    weights = {name.removeprefix("module."): value for name, value in state.items() if name != "steps"}
-    options = distributed.StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.count > 1)
-    distributed.set_model_state_dict(average.module, weights, options=options)
-
-
-def load_trained(learner: Learner, optimiser: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks) -> None:
-    """The inverse of `trained_state`, whatever the number of ranks was; that of the first rank counts."""
-    from torch.distributed.checkpoint import state_dict as distributed
-
-    reshard(learner)
-    options = distributed.StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.count > 1)
-    weights = {
-        f"{part}.{name}": value for part in ("student", "objective") for name, value in state.get(part, {}).items()
-    }
-    distributed.set_model_state_dict(learner, weights, options=options)
-    moments = state.get("optimiser", {})
-    saved = ranks.broadcast(list(moments.get("state", {})))
-    if not saved:
-        return
-    # Not strict, for what no arm has trained yet has no state. The function makes some for it, which has to go again:
-    # a bias correction would start a step late.
-    distributed.set_optimizer_state_dict(learner, optimiser, moments, options=replace(options, strict=False))
-    for name, parameter in learner.named_parameters():
-        if name not in saved:
-            optimiser.state.pop(parameter, None)
-
-
-def random_state(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+def random_state(ranks: Ranks) -> list[dict[str, Tensor]]:
     """The state of torch's random numbers on every rank."""
     state = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -95,7 +103,7 @@ def random_state(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     return ranks.gather(state)
 
 
-def load_random(states: list[dict[str, torch.Tensor]], ranks: Ranks) -> None:
+def load_random(states: list[dict[str, Tensor]], ranks: Ranks) -> None:
     """The inverse of `random_state`; ranks that were not there before start numbers of their own."""
     state = states[min(ranks.rank, len(states) - 1)]
     torch.set_rng_state(state["cpu"])

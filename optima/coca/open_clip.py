@@ -29,8 +29,8 @@ from optima.coca.checkpoint import coca_from_tensors, refuse_not_finite, shapes
 from optima.coca.config import CoCaConfig
 from optima.coca.model import CoCa
 from optima.coca.open_clip_config import open_clip_config
+from optima.coca.pickled import load_plain
 from optima.untrusted import shown
-from optima_core.checkpoint import load_plain
 from optima_core.errors import OptimaError
 
 

@@ -24,7 +24,7 @@ from optima.commands.finetune import finetune_on
 from optima.data.config import HELD
 from optima.runs.confidence import usual_probability
 from optima.runs.config import DistillConfig, FinetuneConfig, told_in_a_line
-from optima.runs.directory import REJECTED, RunDirectory, fingerprint
+from optima.runs.directory import CHECKPOINTS, REJECTED, RunDirectory, fingerprint
 from optima.runs.display import Display, Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
@@ -41,6 +41,7 @@ from optima.tasks.data import TaskData
 from optima.tasks.evaluate import evaluate
 from optima.tasks.fit import refuse_headless, refuse_misfit, refuse_unscorable
 from optima.tasks.forward import TaskForward
+from optima_core.checkpoint import CheckpointStore, Saved
 from optima_core.compilation import compile_layers
 from optima_core.config import OptimiserConfig
 from optima_core.engine import Distiller
@@ -49,6 +50,7 @@ from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import several
 from optima_core.recompute import recompute_activations
 from optima_core.records import PendingRecord
+from optima_core.stalls import StallWatch
 
 SHOWN = 4
 """Captions that the end of a run shows, with what would be right in brackets."""
@@ -64,6 +66,8 @@ class _Job:
     config: DistillConfig
     ranks: Ranks
     directory: RunDirectory | None
+    checkpoints: CheckpointStore
+    watch: StallWatch
     data: TaskData
     teacher: Path
     started: float
@@ -85,15 +89,22 @@ def distill(config: DistillConfig) -> Summary | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with join_ranks(config.parallel, config.shard_over) as ranks, contextlib.ExitStack() as stack:
+    # The watch, which can say which rank it was, comes before the time limit of the messages.
+    joined = join_ranks(config.parallel, config.shard_over, 2 * config.patience)
+    with joined as ranks, contextlib.ExitStack() as stack:
         if config.batch_size % ranks.count:
             raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        state = directory.checkpoints.load(STATE) if directory is not None else None
-        if directory is not None and state is not None:
-            _refuse_other_run(config, directory, state)
+        # The rounds of a GPU go on while a checkpoint is written; those of a CPU would only get slower.
+        checkpoints = CheckpointStore(
+            config.run / CHECKPOINTS, config.keep, ranks, asynchronous=ranks.device.type == "cuda"
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        saved = checkpoints.newest(STATE)
+        if directory is not None and saved is not None:
+            _refuse_other_run(config, directory, saved.state)
 
         say = _sayer(config, speaks=ranks.first)
         say(f"task {config.task}, data {config.data.name}: reading the teacher and the data")
@@ -113,7 +124,8 @@ def distill(config: DistillConfig) -> Summary | None:
         if config.teach.steps:
             path = _taught(config, directory, data, teacher)
             teacher = load_coca(path).to(ranks.device).requires_grad_(False)
-        return _distill(_Job(config, ranks, directory, data, path, started), teacher, state)
+        watch = StallWatch(ranks, config.patience)
+        return _distill(_Job(config, ranks, directory, checkpoints, watch, data, path, started), teacher, saved)
 
 
 def _taught(config: DistillConfig, directory: RunDirectory | None, data: TaskData, teacher: CoCa) -> Path:
@@ -160,11 +172,11 @@ def _sayer(config: DistillConfig, prefix: str = "", speaks: bool = True) -> Call
     return say
 
 
-def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary | None:
+def _distill(job: _Job, teacher: CoCa, saved: Saved | None) -> Summary | None:
     config, ranks = job.config, job.ranks
     _refuse_misfits(job.teacher, teacher, job.data)
     with told_in_a_line():
-        student = find_start(config, teacher, job.data, job.directory, resumed=state is not None).train()
+        student = find_start(config, teacher, job.data, job.directory, resumed=saved is not None).train()
     whole = copy.deepcopy(student) if ranks.sharded else None
     if config.recompute:
         recompute_activations(student.transformer_layers())
@@ -173,7 +185,7 @@ def _distill(job: _Job, teacher: CoCa, state: dict[str, Any] | None) -> Summary 
     ranks.shard(teacher)
     with told_in_a_line():
         distiller = _make_distiller(job, student, teacher)
-    progress = _train(job, distiller, whole, state)
+    progress = _train(job, distiller, whole, saved)
     student = _result(distiller, whole)
     if ranks.sharded:
         teacher = load_coca(job.teacher).to(ranks.device)
@@ -218,8 +230,8 @@ def _refuse_other_run(config: DistillConfig, directory: RunDirectory, state: dic
 def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBatch]:
     config, ranks = job.config, job.ranks
 
-    def load(step: int) -> TaskBatch:
-        return job.data.training_batch(step, config.batch_size // ranks.count)
+    def load(number: int) -> TaskBatch:
+        return job.data.training_batch(number, config.batch_size // ranks.count)
 
     probe = job.data.probe_batch(config.probe_size)
     first, size = ranks.share(0, len(probe.tokens))
@@ -228,7 +240,7 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
         TaskForward(student, config.task),
         TaskForward(teacher, config.task),
         module_pairs(student, teacher, config.layer_map, config.single_layer_maps),
-        load,
+        job.watch.loading(load, config.engine.accumulate),
         TaskBatch(*(part[first : first + size] for part in probe)),
         config.engine,
         config.seed,
@@ -236,15 +248,15 @@ def _make_distiller(job: _Job, student: CoCa, teacher: CoCa) -> Distiller[TaskBa
     )
 
 
-def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state: dict[str, Any] | None) -> _Progress:
+def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved: Saved | None) -> _Progress:
     """Runs the rounds that are left."""
     config, ranks, directory = job.config, job.ranks, job.directory
     progress = _Progress([], [], 0.0, "optima " + shlex.join(sys.argv[1:]))
-    if state is not None:
-        progress = _Progress(state["learning_curve"], [], state["seconds"], state["command"])
-    resumed, scored = ranks.broadcast((state is not None, bool(progress.curve)))
-    if resumed:
-        distiller.load_state_dict({} if state is None else state.pop("distiller"))
+    if saved is not None:
+        state = saved.state
+        progress = _Progress([*state["learning_curve"]], [], state["seconds"], state["command"])
+        distiller.restore(saved.part("distiller"))
+    scored = bool(progress.curve)
     rounds = config.engine.rounds
     names = distiller.arm_names[: distiller.policy.arms]
     display = make_display(names, rounds, distiller.round, config.quiet or not ranks.first)
@@ -254,8 +266,8 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state
         if config.tensorboard:
             display = Tracked(display, make_trackers(["tensorboard"], directory.path, distiller.step, {}))
     started = time.monotonic()
-    with StopRequest() as stop, contextlib.closing(display):
-        if resumed:
+    with StopRequest() as stop, job.watch, contextlib.closing(display):
+        if saved is not None:
             display.note(f"resumed after round {distiller.round} of {rounds}")
         if not scored:
             _add_point(job, progress, distiller, whole, display)
@@ -277,17 +289,21 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, state
             if score:
                 _add_point(job, progress, distiller, whole, display)
             if save:
-                saved = {
-                    "distiller": distiller.state_dict(),
-                    "config": fingerprint(config),
-                    "learning_curve": progress.curve,
-                    "seconds": progress.seconds + time.monotonic() - started,
-                    "command": progress.command,
-                }
-                if directory is not None:
-                    directory.checkpoints.save(distiller.step, saved)
+                job.watch.at(f"saves step {distiller.step}")
+                job.checkpoints.save(
+                    distiller.step,
+                    {
+                        "distiller": distiller.state_dict(),
+                        "config": fingerprint(config),
+                        "learning_curve": progress.curve,
+                        "seconds": progress.seconds + time.monotonic() - started,
+                        "command": progress.command,
+                    },
+                )
             if stopping:
+                job.checkpoints.wait()
                 raise KeyboardInterrupt
+        job.checkpoints.wait()
     return progress
 
 
@@ -305,6 +321,7 @@ def _add_point(
     config, data = job.config, job.data
     if not config.evaluate_every or not config.evaluate_items:
         return
+    job.watch.at(f"scores the student of step {distiller.step}")
     scores = evaluate(
         _result(distiller, whole),
         data,

@@ -274,7 +274,9 @@ def _posterior(mean: float | None, std: float | None, rounds: int) -> str:
 
 def _timeline_label(rounds: Sequence[Round]) -> str:
     chosen = ", ".join(f"{formatting.spelled(row.name)} {row.rounds}" for row in arm_table(rounds))
-    return f"Chosen module, posterior and reward over {len(rounds)} rounds. Rounds per arm: {chosen}."
+    weighed = ", ".join(f"{part} {formatting.plain(weight)}" for part, weight in rounds[-1].weights.items())
+    at_last = f" Weights in the last: {weighed}." if plots.weights_changed(rounds) else ""
+    return f"Modules, weights, posterior and reward over {len(rounds)} rounds. Rounds per arm: {chosen}.{at_last}"
 
 
 @dataclass(frozen=True)

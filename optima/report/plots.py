@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from optima.report.formatting import label, spelled
 from optima.report.svg import HEAT_LEVELS, RISE_LEVELS, Layout, arm_colour, colour
 from optima.runs.rows import Round, Summary
+from optima_core.terms import LAYER_KINDS
 
 PIXELS_PER_INCH = 72
 LINE = 1.8
@@ -55,17 +56,23 @@ def colour_indices(rounds: Sequence[Round]) -> dict[str, int]:
 
 
 def timeline(rounds: Sequence[Round], layout: Layout) -> Figure:
-    """Three panels over rounds: the chosen modules, the posterior of each arm (if the policy keeps one), the reward."""
+    """Panels over rounds: the chosen modules, what their losses weighed, the posterior of each arm, the reward.
+
+    Weights are shown if they changed, posteriors if the policy keeps them.
+    """
     colours = colour_indices(rounds)
     modules = modules_of(rounds)
+    with_weights = weights_changed(rounds)
     with_posterior = any(r.mean for r in rounds)
-    row = 30 if layout.compact else 24
-    heights = [row * len(modules) + 20, *([190 if layout.compact else 210] if with_posterior else []), 130]
+    row, tall = (30, 190) if layout.compact else (24, 210)
+    heights = [row * len(modules) + 20, *[tall] * (with_weights + with_posterior), 130]
     figure = figure_of(layout, sum(heights) + 42 * len(heights) + 20)
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     _chosen(panels[0], rounds, modules, colours, layout)
+    if with_weights:
+        _weights(panels[1], rounds, colours, layout)
     if with_posterior:
-        _posterior(panels[1], rounds, colours, layout)
+        _posterior(panels[-2], rounds, colours, layout)
     _rewards(panels[-1], rounds, colours)
     panels[-1].set_xlabel("round")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if layout.compact else 12))
@@ -85,13 +92,19 @@ def stretches(numbers: Iterable[int]) -> list[tuple[float, float]]:
 def _chosen(
     axes: Axes, rounds: Sequence[Round], modules: Sequence[str], colours: Mapping[str, int], layout: Layout
 ) -> None:
-    dress(axes, "Module distilled in each round", grid=False)
+    strengths = [{module: r.strengths.get(module, 1.0) for module in r.modules} for r in rounds]
+    levels = sorted({strength for chosen in strengths for strength in chosen.values()}, reverse=True)
+    by_strength = ", the taller the stronger" if len(levels) > 1 else ""
+    dress(axes, f"Module distilled in each round{by_strength}", grid=False)
     for place, module in enumerate(modules):
-        bars = stretches(r.round for r in rounds if module in r.modules)
         height, bottom = (0.5, place + 0.05) if layout.compact else (0.72, place - 0.36)
         first, last = rounds[0].round - 0.46, rounds[-1].round - rounds[0].round + 0.92
         axes.broken_barh([(first, last)], (bottom, height), facecolors=colour("grid"), alpha=0.45)
-        axes.broken_barh(bars, (bottom, height), facecolors=arm_colour(colours[module]))
+        for i, level in enumerate(levels):
+            numbers = [r.round for r, chosen in zip(rounds, strengths, strict=True) if chosen.get(module) == level]
+            taken = height * (1 - i / (len(levels) + 1))
+            span = (bottom + height - taken, taken)
+            axes.broken_barh(stretches(numbers), span, facecolors=arm_colour(colours[module]))
         if layout.compact:
             axes.text(rounds[0].round - 0.46, place - 0.06, label(module), color=colour("muted"), size=11)
     axes.set_ylim(len(modules) - 0.4, -0.55)
@@ -99,6 +112,24 @@ def _chosen(
         axes.set_yticks([])
     else:
         axes.set_yticks(range(len(modules)), [label(module) for module in modules])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(labelbottom=False)
+
+
+def weights_changed(rounds: Sequence[Round]) -> bool:
+    """Whether what the layer losses weighed was measured during the run; otherwise the configuration says it."""
+    return any(r.weights != rounds[0].weights for r in rounds)
+
+
+def _weights(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int], layout: Layout) -> None:
+    dress(axes, "Weights of states; of maps, dashed" if layout.compact else "Weights of hidden states; of maps, dashed")
+    x = [r.round for r in rounds]
+    for kind, module in product(LAYER_KINDS, modules_of(rounds)):
+        line = "--" if kind == "attention" else "-"
+        weights = [r.weights.get(f"{kind}/{module}", math.nan) for r in rounds]
+        axes.plot(x, weights, line, color=arm_colour(colours[module]), linewidth=LINE)
+    axes.set_yscale("log")
+    axes.minorticks_off()
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(labelbottom=False)
 

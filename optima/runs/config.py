@@ -24,6 +24,12 @@ def refuse_below(least: int, config: object, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
 
 
+def refuse_impatience(patience: float) -> None:
+    """Raises ValueError for seconds that no run could wait, or that no clock counts."""
+    if not 1 <= patience <= 1e6:
+        raise ValueError(f"patience must be from 1 to 1e6 seconds, got {patience}")
+
+
 @contextlib.contextmanager
 def told_in_a_line() -> Iterator[None]:
     """Around what first puts the options together: a ValueError that says what does not fit becomes an OptimaError."""
@@ -103,6 +109,8 @@ class DistillConfig:
             each, "fsdp" (FSDP2) spreads the parameters of both models over all of them, "hsdp" over groups of them, of
             which each holds the whole. Without torchrun of no effect.
         shard_over: Processes of a group with parallel hsdp, a divisor of their number; 0 takes those of one machine.
+        patience: Seconds without progress after which a run of several processes ends, and says which of them held up
+            the others: more than a step, a point of the learning curve and a checkpoint take.
         tensorboard: Also write TensorBoard event files, into the run directory's tensorboard folder.
     """
 
@@ -134,6 +142,7 @@ class DistillConfig:
     quiet: bool = False
     parallel: Strategy = "ddp"
     shard_over: int = 0
+    patience: float = 1800.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -141,6 +150,7 @@ class DistillConfig:
         refuse_below(
             0, self, "evaluate_every", "evaluate_items", "test_items", "samples", "seed", "threads", "shard_over"
         )
+        refuse_impatience(self.patience)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from optima.runs.rows import Round, plain
 from optima.untrusted import read_file
 from optima_core.checkpoint import CheckpointStore, write_atomically
 from optima_core.errors import OptimaError
+from optima_core.processes import launcher
 
+CHECKPOINTS = "checkpoints"
 START = "start.safetensors"
 REJECTED = "rejected.jsonl"
 LOCK = ".lock"
@@ -49,6 +51,8 @@ os.register_at_fork(after_in_child=_release_in_child)
 class RunDirectory:
     """A run's directory: new and empty, or, with `resume`, one that holds an earlier part of the same run.
 
+    What the same torchrun began before it started its processes anew is resumed without being asked to.
+
     It is locked for as long as it is entered, or alive. Hidden files do not count, nor does what a run leaves that is
     killed before it begins: unfinished files, a start, a list of rejected images. After an error before it begins the
     directory is as it was, but for that list.
@@ -61,12 +65,13 @@ class RunDirectory:
         not to be resumed, or there is nothing to resume.
         """
         self.path = path
-        self.checkpoints = CheckpointStore(path / "checkpoints", keep)
+        self.checkpoints = CheckpointStore(path / CHECKPOINTS, keep)
         self.metrics = path / METRICS
         if resume and not path.exists():
             raise OptimaError(
                 f"run directory {path} does not exist, so there is nothing to resume; give the run's with --run"
             )
+        resume = resume or (self._begun() and _locked_by(path) == launcher() != "")
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -74,6 +79,8 @@ class RunDirectory:
             self._lock = _lock(path) if not occupied or (path / LOCK).exists() else None
             self._refuse_occupied(occupied, resume)
             self._lock = self._lock or _lock(path)
+            self._lock.write(f"{launcher()}\n")  # not before: a restart resumes what bears its launcher's name
+            self._lock.flush()
         except OSError as error:
             raise OptimaError(
                 f"run directory {path} cannot be written to ({error.strerror}); give another with --run"
@@ -196,6 +203,14 @@ def _left_behind(name: str) -> bool:
     return name.startswith(".") or name.endswith(".part") or name in (START, REJECTED)
 
 
+def _locked_by(path: Path) -> str:
+    """The launcher of the process whose run the directory was last."""
+    try:
+        return (path / LOCK).read_text(encoding="utf-8").partition("\n")[2].strip()
+    except OSError:
+        return ""
+
+
 def _lock(path: Path) -> TextIO:
     """The open file whose lock keeps other processes away; it holds the number of this one."""
     while True:
@@ -204,7 +219,7 @@ def _lock(path: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another"
+            holder = file.readline().strip() or "another"
             file.close()
             raise OptimaError(
                 f"run directory {path} is in use by process {holder}; wait until that ends, or give another with --run"
@@ -227,6 +242,7 @@ def fingerprint(config: Any) -> str:
         "resume",
         "quiet",
         "parallel",
+        "patience",
         "shard_over",
         "report",
         "tensorboard",

@@ -14,6 +14,7 @@ from optima_core.config import OptimiserConfig, Precision
 from optima_core.errors import OptimaError
 from optima_core.optimiser import clip_gradients, make_optimiser
 from optima_core.precision import arithmetic
+from optima_core.state import load_optimiser, optimiser_state
 
 
 class TrainingConfig(Protocol):
@@ -66,7 +67,7 @@ def train(
     if state is not None:
         directory.refuse_other_run(config, state["config"])
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        load_optimiser(model, optimiser, state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         step = state["step"]
     if config.compile:
@@ -99,7 +100,7 @@ def train(
                     {
                         "config": fingerprint(config),
                         "model": model.state_dict(),
-                        "optimiser": optimiser.state_dict(),
+                        "optimiser": optimiser_state(model, optimiser),
                         "schedule": schedule.state_dict(),
                         "step": step,
                     },

@@ -22,6 +22,7 @@ from optima.coca import CoCa, CoCaConfig, ImageEncoderConfig, MultimodalDecoderC
 from optima.coca.checkpoint import FORMAT
 
 Bytes = bytes | Callable[[Random], bytes]
+Maker = Callable[[Path, Random], None]
 
 CONFIG = CoCaConfig(
     8,
@@ -43,7 +44,7 @@ def model_cases() -> Iterator[Case]:
     yield Case(
         "model", "a pipe", lambda path, _: os.mkfifo(path), Verdict("refused", "does not exist"), "m.safetensors"
     )
-    yield Case("checkpoint", "as it should be", sealed({"config": "{}", "step": 3}), ACCEPTED)
+    yield Case("checkpoint", "as it should be", checkpoint(), ACCEPTED)
     for name, (words, make) in CHECKPOINTS.items():
         yield Case("checkpoint", name, make, Verdict("refused", words))
 
@@ -288,42 +289,88 @@ def scripted() -> bytes:
     return target.getvalue()
 
 
-def sealed(content: object | bytes) -> Callable[[Path, Random], None]:
-    """A folder with one checkpoint, whose digest is right."""
+def checkpoint(change: Callable[[dict[str, Any]], object] = lambda _: None, data: bytes | None = None) -> Maker:
+    """A folder with one checkpoint, whose digests are right; `data`: in the place of the file of tensors."""
 
     def make(path: Path, _: Random) -> None:
-        path.mkdir()
-        data = content if isinstance(content, bytes) else saved(content)
-        (path / "step-000000003.pt").write_bytes(data + hashlib.sha256(data).digest())
+        folder = path / "step-000000003"
+        folder.mkdir(parents=True)
+        held = save({"weights": torch.arange(6.0).reshape(2, 3)}) if data is None else data
+        (folder / "00000-0.safetensors").write_bytes(held)
+        content: dict[str, Any] = {
+            "format": "optima checkpoint 2",
+            "files": [{"name": "00000-0.safetensors", "sha256": hashlib.sha256(held).hexdigest()}],
+            "tensors": {"weights": {"type": "F32", "shape": [2, 3], "pieces": [[0, [0, 0], [2, 3]]]}},
+            "state": {"config": "{}", "step": 3, "weights": None},
+        }
+        change(content)
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps({"sha256": digest, **content}))
 
     return make
 
 
-def unsealed(data: bytes) -> Callable[[Path, Random], None]:
+def manifest(data: bytes) -> Maker:
+    """A folder with one checkpoint that is a manifest alone."""
+
     def make(path: Path, _: Random) -> None:
-        path.mkdir()
-        (path / "step-000000003.pt").write_bytes(data)
+        (path / "step-000000003").mkdir(parents=True)
+        (path / "step-000000003" / "manifest.json").write_bytes(data)
 
     return make
 
 
-def _piped(path: Path, _: Random) -> None:
+def _of_state(**values: object) -> Maker:
+    return checkpoint(lambda content: content["state"].update(values))
+
+
+def _of_tensor(**values: object) -> Maker:
+    return checkpoint(lambda content: content["tensors"]["weights"].update(values))
+
+
+def _piped(name: str) -> Maker:
+    def make(path: Path, draws: Random) -> None:
+        checkpoint()(path, draws)
+        (path / "step-000000003" / name).unlink()
+        os.mkfifo(path / "step-000000003" / name)
+
+    return make
+
+
+def _earlier(path: Path, _: Random) -> None:
     path.mkdir()
-    os.mkfifo(path / "step-000000003.pt")
+    data = saved({"config": "{}", "step": 3})
+    (path / "step-000000003.pt").write_bytes(data + hashlib.sha256(data).digest())
 
 
-CHECKPOINTS: dict[str, tuple[str, Callable[[Path, Random], None]]] = {
-    "nothing": ("digest is wrong", unsealed(b"")),
-    "shorter than a digest": ("digest is wrong", unsealed(b"short")),
-    "without a digest": ("digest is wrong", unsealed(saved({"config": "{}", "step": 3}))),
-    "a list": ("no state of a run", sealed([1])),
-    "a number": ("no state of a run", sealed(7)),
-    "without keys": ("'config' is NoneType", sealed({})),
-    "with a number for its configuration": ("'config' is int", sealed({"config": 7, "step": 3})),
-    "with a text for its step": ("'step' is str", sealed({"config": "{}", "step": "3"})),
-    "a shell": (UNSAFE, sealed(Gadget(os.system, "true"))),
-    "compressed": ("compressed", sealed(compressed({"config": "{}", "step": torch.zeros(2**22)}))),
-    "text": ("cannot be read", sealed(b"no pickle\n" * 10)),
-    "a pipe": ("no plain file", _piped),
-    "a folder": ("no plain file", lambda path, _: (path / "step-000000003.pt").mkdir(parents=True)),
-}
+_DIGEST = "digest of its manifest.json is wrong"
+
+CHECKPOINTS: dict[str, tuple[str, Maker]] = {
+    "nothing": ("cannot be read", manifest(b"")),
+    "an empty object": (_DIGEST, manifest(b"{}")),
+    "without a digest": (_DIGEST, manifest(b'{"format": "optima checkpoint 2"}')),
+    "a list of lists": ("cannot be read", manifest(b"[" * 100_000)),
+    "no text": ("cannot be read", manifest(bytes(range(128, 256)))),
+    "of another format": ("it is no optima", checkpoint(lambda content: content.update(format=7))),
+    "a list": ("no state of a run", checkpoint(lambda content: content.update(state=[1]))),
+    "a number": ("no state of a run", checkpoint(lambda content: content.update(state=7))),
+    "without keys": ("'config' is NoneType", checkpoint(lambda content: content.update(state={}))),
+    "with a number for its configuration": ("'config' is int", _of_state(config=7)),
+    "with a text for its step": ("'step' is str", _of_state(step="3")),
+    "with tensors of no type": ("cannot be read", _of_tensor(type="os.system")),
+    "a petabyte in pieces": ("do not make it up", _of_tensor(shape=[2**25, 2**25])),
+    "a petabyte in a piece": (
+        "of another shape", _of_tensor(shape=[2**25, 2**25], pieces=[[0, [0, 0], [2**25, 2**25]]])
+    ),
+    "sizes below nothing": ("outside a tensor", _of_tensor(shape=[-2, -3], pieces=[[0, [0, 0], [-2, -3]]])),
+    "a piece in no file": ("in none of them", _of_tensor(pieces=[[1, [0, 0], [2, 3]]])),
+    "a file elsewhere": (
+        "no plain file", checkpoint(lambda content: content["files"][0].update(name="../../../etc/passwd"))
+    ),
+    "tensors that are text": ("cannot be read", checkpoint(data=b"no tensors\n" * 10)),
+    "a shell": ("cannot be read", checkpoint(data=saved(Gadget(os.system, "true")))),
+    "of the earlier layout": ("kept each in one file", _earlier),
+    "a pipe": ("no plain file", _piped("manifest.json")),
+    "a pipe of tensors": ("no plain file", _piped("00000-0.safetensors")),
+    "a folder": ("no plain file", lambda path, _: (path / "step-000000003" / "manifest.json").mkdir(parents=True)),
+}  # fmt: skip

@@ -8,6 +8,7 @@ all of them. Only then `compare` takes part, whose runs are processes of their o
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -109,7 +110,9 @@ def whole_of(ground: Path) -> Callable[[Job], Whole]:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Names, without what chance adds to those of a checkpoint's tensors."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {re.sub(r"/(\d{5})-[0-9a-f]{8}\.", r"/\1.", name) for name in names}
 
 
 def run(job: Job, ground: Path, out: Path, harm: str = "", at: int = 0) -> tuple[Ended, list[Instant]]:

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optima_core import Distiller, DistillerConfig, Forward, LogitPrediction, ModulePair, ObjectiveConfig, WantedTaps
+from optima_core import (
+    CheckpointStore,
+    Distiller,
+    DistillerConfig,
+    Forward,
+    LogitPrediction,
+    ModulePair,
+    ObjectiveConfig,
+    WantedTaps,
+)
 from optima_core.compilation import compile_layers
 from optima_core.parallel import Ranks, join_ranks
 from optima_core.processes import leave
@@ -90,17 +99,26 @@ def make_distiller(ranks: Ranks, **options: Any) -> Distiller[Batch]:
     return Distiller(student, student, teacher, pairs, load, load(10**6), config, 0, ranks)
 
 
-def distil(ranks: Ranks, until: int = ROUNDS, state: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    """The records up to round `until`, the state and the result then; from the start, or from an earlier call's state.
+def distil(ranks: Ranks, end: Path, until: int = ROUNDS, start: Path | None = None, **options: Any) -> dict[str, Any]:
+    """The records up to round `until`, and the state and the result then, which all ranks read whole from `end`.
 
-    options: of `DistillerConfig`.
+    Args:
+        ranks: The processes of the run.
+        end: Where the state is saved.
+        until: The last round.
+        start: Where an earlier call has saved the state to go on from.
+        options: Of `DistillerConfig`.
     """
     distiller = make_distiller(ranks, **options)
-    if state is not None:
-        distiller.load_state_dict(state)
+    if start is not None:
+        saved = CheckpointStore(start, ranks=ranks).newest()
+        assert saved is not None
+        distiller.restore(saved)
     records = [distiller.run_round() for _ in range(distiller.round, min(until, distiller.config.rounds))]
+    store = CheckpointStore(end, ranks=ranks)
+    store.save(distiller.step, distiller.state_dict())
     result = distiller.gather_result(Padded(8, 2, 1)) if ranks.sharded else distiller.result
-    return {"records": records, "state": distiller.state_dict(), "result": result.state_dict()}
+    return {"records": records, "state": store.load(), "result": result.state_dict()}
 
 
 class Exchanges(TorchDispatchMode):
@@ -132,20 +150,20 @@ def layouts(joined: Ranks) -> dict[str, Ranks]:
 
 
 def main(directory: Path) -> None:
-    """For each layout: every case, runs interrupted, and runs that go on with what one process left in before.pt."""
+    """For each layout: every case, runs interrupted, and runs that go on with what one process left in `alone`."""
     # Traced and differentiated as for any backend, without a C++ compiler's seconds.
     torch.compile = partial(torch.compile, backend=os.environ.get("OPTIMA_TEST_BACKEND", "aot_eager"))
     with join_ranks() as joined:
         for name, ranks in layouts(joined).items():
-            cases = SHARED[ranks.count]
-            results: dict[str, Any] = {case: distil(ranks, **CASES[case]) for case in cases}
-            # Read anew, since training goes on in what it was handed.
-            before = torch.load(directory / "before.pt", weights_only=False) if joined.first else {}
-            results["fp16"] = distil(ranks, **HALF_PRECISION)
+            cases, place = SHARED[ranks.count], directory / f"{ranks.count}-{name}"
+            results: dict[str, Any] = {case: distil(ranks, place / case, **CASES[case]) for case in cases}
+            results["place"] = str(place)
+            results["fp16"] = distil(ranks, place / "fp16", **HALF_PRECISION)
             results["exchanges"] = {parts: count_exchanges(ranks, parts) for parts in (1, 3)}
             for case, rounds in ((case, rounds) for case, rounds in HALF.items() if case in cases):
-                results[f"{case}, half"] = distil(ranks, rounds, **CASES[case])
-                results[f"{case}, resumed"] = distil(ranks, state=before.get(case, {}), **CASES[case])
+                half, resumed = f"{case}, half", f"{case}, resumed"
+                results[half] = distil(ranks, place / half, rounds, **CASES[case])
+                results[resumed] = distil(ranks, place / resumed, start=directory / "alone" / half, **CASES[case])
             if ranks.first:
                 torch.save(results, directory / f"{name}.pt")
 

@@ -450,3 +450,26 @@ def test_two_plain_models_are_distilled_in_a_few_lines() -> None:
     records: list[RoundRecord] = [distiller.run_round() for _ in range(6)]
     assert records[-1].probe["hidden/encoder/1"] < start["hidden/encoder/1"]
     assert records[-1].probe["task"] < start["task"]
+
+
+def test_an_objectives_weight_is_how_hard_a_part_pulls_beside_the_predictions(seed: int) -> None:
+    """Gradients of the first step, by autograd, at the weights that the round's record tells."""
+    asked = {"hidden": 0.3, "attention": 2.5}
+    config = replace(CONFIG, bandit=BanditConfig("all_modules"), objective=ObjectiveConfig(**asked), steps_per_round=1)
+    distiller = make_distiller(config, seed)
+    fresh = make_distiller(config, seed).training
+    record = distiller.run_round()
+    losses = fresh.losses(load(0), {"front": None, "back": None})
+    student = [p for p in fresh.student.parameters() if p.ndim]
+
+    def norm(loss: Tensor) -> float:
+        found = torch.autograd.grad(loss, student, retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float((x.double() ** 2).sum()) for x in found if x is not None))
+
+    predictions = norm(fresh.objective.total({group: x for group, x in losses.items() if group.module is None}))
+    parts = [group for group in losses if group.module is not None]
+    assert len(parts) == 4
+    for group in parts:
+        alone = norm(losses[group].mean())
+        weight = record.weights[f"{group.kind}/{group.module}"]
+        assert weight * alone == pytest.approx(asked[group.kind] * predictions, rel=1e-3)

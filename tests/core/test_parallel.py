@@ -35,10 +35,20 @@ Run = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Run]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs save what they come to."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> dict[str, Run]:
     """Runs of a single process, which compiles nothing."""
-    runs = {case: distil(Ranks(), **options | {"compile": False}) for case, options in CASES.items()}
-    return runs | {f"{case}, half": distil(Ranks(), rounds, **CASES[case]) for case, rounds in HALF.items()}
+    place = directory / "alone"
+    runs = {case: distil(Ranks(), place / case, **options | {"compile": False}) for case, options in CASES.items()}
+    halves = {f"{case}, half": (case, rounds) for case, rounds in HALF.items()}
+    return runs | {
+        half: distil(Ranks(), place / half, rounds, **CASES[case]) for half, (case, rounds) in halves.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +61,12 @@ def launched() -> dict[int, dict[str, dict[str, Run]]]:
 def together(
     alone: dict[str, Run],
     launched: dict[int, dict[str, dict[str, Run]]],
-    tmp_path_factory: pytest.TempPathFactory,
+    directory: Path,
     request: pytest.FixtureRequest,
 ) -> dict[str, dict[str, Run]]:
     """By layout, what several ranks make of the same: one launch of torchrun, since starting takes the most time."""
     if request.param in launched:
         return launched[request.param]
-    directory: Path = tmp_path_factory.mktemp("together")
-    torch.save({case: alone[f"{case}, half"]["state"] for case in HALF}, directory / "before.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     done = subprocess.run(
         [*launcher, padded_models.__file__, str(directory)],
@@ -137,10 +145,10 @@ def test_what_one_process_began_ranks_end(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @interrupted
 def test_what_ranks_began_one_process_ends(
-    layout: str, case: str, alone: dict[str, Run], together: dict[str, dict[str, Run]]
+    layout: str, case: str, alone: dict[str, Run], together: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    half = together[layout][f"{case}, half"]
-    resumed = distil(Ranks(), state=half["state"], **CASES[case])
+    half, place = together[layout][f"{case}, half"], Path(together[layout]["place"])
+    resumed = distil(Ranks(), tmp_path, start=place / f"{case}, half", **CASES[case])
     assert_same_run(resumed | {"records": half["records"] + resumed["records"]}, alone[case])
 
 

@@ -47,7 +47,7 @@ def total_written_out(student: TwoModules, teacher: TwoModules, step: Step[Batch
             for tap in (s, t)
         )
         maps = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
-        total = total + 0.5 / 2 * (F.mse_loss(*states) + maps)
+        total = total + 1 / 2 * (F.mse_loss(*states) + maps)
     return total
 
 

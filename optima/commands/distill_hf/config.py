@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from optima.runs.config import TrackerName, refuse_below
+from optima.runs.config import TrackerName, refuse_below, refuse_impatience
 from optima_core.config import DistillerConfig
 from optima_core.processes import Strategy
 
@@ -47,6 +47,8 @@ class DistillHfConfig:
         quiet: Show nothing but the final table.
         parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
             each, "fsdp" (FSDP2) spreads the parameters of both models over them. Without torchrun of no effect.
+        patience: Seconds without progress after which a run of several processes ends, and says which of them held up
+            the others: more than a step and a checkpoint take.
     """
 
     teacher: str
@@ -73,10 +75,12 @@ class DistillHfConfig:
     resume: bool = False
     quiet: bool = False
     parallel: Strategy = "ddp"
+    patience: float = 1800.0
 
     def __post_init__(self) -> None:
         refuse_below(1, self, "batch_size", "probe_size", "checkpoint_every", "keep", "max_length")
         refuse_below(2, self, "held_every")
         refuse_below(0, self, "held_rows", "lora", "seed", "threads")
+        refuse_impatience(self.patience)
         if self.streaming and not self.held_rows:
             raise ValueError("held_rows 0 takes all of them, which a stream cannot; give a number with streaming")

@@ -14,7 +14,7 @@ import torch
 from optima.commands.console import make_console, make_table
 from optima.commands.distill_hf.config import DistillHfConfig
 from optima.runs.config import told_in_a_line
-from optima.runs.directory import RunDirectory, fingerprint, flat
+from optima.runs.directory import CHECKPOINTS, RunDirectory, fingerprint, flat
 from optima.runs.display import Tracked, make_display
 from optima.runs.interruption import StopRequest
 from optima.runs.memory import peak_mib
@@ -22,9 +22,11 @@ from optima.runs.reading import SUMMARY
 from optima.runs.rows import MODELS, TRANSFORMERS, Round, Summary, plain
 from optima.runs.summary import count_parameters, environment, layer_work
 from optima.runs.tracking import make_trackers
+from optima_core.checkpoint import CheckpointStore, Saved
 from optima_core.engine import Distiller
 from optima_core.errors import OptimaError
 from optima_core.parallel import Ranks, join_ranks
+from optima_core.stalls import StallWatch
 
 STATE = {"distiller": dict, "config": str, "before": dict, "command": str, "seconds": float}
 """What a checkpoint holds: key -> type."""
@@ -61,15 +63,19 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with join_ranks(config.parallel) as ranks, contextlib.ExitStack() as stack:
+    with join_ranks(config.parallel, timeout=2 * config.patience) as ranks, contextlib.ExitStack() as stack:
         if config.batch_size % ranks.count:
             raise OptimaError(f"batch_size must be a multiple of the {ranks.count} ranks, got {config.batch_size}")
-        directory = state = None
+        directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-            state = directory.checkpoints.load(STATE)
-            if state is not None:
-                directory.refuse_other_run(config, state["config"])
+        checkpoints = CheckpointStore(
+            config.run / CHECKPOINTS, config.keep, ranks, asynchronous=ranks.device.type == "cuda"
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        saved = checkpoints.newest(STATE)
+        if directory is not None and saved is not None:
+            directory.refuse_other_run(config, saved.state["config"])
         processor = load_processor(config.teacher)
         teacher = load_model(config.teacher, "teacher").to(ranks.device).eval().requires_grad_(False)
         student = load_model(config.student, "student").to(ranks.device)
@@ -79,10 +85,11 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
             student = with_adapters(student, config.lora)
         whole = copy.deepcopy(student) if ranks.sharded else None
         ranks.shard(teacher)
+        watch = StallWatch(ranks, config.patience)
         with told_in_a_line():
-            distiller = _make_distiller(config, student.train(), teacher, batches, ranks)
-        job = _Job(config, directory, distiller, batches, started)
-        rounds = job.train(state)
+            distiller = _make_distiller(config, student.train(), teacher, batches, watch)
+        job = _Job(config, directory, checkpoints, distiller, batches, watch, started)
+        rounds = job.train(saved)
         job.score()
         result = distiller.result if whole is None else distiller.gather_result(whole)
         return None if directory is None else job.finish(directory, result, processor, sizes, rounds)
@@ -102,10 +109,11 @@ def _make_batches(config: DistillHfConfig, processor: Any, student: Any, ranks: 
 
 
 def _make_distiller(
-    config: DistillHfConfig, student: Any, teacher: Any, batches: Any, ranks: Ranks
+    config: DistillHfConfig, student: Any, teacher: Any, batches: Any, watch: StallWatch
 ) -> Distiller[dict[str, Any]]:
     from optima_core.integrations.huggingface import TransformersAdaptor, TransformersForward, pair_modules
 
+    ranks = watch.ranks
     ours, theirs = TransformersAdaptor(student), TransformersAdaptor(teacher)
     probe = _on(batches.probe(config.probe_size), ranks.device)
     pairs = pair_modules(ours, theirs, probe, names=config.modules or None, layer_map=config.layer_map)
@@ -117,7 +125,8 @@ def _make_distiller(
         return _on(batches.load(number), ranks.device)
 
     forwards = TransformersForward(ours), TransformersForward(theirs)
-    return Distiller(student, *forwards, pairs, load, probe, config.engine, config.seed, ranks)
+    watched = watch.loading(load, config.engine.accumulate)
+    return Distiller(student, *forwards, pairs, watched, probe, config.engine, config.seed, ranks)
 
 
 class _Job:
@@ -127,11 +136,14 @@ class _Job:
         self,
         config: DistillHfConfig,
         directory: RunDirectory | None,
+        checkpoints: CheckpointStore,
         distiller: Distiller[dict[str, Any]],
         batches: Any,
+        watch: StallWatch,
         started: float,
     ) -> None:
-        self.config, self.directory, self.distiller, self.batches = config, directory, distiller, batches
+        self.config, self.directory, self.checkpoints = config, directory, checkpoints
+        self.distiller, self.batches, self.watch = distiller, batches, watch
         self.started = started
         self.seconds = 0.0
         """Those of earlier parts of the run."""
@@ -139,15 +151,15 @@ class _Job:
         self.scores: dict[str, Losses] = {}
         """On held rows, by model."""
 
-    def train(self, state: dict[str, Any] | None) -> list[Round]:
+    def train(self, saved: Saved | None) -> list[Round]:
         """Runs the rounds that are left, and returns all of the run."""
         config, distiller, directory = self.config, self.distiller, self.directory
         ranks = distiller.ranks
-        if ranks.broadcast(state is not None):
-            distiller.load_state_dict({} if state is None else state.pop("distiller"))
-        else:
+        if saved is None:
             self.scores["before"] = self._losses()
-        if state is not None:
+        else:
+            distiller.restore(saved.part("distiller"))
+            state = saved.state
             self.scores["before"], self.command, self.seconds = state["before"], state["command"], state["seconds"]
         rounds, done = config.engine.rounds, list[Round]()
         names = distiller.arm_names[: distiller.policy.arms]
@@ -156,7 +168,7 @@ class _Job:
             directory.write_config(config)
             done = directory.rounds(distiller.round)
             display = Tracked(display, make_trackers(config.track, directory.path, distiller.step, flat(plain(config))))
-        with StopRequest() as stop, contextlib.closing(display):
+        with StopRequest() as stop, self.watch, contextlib.closing(display):
             while distiller.round < rounds:
                 record = distiller.run_round()
                 display.round(record)
@@ -167,7 +179,9 @@ class _Job:
                 if record.round % config.checkpoint_every == 0 or record.round == rounds or stopping:
                     self._save()
                 if stopping:
+                    self.checkpoints.wait()
                     raise KeyboardInterrupt
+            self.checkpoints.wait()
         return done
 
     def score(self) -> None:
@@ -239,15 +253,15 @@ class _Job:
         return self.seconds + time.monotonic() - self.started
 
     def _save(self) -> None:
-        saved = {
+        state = {
             "distiller": self.distiller.state_dict(),
             "config": fingerprint(self.config),
             "before": self.scores["before"],
             "command": self.command,
             "seconds": self._spent(),
         }
-        if self.directory is not None:
-            self.directory.checkpoints.save(self.distiller.step, saved)
+        self.watch.at(f"saves step {self.distiller.step}")
+        self.checkpoints.save(self.distiller.step, state)
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_sigterm_to_the_comparison_alone_stops_its_runs_and_is_told(options: lis
         process.kill()
     assert process.returncode == 130
     assert error.strip().splitlines()[-1].startswith("optima: stopped")
-    assert list((run / "checkpoints").glob("step-*.pt")), "what it had done is saved"
+    assert list((run / "checkpoints").glob("step-*/manifest.json")), "what it had done is saved"
 
 
 def summary_of(after: float) -> str:

@@ -236,7 +236,7 @@ def test_resuming_a_finished_run_trains_no_further(finished: Path, tmp_path: Pat
 
 def test_a_run_is_resumed_with_its_own_options(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    CheckpointStore(run / "checkpoints").paths()[-1].unlink()  # so that there is a round left to do
+    shutil.rmtree(CheckpointStore(run / "checkpoints").paths()[-1])  # so that there is a round left to do
     assert main(["--run", str(run), "--resume"]) == 0
     assert (run / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
     assert rows_of(run) == rows_of(finished)
@@ -310,7 +310,7 @@ def test_the_student_before_is_the_one_that_was_trained(
     monkeypatch.setattr("optima.commands.distill.score_models", scores)
     run = tmp_path / "run"
     assert main([*brief, "--run", str(run), "--init", "teacher_pca"]) == 0
-    CheckpointStore(run / "checkpoints").paths()[-1].unlink()
+    shutil.rmtree(CheckpointStore(run / "checkpoints").paths()[-1])
     assert main(["--run", str(run), "--resume"]) == 0
     assert len(made) == 1
     for before in scored:
@@ -339,7 +339,8 @@ def test_a_damaged_checkpoint_costs_only_its_rounds(finished: Path, tmp_path: Pa
     options = ["--config", str(finished / "config.yaml"), "--run", str(run)]
     assert main(options) == 0
     newest = CheckpointStore(run / "checkpoints").paths()[-1]
-    newest.write_bytes(newest.read_bytes()[:-100])
+    (damaged,) = newest.glob("*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-100])
     (run / "student.safetensors").unlink()
     with pytest.warns(UserWarning, match=newest.name):
         assert main([*options, "--resume"]) == 0

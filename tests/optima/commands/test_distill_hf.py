@@ -26,7 +26,7 @@ from optima.commands.distill_hf.work import distill_hf  # noqa: E402
 from optima.report import write_side_by_side  # noqa: E402
 from optima.runs.reading import read_run  # noqa: E402
 from optima.runs.rows import Summary  # noqa: E402
-from optima_core import DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
+from optima_core import CheckpointStore, DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
 from optima_core.parallel import Ranks  # noqa: E402
 
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
@@ -99,7 +99,8 @@ def test_a_student_is_written_that_transformers_loads(tmp_path: Path, llamas: di
     read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").eval()
     assert len(read.model.layers) == 2
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "student").vocab_size == len(WORDS)
-    saved = torch.load(sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    saved = CheckpointStore(tmp_path / "run" / "checkpoints").load()
+    assert saved is not None
     trained = hf.LlamaForCausalLM(read.config).eval()
     trained.load_state_dict(saved["distiller"]["student"])
     ids = torch.randint(len(WORDS), (2, 7))

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
+from launched_ranks import rank_process, rows_of, start, told, wait_for_rounds
 
 from optima.coca.checkpoint import load_coca
 from optima.run import main
@@ -20,19 +20,8 @@ from optima_core import CheckpointStore
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "0"))
 """Of ranks of each strategy; 0 kills none."""
-
-
-def start(options: list[str], ranks: int = 2) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*TORCHRUN, str(ranks), "-m", "--", "optima.run", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -44,38 +33,6 @@ def ended(process: subprocess.Popen[str]) -> str:
         raise
     assert process.returncode == 0, errors
     return output
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_for_rounds(run: Path, rounds: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(rows_of(run)) >= rounds:
-            return
-        time.sleep(0.05)
-    process.kill()
-    pytest.fail(f"no {rounds} rounds came: {process.communicate()}")
-
-
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher.pid and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                return int(path.name)
-        except OSError:  # it has just ended
-            continue
-    pytest.fail(f"there is no rank {rank}")
-
-
-def told(errors: str) -> list[str]:
-    """Our lines, without what torchrun says of the processes it started."""
-    return [line for line in errors.splitlines() if line.startswith("optima:")]
 
 
 def test_lost_ranks_and_requests_to_stop_cost_nothing_and_others_go_on_with_any_number_of_ranks(

@@ -41,6 +41,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["--batch_size", "0"], ["batch_size must be at least 1, got 0"]),
         (["--seed", "-1"], ["seed must be at least 0, got -1"]),
         (["--parallel", "hsdp", "--shard_over", "-1"], ["shard_over must be at least 0, got -1"]),
+        (["--patience", "0.5"], ["patience must be from 1 to 1e6 seconds, got 0.5"]),
         (["--parallel", "tp"], ["parallel must be", "ddp", "fsdp", "hsdp", "got tp"]),
         (["--task", "vqaa"], ["task", "captioning", "nlvr2", "vqaa"]),
         (["--layer_map", "first"], ["layer_map", "uniform", "last", "first"]),

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 MODULES = {"image_encoder": 2, "text_decoder": 2, "multimodal_decoder": 2}
+STRENGTHS = (1 / 3, 1.0, 3.0)
 COLOURS = ("#d1495b", "#edae49", "#00798c", "#66a182", "#30638e")
 SHAPES = ("circle", "square", "bar")
 
@@ -116,6 +117,10 @@ def _rounds(rng: random.Random, rounds: int, arms: list[tuple[str, ...]]) -> lis
                 "step": 20 * (number + 1),
                 "arm": arm,
                 "modules": list(arms[arm]),
+                "strengths": {module: rng.choice(STRENGTHS) for module in arms[arm]},
+                "weights": {
+                    f"{kind}/{module}": 50 / (number + 1) for module in arms[arm] for kind in ("hidden", "attention")
+                },
                 "reward": reward,
                 **posterior,
                 "losses": {name: losses[name] * rng.uniform(0.93, 1.12) for name in computed},

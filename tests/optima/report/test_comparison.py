@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,21 @@ def test_methods_are_ranked_and_judged_by_paired_differences() -> None:
     assert [row.verdict for row in rows] == ["better", "not told apart", "", "worse"]
     assert rows[3].difference is not None
     assert rows[3].difference.mean == pytest.approx(-5.0)
+
+
+def test_intervals_of_differences_widen_with_the_number_of_comparisons() -> None:
+    methods = {f"m{i}": 60.0 for i in range(5)}
+    for others, quantile in ((1, 2.7764), (5, 4.6041)):  # of Student's T of 4 degrees, two-sided 95 % and 99 %
+        rows = method_rows(outcomes(optima=70.0, **dict(list(methods.items())[:others])))["captioning"]
+        for row in rows:
+            scores = list(row.scores.values())
+            assert row.score.half_width == pytest.approx(2.7764 * standard_error(scores), rel=1e-4)
+            if row.difference is not None:
+                assert row.difference.half_width == pytest.approx(quantile * standard_error(WOBBLE), rel=1e-4)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 @pytest.mark.parametrize(

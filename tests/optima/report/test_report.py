@@ -13,7 +13,9 @@ from page_reader import Page
 from PIL import Image
 from synthetic_run import edit_json, loss_names, write_json, write_run
 
-from optima.report import write_report
+from optima.report import plots, write_report
+from optima.report.svg import Layout
+from optima.runs.reading import read_run
 from optima_core import OptimaError
 
 
@@ -93,6 +95,22 @@ def test_plots_have_labels_for_readers_who_cannot_see_them(page: Page) -> None:
     assert all(any(name in label for label in labels) for name in loss_names())
     assert all(image["alt"] for image in page.all("img"))
     assert len(page.all("caption")) == len(page.all("table"))
+
+
+def test_the_timeline_shows_how_strongly_and_at_what_weight_modules_were_distilled(written: Path) -> None:
+    rounds = read_run(written).rounds
+    chosen, weights, *_ = plots.timeline(rounds, Layout(980, compact=False)).axes
+    drawn = {round(path.get_extents().height, 6) for bars in chosen.collections for path in bars.get_paths()}
+    full = 0.72
+    assert drawn == {round(full * share, 6) for share in (1, 3 / 4, 2 / 4)}
+    assert weights.get_yscale() == "log"
+    lines = {tuple(line.get_ydata()[np.isfinite(line.get_ydata())]) for line in weights.lines}
+    expected = {
+        tuple(r.weights[f"{kind}/{module}"] for r in rounds if module in r.modules)
+        for module in plots.modules_of(rounds)
+        for kind in ("hidden", "attention")
+    }
+    assert lines == expected
 
 
 def test_colours_come_from_the_style_sheet_so_that_both_themes_fit(page: Page) -> None:

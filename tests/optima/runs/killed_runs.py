@@ -8,6 +8,7 @@ many rounds were done at the last kill.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from optima.run import main
 from optima_core import CheckpointStore
+from optima_core.checkpoint import MANIFEST
 
 
 def start(options: list[str]) -> int:
@@ -32,8 +34,8 @@ def rounds_of(run: Path) -> int:
 
 
 def is_saving(run: Path) -> bool:
-    checkpoints = run / "checkpoints"
-    return checkpoints.exists() and any(name.endswith(".part") for name in os.listdir(checkpoints))
+    folders = (run / "checkpoints").glob("step-*")
+    return any(not (folder / MANIFEST).exists() for folder in folders)
 
 
 def kill_after_some_rounds(child: int, run: Path, draws: random.Random, while_saving: bool) -> bool:
@@ -69,9 +71,9 @@ def run_and_kill(kills: int, seed: int, directory: Path, options: list[str]) -> 
             # Alone in a directory, it cannot be fallen back from.
             alone = directory / "alone"
             alone.mkdir(exist_ok=True)
-            os.link(path, alone / path.name)
+            shutil.copytree(path, alone / path.name)
             assert CheckpointStore(alone).load() is not None
-            (alone / path.name).unlink()
+            shutil.rmtree(alone / path.name)
         read += len(paths)
     assert os.waitstatus_to_exitcode(os.waitpid(start([*options, "--run", str(run), "--resume"]), 0)[1]) == 0
     return {"kills": killed, "while_saving": torn, "checkpoints_read": read, "rounds_before_last_kill": rounds}
