@@ -68,6 +68,9 @@ class Pieces:
 def pieces_from(found: dict[str, Any], files: int) -> Pieces:
     """The inverse of `Pieces.described`. Raises ValueError if a piece is in none of so many files."""
     pieces = tuple(Piece(file, tuple(offsets), tuple(shape)) for file, offsets, shape in found["pieces"])
+    numbers = [*found["shape"], *(n for piece in pieces for n in (piece.file, *piece.offsets, *piece.shape))]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError("numbers of files, offsets and sizes must be whole")
     if any(piece.file not in range(files) for piece in pieces):
         raise ValueError(f"there are {files} files, and a piece is in none of them")
     return Pieces(_TYPES[found["type"]], tuple(found["shape"]), pieces)

@@ -364,6 +364,10 @@ CHECKPOINTS: dict[str, tuple[str, Maker]] = {
     ),
     "sizes below nothing": ("outside a tensor", _of_tensor(shape=[-2, -3], pieces=[[0, [0, 0], [-2, -3]]])),
     "a piece in no file": ("in none of them", _of_tensor(pieces=[[1, [0, 0], [2, 3]]])),
+    "a piece in half a file": ("must be whole", _of_tensor(pieces=[[0.0, [0, 0], [2, 3]]])),
+    "a piece in a true file": ("must be whole", _of_tensor(pieces=[[False, [0, 0], [2, 3]]])),
+    "sizes of halves": ("must be whole", _of_tensor(shape=[2.0, 3.0], pieces=[[0, [0.0, 0], [2, 3.0]]])),
+    "a piece that is a text": ("cannot be read", _of_tensor(pieces=["000"])),
     "a file elsewhere": (
         "no plain file", checkpoint(lambda content: content["files"][0].update(name="../../../etc/passwd"))
     ),

@@ -83,7 +83,7 @@ class Soak:
         self.seconds: dict[str, float] = {}
         self.sizes: dict[str, int] = {}
         self.trial = 0
-        self.running: subprocess.Popen[str] | None = None
+        self.enough = False
 
     def start(self, words: list[str], limit: int | None = None) -> subprocess.Popen[str]:
         """A command in a group of its own; `limit`: bytes of the largest file that it may write."""
@@ -93,20 +93,20 @@ class Soak:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         self.tally.commands += 1
-        self.running = subprocess.Popen(
+        return subprocess.Popen(
             [*self.command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
             process_group=0, cwd=self.ground, preexec_fn=bound,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        return self.running
 
     def finish(self, process: subprocess.Popen[str], what: str) -> tuple[int, str]:
         """Waits for the end -> exit status and what was said; a fault is noted for a hang, a traceback, a status."""
         began, patience, error = time.monotonic(), Patience(self.longest), None
         while error is None:
             try:
-                error = process.communicate(timeout=2)[1]
+                error = process.communicate(timeout=1)[1]
             except subprocess.TimeoutExpired:
+                self.end_if_enough(process)
                 if patience.is_over(spent(process.pid)):
                     self.tally.note(f"hung: {what}")
                     self.kill(process)
@@ -129,6 +129,7 @@ class Soak:
         while process.poll() is None and used < share * self.seconds[job.name]:
             time.sleep(0.2)  # looking has a price on a busy machine
             used = spent(process.pid)
+            self.end_if_enough(process)
             if patience.is_over(used):
                 self.tally.note(f"hung: {job.name}")
                 break
@@ -223,13 +224,13 @@ class Soak:
     def kill_each(self, most: int) -> None:
         """Kills every command that many times, or until there is a fault."""
         for job in self.jobs:
-            while self.tally.kills[job.name] < most and not self.tally.faults:
+            while self.tally.kills[job.name] < most and not self.tally.faults and not self.enough:
                 self.disturb_by_kills(job, min(3, most - self.tally.kills[job.name]))
 
-    def disturb_for_ever(self) -> None:
+    def disturb_until_enough(self) -> None:
         """One disturbance at random after the other."""
         said = time.monotonic()
-        while True:
+        while not self.enough:
             job = self.draws.choice(self.jobs)
             self.draws.choice(
                 [lambda job: self.disturb_by_kills(job, 3), self.disturb_by_full_disk, self.disturb_by_damage]
@@ -241,11 +242,26 @@ class Soak:
     def figures(self) -> str:
         return self.tally.line((time.monotonic() - self.began) / 60)
 
-    def end(self) -> None:
-        """Ends what is under way."""
-        if self.running is not None:
-            self.kill(self.running)
-            self.running.wait()
+    def end_after(self, seconds: float) -> None:
+        """Raises Enough within what is under way after these seconds, if any, or at SIGTERM or Ctrl-C."""
+
+        def end(*_: object) -> None:
+            self.enough = True  # an exception raised here would be lost where Python calls whom nobody hears
+
+        for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def end_if_enough(self, process: subprocess.Popen[str]) -> None:
+        """Raises Enough, and ends the process, if it is time."""
+        if self.enough:
+            self.kill(process)
+            process.wait()
+            raise Enough
+
+
+class Enough(Exception):
+    """The time is up, or the soak was told to stop."""
 
 
 class Patience:
@@ -266,27 +282,6 @@ class Patience:
             idle = used - self.used < 1
             self.looked, self.used = time.monotonic(), used
         return idle or used > self.longest
-
-
-@contextlib.contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """Ends what is within after these seconds, if any, or at SIGTERM or Ctrl-C, wherever it is."""
-
-    class Enough(BaseException):
-        pass
-
-    numbers = (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)
-
-    def end(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Enough
-
-    for number in numbers:
-        signal.signal(number, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    with contextlib.suppress(Enough):
-        yield
 
 
 def spent(group: int) -> float:
@@ -364,13 +359,13 @@ def main() -> int:
     ground.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in jobs() if not words.job or job.name in words.job]
     soak = Soak(ground, shlex.split(words.command), chosen, words.seed, words.longest)
-    with ended_after(60 * words.minutes):
+    soak.end_after(60 * words.minutes)
+    with contextlib.suppress(Enough):
         soak.prepare_ground()
         if words.kills:
             soak.kill_each(words.kills)
         elif words.minutes:
-            soak.disturb_for_ever()
-    soak.end()
+            soak.disturb_until_enough()
     print(soak.figures(), flush=True)
     if not soak.tally.faults and words.ground is None:
         shutil.rmtree(ground, ignore_errors=True)
