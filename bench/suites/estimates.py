@@ -29,10 +29,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.gpu.shapes import eager_linear_kl
 from bench.harness.measure import RESULTS
 from bench.harness.study import Table
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
+from optima_kernels.inspect.memory import peak_bytes
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
 from optima_kernels.shared.scaling import BLOCK
 
@@ -283,13 +285,18 @@ def cases() -> Iterator[Case]:
         words = f"{normalize or 'plain'}, {layers} layer{'s' if layers > 1 else ''}"
         yield hidden(words, Hidden(normalize=normalize, layers=layers, gated=False))
     yield hidden("layernorm, 6 layers, gated", Hidden(normalize="layernorm", layers=6))
-    yield vocabulary("2048 x 49408", Vocabulary())
-    yield vocabulary("2048 x 49408 jsd", Vocabulary(divergence="jsd"))
-    yield vocabulary("4096 x 50257", Vocabulary(4096, 50257, (1024, 1024)))
-    yield vocabulary("8192 x 128256", Vocabulary(8192, 128256, (2048, 4096)))
-    yield vocabulary("2048 x 256000", Vocabulary(2048, 256000, (2048, 3584)))
+    for name, size in VOCABULARIES.items():
+        yield vocabulary(name, size)
 
 
+VOCABULARIES = {
+    "2048 x 49408": Vocabulary(),
+    "2048 x 49408 jsd": Vocabulary(divergence="jsd"),
+    "4096 x 50257": Vocabulary(4096, 50257, (1024, 1024)),
+    "8192 x 128256": Vocabulary(8192, 128256, (2048, 4096)),
+    "8192 x 128256, wide student": Vocabulary(8192, 128256, (4096, 2048)),
+    "2048 x 256000": Vocabulary(2048, 256000, (2048, 3584)),
+}
 NAMES = {"eager": "eager", "compiled eager": "compiled", "Liger, compiled chunks": "Liger compiled"}
 NAMES["vendor chunks of 2048"] = "vendor chunks"
 
@@ -300,12 +307,14 @@ def of_passes(moved: float, flops: float, launches: int, machine: Machine = MACH
 
 
 def measurements(path: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host."""
+    """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host; and MiB beside the inputs."""
     found: dict[str, dict[str, float]] = {}
     for text in path.read_text().splitlines():
         line = json.loads(text)
         if line.get("part") == "kernels" and "wall" in line:
             found[line["item"]] = {"gpu": line.get("graph") or line["wall"], "host": line.get("host", math.nan)}
+            if "extra_mib" in line:
+                found[line["item"]]["mib"] = line["extra_mib"]
     return found
 
 
@@ -335,6 +344,21 @@ def _row(
     return [case, who, f"{1e3 * seconds:.3f}", *gpus, f"{host:.2f}", *hosts, share, note]
 
 
+def memories(measured: Sequence[Measured]) -> Iterator[list[str]]:
+    """MiB of a vocabulary's divergence and its gradients beside the inputs, ours and eager's; `measured` on each card."""
+    for name, size in VOCABULARIES.items():
+        heads = size.heads()
+        with launches_on(TARGET):
+            ours = peak_bytes(lambda size=size, heads=heads: size.solve(*heads))
+        eager = peak_bytes(lambda heads=heads: eager_linear_kl(*heads).backward())
+        of_head = size.words * size.widths[0] * 2
+        row = [f"linear {name}", *(f"{x / 2**20:.0f}" for x in (ours, of_head, eager)), f"{ours / eager:.3f}"]
+        for card in measured:
+            mine, theirs = (card.get(f"linear {name} | {who}", {}).get("mib") for who in ("optima", "eager"))
+            row.append(f"{mine:.0f} of {theirs:.0f}" if mine and theirs else "not measured")
+        yield row
+
+
 def card_of(path: Path) -> str:
     """The device that a file's lines are of, and the commit."""
     told = [json.loads(text) for text in path.read_text().splitlines()]
@@ -347,4 +371,7 @@ def tables(rounds: int | None) -> Iterator[Table]:
     files = sorted(RESULTS.glob("gpu-*.jsonl"))
     said = [f"measured, {card_of(path)}" for path in files]
     header = ("loss", "who", "GPU, ms, estimate", *said, "host, ms, estimate", *said, "share", "bound by")
-    yield Table("bf16, forward pass and gradients", header, list(estimates([measurements(path) for path in files])))
+    cards = [measurements(path) for path in files]
+    yield Table("bf16, forward pass and gradients", header, list(estimates(cards)))
+    header = ("loss", "ours, MiB", "of which the head's gradient", "eager, MiB", "share", *said)
+    yield Table("Memory beside the inputs, bf16, counted", header, list(memories(cards)))
