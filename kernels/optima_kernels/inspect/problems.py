@@ -89,7 +89,7 @@ class Attention:
         gate = empty(self.layers, dtype=FLOAT32) if self.gated else None
         losses = attention_map_losses(**sides, **options, gate=gate, backend="triton")
         if self.trained:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.grad(losses.sum(), [x for name in ("q_s", "k_s") for x in sides[name]])
 
 
 @dataclass(frozen=True)
