@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint.default_planner
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 
 from optima_core.parallel import Ranks, join_ranks
 

@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo
 import torch.distributed.checkpoint.default_planner
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import optima.commands.distill  # noqa: F401
+from optima.commands.parse import parse
 from optima.run import main
 from optima_core.checkpoint import MANIFEST
 
@@ -102,6 +104,7 @@ def kill_one(agent: int, ranks: int, run: Path, draws: random.Random, while_savi
 def run_and_kill(kills: int, seed: int, directory: Path, ranks: int, options: list[str]) -> dict[str, Any]:
     """Runs `whole` undisturbed, and others with up to as many kills as there are restarts."""
     draws = random.Random(seed)
+    parse(options)  # which imports what reads them
 
     def end(agent: int, run: Path) -> None:
         if os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]):
@@ -115,7 +118,7 @@ def run_and_kill(kills: int, seed: int, directory: Path, ranks: int, options: li
         agent = launch(ranks, [*options, "--run", str(run)], run.with_suffix(".log"))
         wanted = min(RESTARTS, kills - killed)
         for _ in range(wanted):
-            saving += kill_one(agent, ranks, run, draws, while_saving=killed % 2 == 1)
+            saving += kill_one(agent, ranks, run, draws, while_saving=(seed + killed) % 2 == 1)
             killed += 1
         end(agent, run)
         for name in ("student.safetensors", "start.safetensors"):

@@ -1,6 +1,6 @@
 """Ranks that are killed or hang under `torchrun --max-restarts`: the run goes on by itself, to the same bits.
 
-OPTIMA_TEST_KILLS says how often a rank is killed (2): OPTIMA_TEST_KILLS=20 python -m pytest -s <this file>
+OPTIMA_TEST_KILLS says how often a rank is killed (1): OPTIMA_TEST_KILLS=20 python -m pytest -s <this file>
 """
 
 import json
@@ -17,7 +17,7 @@ from launched_ranks import rank_process, rows_of, start, told, wait_for_rounds
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
-KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("OPTIMA_TEST_KILLS", "1"))
 STRATEGIES = ("fsdp", "ddp")[: 1 + (KILLS > 3)]
 
 
