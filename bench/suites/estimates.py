@@ -2,38 +2,49 @@
 
 The project's own launch code runs under a driver that is not there (`optima_kernels.inspect.fake_driver`): it tells
 every kernel's grid, how many of its blocks an SM holds, the vendor's products by size, and how many operators of torch
-run. A launch takes as long as the slowest of four resources needs, times what its last, partly filled wave costs:
+run. A launch takes as long as the slowest of three resources needs, times what its last, partly filled wave costs:
 
 - tensor cores, at the rate that the vendor's own products of such sizes reach (measured, or a data sheet's share);
-- exponentials, 16 a clock and SM;
-- issue slots, four a clock and SM: instructions of the loop of the compiled SASS, over the exponentials in it;
+- schedulers, four an SM: a clock for each instruction of the loop of the compiled SASS that a tile within the map
+  executes (what a branch leaps over there is for edges), and eight for each exponential of a warp. That they add up,
+  and do not overlap, is what an H100 said of maps of 4096 tokens: `lse_kernel` took 0.93 of it, `query_kernel` 1.00 and
+  `key_kernel` 1.14. Maps are padded to 64 queries and keys;
 - memory, at the measured bandwidth: every tensor once, and once more where a GEMM reads it again per tile of the other
   factor and it exceeds the L2 cache.
 
-A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host; the latter
-and the share of issue slots that latency leaves were fitted to one run on an H100 (bench/GPU.md, commit b63acce).
-torch's own operators are passes over memory.
+A launch costs two microseconds on the GPU, and, with what autograd and torch do around it, 35 on the host, which was
+fitted to one run on an H100 (bench/GPU.md, commit b63acce). torch's own operators are passes over memory.
 Others are estimated by their passes over maps and logits. Beside each estimate stands what GPUs said, by the files
 bench/results/gpu-*.jsonl: a replay of a CUDA graph or else the wall's clock; "host" is what the calling thread takes.
 Share: the products that the definition asks for, over the estimated time, of the rate that torch's product of 8192^3
 reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said otherwise; hidden 16 x 577 tokens, 768 to
-1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096, 2048 and 3584.
+1024; linear tokens x vocabulary, widths 768 and 1024, 1024 and 1024, 2048 and 4096 (a wide student 4096 and 2048), 2048
+and 3584.
+
+The ceiling of attention is what its exponentials alone would take at 16 a clock and SM: two maps in each of two walks,
+and one more of each where no log-sum-exps are given. What bounds it below is that every exponential comes with the
+instructions of its element: a multiply-add before it, the difference of the maps, half a conversion, a subtraction and
+a multiply-add for the loss, and the loads, addresses and products of the tile. At the four schedulers' clocks that are
+counted here, 80 % of the ceiling would leave two instructions for each exponential, itself among them.
 """
 
 import json
 import math
-import re
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from bench.gpu.shapes import eager_linear_kl
 from bench.harness.measure import RESULTS
 from bench.harness.study import Table
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
+from optima_kernels.inspect.memory import peak_bytes
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
+from optima_kernels.inspect.sass import clocks_of_an_exponential
 from optima_kernels.shared.scaling import BLOCK
 
 PAGE = "PREDICTED.md"
@@ -43,15 +54,14 @@ TARGET = "sm_90"
 
 @dataclass(frozen=True)
 class Machine:
-    """An H100 SXM as measured: products of 8192^3 and copies of 2 GiB by torch, the clock under load."""
+    """An H100 SXM as measured: products of 8192^3 and copies of 2 GiB by torch, and its clock."""
 
     flops: float = 731e12
     bytes: float = 2.9e12
     l2_bytes: float = 50e6
-    clock: float = 1.755e9
+    clock: float = 1.98e9
     launch_seconds: float = 2e-6
     host_seconds: float = 35e-6
-    issued: float = 0.6
 
     @property
     def multiprocessors(self) -> int:
@@ -63,8 +73,8 @@ class Machine:
 
     @property
     def slots(self) -> float:
-        """Instructions of a warp, of which latency leaves the share that `lse_kernel` was measured to reach."""
-        return self.issued * 4 * self.multiprocessors * self.clock
+        """Clocks of all schedulers in a second."""
+        return 4 * self.multiprocessors * self.clock
 
 
 MACHINE = Machine()
@@ -101,13 +111,15 @@ WorkOf = Callable[[Launch], Work | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A call; `work` of its launches, and the passes of others: (name, bytes, flops, launches)."""
+    """A call; `work` of its launches, the passes of others: (name, bytes, flops, launches), and of attention the fewest
+    exponentials that a walk for each gradient takes."""
 
     name: str
     call: Callable[[], None]
     work: WorkOf
     flops: float
     others: tuple[tuple[str, float, float, int], ...] = field(default=())
+    exps: float = 0.0
 
 
 def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
@@ -141,8 +153,7 @@ def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]
     """What bounds it, and seconds."""
     needs = {
         "tensor cores": work.flops / machine.flops,
-        "exponentials": work.exps / machine.exps,
-        "issue": work.exps * slots_of_an_exponential(launch.cubin) / machine.slots,
+        "schedulers": work.exps * clocks_of_an_exponential(launch.cubin) / machine.slots,
         "memory": work.bytes / machine.bytes,
     }
     name = max(needs, key=lambda need: needs[need])
@@ -172,35 +183,13 @@ def of_product(product: VendorProduct, machine: Machine) -> float:
     return max(tensor, moved / machine.bytes)
 
 
-def slots_of_an_exponential(cubin: Path) -> float:
-    """Instructions of a warp in the innermost loops with exponentials, over the exponentials of its 32 lanes.
-
-    0 where a kernel has no such loop.
-    """
-    from triton import knobs
-
-    command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
-    places = [(int(address, 16), name, rest) for address, name, rest in found]
-    best = (0.0, 0.0)
-    for address, name, rest in places:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target is None or int(target[1], 16) >= address:
-            continue
-        body = [kind for at, kind, _ in places if int(target[1], 16) <= at <= address]
-        exps = sum(kind.startswith("MUFU.EX2") for kind in body)
-        if exps > best[1]:
-            best = (float(len(body)), float(exps))
-    return best[0] / (32 * best[1]) if best[1] else 0.0
-
-
 def attention(name: str, call: Attention) -> Case:
     """Products and exponentials of each walk over the maps."""
     share = 0.5 if call.causal else 1.0
     (heads_s, heads_t), (d_s, d_t) = call.heads, call.widths
     of_head = call.layers * call.batch * call.queries * call.keys * share
     maps_s, maps_t = of_head * heads_s, of_head * heads_t
+    padding = math.prod(math.ceil(size / 64) * 64 / size for size in (call.queries, call.keys))
     states = 2.0 * call.layers * call.batch * (call.queries + call.keys)
 
     def work(launch: Launch) -> Work | None:
@@ -208,19 +197,21 @@ def attention(name: str, call: Attention) -> Case:
         both = 2 * (maps_s * d_s + maps_t * d_t)
         moved = states * (heads_s * d_s + heads_t * d_t)
         if kernel == "lse_kernel":
-            return Work(both / 2, (maps_s + maps_t) / 2, moved / 2)
+            return Work(both / 2, padding * (maps_s + maps_t) / 2, moved / 2)
         if kernel in ("query_kernel", "key_kernel"):
-            return Work(both + 2 * maps_s * d_s, maps_s + maps_t, 1.5 * moved)
+            return Work(both + 2 * maps_s * d_s, padding * (maps_s + maps_t), 1.5 * moved)
         if kernel == "mean_kernel":
-            return Work(both, maps_s + maps_t, moved + 2 * of_head * 2)
+            return Work(both, padding * (maps_s + maps_t), moved + 2 * of_head * 2)
         if kernel in ("mean_query_kernel", "mean_key_kernel"):
-            return Work(4 * maps_s * d_s, maps_s, moved + 2 * of_head)
+            walks = 2 if kernel == "mean_query_kernel" else 1
+            return Work(4 * walks * maps_s * d_s, walks * padding * maps_s, moved + 2 * walks * of_head)
         return None
 
     maps = (maps_s + maps_t) / 2
     products = 2 * (3 * maps_s * d_s + maps_t * d_t)
     others = (("eager", 160.0 * maps, products, 24), ("compiled eager", 40.0 * maps, products, 9))
-    return Case(f"attention {name}", call, work, products, others)
+    exps = (maps_s + maps_t) * (2 if call.lse else 3) if call.matching == "match" and call.kind == "kl" else 0.0
+    return Case(f"attention {name}", call, work, products, others, exps)
 
 
 def hidden(name: str, call: Hidden) -> Case:
@@ -283,13 +274,18 @@ def cases() -> Iterator[Case]:
         words = f"{normalize or 'plain'}, {layers} layer{'s' if layers > 1 else ''}"
         yield hidden(words, Hidden(normalize=normalize, layers=layers, gated=False))
     yield hidden("layernorm, 6 layers, gated", Hidden(normalize="layernorm", layers=6))
-    yield vocabulary("2048 x 49408", Vocabulary())
-    yield vocabulary("2048 x 49408 jsd", Vocabulary(divergence="jsd"))
-    yield vocabulary("4096 x 50257", Vocabulary(4096, 50257, (1024, 1024)))
-    yield vocabulary("8192 x 128256", Vocabulary(8192, 128256, (2048, 4096)))
-    yield vocabulary("2048 x 256000", Vocabulary(2048, 256000, (2048, 3584)))
+    for name, size in VOCABULARIES.items():
+        yield vocabulary(name, size)
 
 
+VOCABULARIES = {
+    "2048 x 49408": Vocabulary(),
+    "2048 x 49408 jsd": Vocabulary(divergence="jsd"),
+    "4096 x 50257": Vocabulary(4096, 50257, (1024, 1024)),
+    "8192 x 128256": Vocabulary(8192, 128256, (2048, 4096)),
+    "8192 x 128256, wide student": Vocabulary(8192, 128256, (4096, 2048)),
+    "2048 x 256000": Vocabulary(2048, 256000, (2048, 3584)),
+}
 NAMES = {"eager": "eager", "compiled eager": "compiled", "Liger, compiled chunks": "Liger compiled"}
 NAMES["vendor chunks of 2048"] = "vendor chunks"
 
@@ -300,22 +296,24 @@ def of_passes(moved: float, flops: float, launches: int, machine: Machine = MACH
 
 
 def measurements(path: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host."""
+    """Milliseconds by item: of a replay ("graph") or else of the wall, and of the host; and MiB beside the inputs."""
     found: dict[str, dict[str, float]] = {}
     for text in path.read_text().splitlines():
         line = json.loads(text)
         if line.get("part") == "kernels" and "wall" in line:
             found[line["item"]] = {"gpu": line.get("graph") or line["wall"], "host": line.get("host", math.nan)}
+            if "extra_mib" in line:
+                found[line["item"]]["mib"] = line["extra_mib"]
     return found
 
 
 Measured = dict[str, dict[str, float]]
+Ours = Sequence[tuple[Case, Estimate]]
 
 
-def estimates(measured: Sequence[Measured]) -> Iterator[list[str]]:
+def estimates(estimated_cases: Ours, measured: Sequence[Measured]) -> Iterator[list[str]]:
     """A case's rows: ours, then others; `measured` on each card."""
-    for case in cases():
-        ours = estimated(case)
+    for case, ours in estimated_cases:
         share = case.flops / ours.seconds / MACHINE.flops
         note = f"not in the model: {', '.join(ours.unknown)}" if ours.unknown else ours.bound
         said = [card.get(f"{case.name} | optima", {}) for card in measured]
@@ -335,6 +333,35 @@ def _row(
     return [case, who, f"{1e3 * seconds:.3f}", *gpus, f"{host:.2f}", *hosts, share, note]
 
 
+def ceilings(estimated_cases: Ours, measured: Sequence[Measured]) -> Iterator[list[str]]:
+    """Attention's estimates, and what was `measured` on each card, as shares of what their exponentials would take."""
+    for case, ours in estimated_cases:
+        if case.exps:
+            ceiling = case.exps / MACHINE.exps
+            alone = ours.bounds["schedulers"] + ours.bounds["tensor cores"]
+            row = [case.name, f"{case.exps / 1e6:.0f}", f"{1e3 * ceiling:.3f}", f"{1e3 * alone:.3f}"]
+            row += [f"{ceiling / alone:.0%}", f"{ceiling / ours.seconds:.0%}"]
+            for card in measured:
+                said = card.get(f"{case.name} | optima", {}).get("gpu")
+                row.append(f"{1e3 * ceiling / said:.0%}" if said else "not measured")
+            yield row
+
+
+def memories(measured: Sequence[Measured]) -> Iterator[list[str]]:
+    """MiB of a vocabulary's divergence and its gradients beside the inputs, ours and eager's, and `measured` ones."""
+    for name, size in VOCABULARIES.items():
+        heads = size.heads()
+        with launches_on(TARGET):
+            ours = peak_bytes(lambda size=size, heads=heads: size.solve(*heads))
+        eager = peak_bytes(lambda heads=heads: torch.autograd.grad(eager_linear_kl(*heads), heads[:2]))
+        of_head = size.words * size.widths[0] * 2
+        row = [f"linear {name}", *(f"{x / 2**20:.0f}" for x in (ours, of_head, eager)), f"{ours / eager:.3f}"]
+        for card in measured:
+            mine, theirs = (card.get(f"linear {name} | {who}", {}).get("mib") for who in ("optima", "eager"))
+            row.append(f"{mine:.0f} of {theirs:.0f}" if mine and theirs else "not measured")
+        yield row
+
+
 def card_of(path: Path) -> str:
     """The device that a file's lines are of, and the commit."""
     told = [json.loads(text) for text in path.read_text().splitlines()]
@@ -347,4 +374,10 @@ def tables(rounds: int | None) -> Iterator[Table]:
     files = sorted(RESULTS.glob("gpu-*.jsonl"))
     said = [f"measured, {card_of(path)}" for path in files]
     header = ("loss", "who", "GPU, ms, estimate", *said, "host, ms, estimate", *said, "share", "bound by")
-    yield Table("bf16, forward pass and gradients", header, list(estimates([measurements(path) for path in files])))
+    cards = [measurements(path) for path in files]
+    ours = [(case, estimated(case)) for case in cases()]
+    yield Table("bf16, forward pass and gradients", header, list(estimates(ours, cards)))
+    header = ("loss", "million exponentials", "ceiling, ms", "kernels that make them, ms", "share", "of all", *said)
+    yield Table("Attention beside what its exponentials would take", header, list(ceilings(ours, cards)))
+    header = ("loss", "ours, MiB", "of which the head's gradient", "eager, MiB", "share", *said)
+    yield Table("Memory beside the inputs, bf16, counted", header, list(memories(cards)))

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from optima.report.formatting import label, spelled
@@ -122,13 +122,15 @@ def weights_changed(rounds: Sequence[Round]) -> bool:
 
 
 def _weights(axes: Axes, rounds: Sequence[Round], colours: Mapping[str, int], layout: Layout) -> None:
-    dress(axes, "Weights of states; of maps, dashed" if layout.compact else "Weights of hidden states; of maps, dashed")
+    dress(axes, "Weights; of maps, dashed" if layout.compact else "Weights of hidden states; of maps, dashed")
     x = [r.round for r in rounds]
     for kind, module in product(LAYER_KINDS, modules_of(rounds)):
         line = "--" if kind == "attention" else "-"
         weights = [r.weights.get(f"{kind}/{module}", math.nan) for r in rounds]
         axes.plot(x, weights, line, color=arm_colour(colours[module]), linewidth=LINE)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(labelbottom=False)

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from bench.suites import estimates
 from optima_kernels.inspect.fake_driver import Compiled, Launch, VendorProduct
+from optima_kernels.inspect.sass import Instruction, executed
 
 ROOT = Path(__file__).parents[2]
 COMPILED = Compiled("a_kernel", "sm_90", 4, 3, 128, 0, 0, 0, True, "wgmma.mma_async", False, False)
@@ -38,6 +39,14 @@ def test_a_product_takes_its_operations_or_its_bytes() -> None:
     assert estimates.of_product(thin, machine) == pytest.approx(2 * 8192 * (8192 + 2) / machine.bytes, rel=0.01)
 
 
+def test_a_loop_counts_what_its_tiles_execute() -> None:
+    """Of six instructions a branch leaps over two, which only edges execute; the loop's own branch goes back."""
+    names = ["MUFU.EX2", "FADD", "BRA", "FSEL", "FSEL", "FFMA"]
+    body = [Instruction(16 * i, name, " 0x50" if name == "BRA" else "") for i, name in enumerate(names)]
+    assert executed(body) == 4
+    assert executed([*body, Instruction(96, "BRA", " 0x0")]) == 5
+
+
 def test_passes_run_one_after_the_other() -> None:
     machine = estimates.MACHINE
     expected = 1.0 + 1.0 / 0.85 + 3 * machine.launch_seconds
@@ -62,8 +71,10 @@ def test_every_row_has_a_cell_a_column_and_cards_stand_side_by_side(monkeypatch:
     said = [{"gpu": 2.0, "host": 0.5}, {}]
     row = estimates._row("attention kl", "optima", 1e-3, said, 0.3, "20%", "issue")
     assert row[:8] == ["attention kl", "optima", "1.000", "2.000", "not measured", "0.30", "0.50", "not measured"]
-    monkeypatch.setattr(estimates, "estimates", lambda measured: [row for _ in measured])
-    (table,) = estimates.tables(None)
+    monkeypatch.setattr(estimates, "cases", lambda: iter(()))
+    monkeypatch.setattr(estimates, "estimates", lambda ours, measured: [row for _ in measured])
+    monkeypatch.setattr(estimates, "memories", lambda measured: iter(()))
+    table, *_ = estimates.tables(None)
     assert len(table.rows) == len(list((ROOT / "bench/results").glob("gpu-*.jsonl"))) == 2
     assert len(table.header) == len(row)
     assert "measured, NVIDIA H200" in " ".join(table.header)

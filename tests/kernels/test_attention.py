@@ -297,6 +297,14 @@ def test_large_scores_stay_finite(kind: str, backend: str, seed: int, device: to
         assert_close(ours.cpu(), theirs, 1e-2, name, floor=floor)  # float32 scores of some thousands
 
 
+@pytest.mark.parametrize("heads", ["match", "mean"])
+def test_scores_may_be_turned_around(heads: str, backend: str, seed: int, device: torch.device) -> None:
+    """By scales below 0, where the largest score is the smallest product."""
+    for causal in (False, True):
+        options = {"kind": "kl", "heads": heads, "causal": causal, "scale_s": -3.0, "scale_t": -0.25}
+        check(Case(seed, queries=70, keys=75, options=options), backend, device)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_gate_gives_exact_zeros(kind: str, backend: str, seed: int, device: torch.device) -> None:
     tensors = {name: x.to(device) for name, x in Case(seed, gate=0.0).tensors().items()}

@@ -26,6 +26,10 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 FLOAT16_GAIN = 2**14
 
 
+# Quotients are stored for as many queries and keys as whole tiles of every kernel of means have.
+WHOLE_TILES = 64
+
+
 def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> list[Solution]:
     """Every layer's sums and gradients, layers that look alike in one launch a kernel; `gate` [L] on their device."""
     with torch.cuda.device_of(layers[0].q_s):  # type: ignore[no-untyped-call]
@@ -167,18 +171,21 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
     given = _pointers(layers, f"lse_{side}")
     if given is not None:
         return given
-    q, k = getattr(layers[0], f"q_{side}"), getattr(layers[0], f"k_{side}")
-    batch, heads, queries, width = q.shape
+    queries_of = [getattr(layer, f"q_{side}") for layer in layers]
+    scale, k = getattr(layers[0], f"scale_{side}") * LOG2E, getattr(layers[0], f"k_{side}")
+    if scale < 0:
+        queries_of, scale = [-q for q in queries_of], -scale
+    batch, heads, queries, width = queries_of[0].shape
     lse, row_tiles = _rows(layers, heads, queries), triton.cdiv(queries, tiling.queries)
     lse_kernel[(row_tiles * batch * heads, len(layers))](
-        q=_pointers(layers, f"q_{side}"),
+        q=tuple(queries_of),
         k=_pointers(layers, f"k_{side}"),
-        s_q=q.stride(),
+        s_q=queries_of[0].stride(),
         s_k=k.stride(),
         lse=lse,
         H=heads,
         TILES=row_tiles,
-        scale=getattr(layers[0], f"scale_{side}") * LOG2E,
+        scale=scale,
         GROUP=heads // k.shape[1],
         D=width,
         BD=padded(width),
@@ -270,15 +277,15 @@ def _means(
     batch, heads, queries, _ = first.q_s.shape
     heads_k, keys = first.k_s.shape[1:3]
     assert tiles.mean is not None
-    row_tiles, key_tiles = triton.cdiv(queries, tiles.mean.queries), triton.cdiv(keys, tiles.mean.keys)
+    padded_queries, padded_keys = (triton.cdiv(size, WHOLE_TILES) * WHOLE_TILES for size in (queries, keys))
+    row_tiles, key_tiles = padded_queries // tiles.mean.queries, padded_keys // tiles.mean.keys
     total = _rows(layers, 1, row_tiles * key_tiles)
     quotients = None
     if options.with_grad:
         dtype = torch.bfloat16 if first.q_s.dtype == torch.bfloat16 else torch.float32
-        # Rows begin where 16 bytes can be read at once.
-        shape = (batch, queries, triton.cdiv(keys, 16) * 16)
+        shape = (batch, padded_queries, padded_keys)
         quotients = tuple(first.q_s.new_empty(shape, dtype=dtype) for _ in layers)
-    stored = {"quotients": quotients, "s_quotients": None if quotients is None else quotients[0].stride(1)}
+    stored = {"quotients": quotients, "s_quotients": None if quotients is None else quotients[0].stride()}
     mean_kernel[(batch * row_tiles * key_tiles, len(layers))](
         total=total,
         TILES=row_tiles,

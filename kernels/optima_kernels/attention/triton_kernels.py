@@ -12,9 +12,11 @@ KL needs one walk in each direction: its gradient at an element is P_s - P_t. MS
 G = 2 (P_s - P_t) and the row term r = sum_j G P_s, so `query_kernel` walks twice: for the loss and r, then for the
 gradient. A walk costs two exps per map element, in base 2, with log2(e) folded into the scale.
 
-A walk looks at indices only on the edge: at the end of the keys and on the diagonal of a causal map. Queries past the
-end need no look at all: their rows of q and of the log-sum-exps are read as zeros, so that both maps are the same there
-and cancel. Nor does a rule about keys alone in `key_kernel`: it sets whole rows of the gradient to zero at the end.
+A walk looks at indices only on the edge: at the end of the keys and on the diagonal of a causal map. `lse_kernel` has a
+loop of its own there, the others a branch: two loops around a product that takes its left side from registers are what
+ptxas serialises (C7515). Queries past the end need no look at all: their rows of q and of the log-sum-exps are read as
+zeros, so that both maps are the same there and cancel. Nor does a rule about keys alone in `key_kernel`: it sets whole
+rows of the gradient to zero at the end.
 
 `key_kernel` makes its tile transposed, keys by queries, which is how its second product reads it. Transposing the
 accumulator of a product for the next one is what compilers for Hopper have been seen to do wrong.
@@ -44,6 +46,29 @@ from optima_kernels.attention.triton_parts import (
 from optima_kernels.shared.pointers import of_layer
 
 
+@triton.jit
+def lse_tile(
+    b_q, k, s_k, mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
+    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to the sums of rows [BI], which are relative to their maxima so far."""
+    o_j = j_0 + tl.arange(0, BJ)
+    b_k = rows(k, j_0, s_k, o_j < length if EDGE else o_j >= 0, BJ, D, BD, WIDEN, EDGE)  # [BJ, BD]
+    b_scores = dot(b_q, tl.trans(b_k))  # [BI, BJ]
+    if EDGE:
+        m_ij, b_bias = allowed(
+            mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+        )  # fmt: skip
+        b_scores = tl.where(m_ij, b_scores * scale + b_bias, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+        b_powers = tl.exp2(b_scores - b_new_max[:, None])
+    else:  # the scale is not negative, so that it can wait for the maximum and take one instruction with it
+        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+        b_powers = tl.exp2(b_scores * scale - b_new_max[:, None])
+    return b_new_max, b_sum * tl.exp2(b_max - b_new_max) + tl.sum(b_powers, 1)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def lse_kernel(
     q, k, s_q, s_k, mask, s_mask, key_lengths, gate, lse, H, N, M, TILES, scale,
@@ -51,7 +76,8 @@ def lse_kernel(
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """log sum_j exp(S) of every row, 0 without a key, into lse [LAYERS, B, H, N]. GROUP heads share a key head."""
+    """log sum_j exp(S) of every row, 0 without a key, into lse [LAYERS, B, H, N]. GROUP heads share a key head; the
+    scale is at least 0."""
     i_l, i_b, i_h, i_lbh, i_0 = where_am_i(H, TILES, BI)
     if GATED:  # noqa: SIM102
         if tl.load(gate + i_l) == 0:
@@ -63,25 +89,25 @@ def lse_kernel(
         mask = head(mask, i_l, i_b, i_h, s_mask, LAYERS)
     q = head(q, i_l, i_b, i_h, s_q, LAYERS)
     k = head(k, i_l, i_b, i_h // GROUP, s_k, LAYERS)
-    b_q = rows(q, i_0, s_q[2], o_i < N, BI, D, BD, WIDEN)  # [BI, BD]
+    b_q = rows(q, i_0, s_q[2], o_i < N, BI, D, BD, WIDEN, True)  # [BI, BD]
 
     # Finite, so that a row that has met no key yet gives 2^(-inf - max) = 0 and not NaN.
     b_max = tl.full([BI], -1e30, tl.float32)
     b_sum = tl.zeros([BI], tl.float32)
-    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
-    for j_0 in range(0, end, BJ):
-        o_j = j_0 + tl.arange(0, BJ)
-        b_k = rows(k, j_0, s_k[2], o_j < length, BJ, D, BD, WIDEN)  # [BJ, BD]
-        b_scores = dot(b_q, tl.trans(b_k)) * scale  # [BI, BJ]
-        if j_0 + BJ > whole:
-            r_i = tl.arange(0, BI)[:, None]
-            m_ij, b_bias = allowed(
-                mask, s_mask, i_0, r_i, o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+    whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
+    if MASK != 0:
+        whole = 0
+    else:
+        for j_0 in range(0, whole, BJ):
+            b_max, b_sum = lse_tile(
+                b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
+                D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN, False,
             )  # fmt: skip
-            b_scores = tl.where(m_ij, b_scores + b_bias, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-        b_sum = b_sum * tl.exp2(b_max - b_new_max) + tl.sum(tl.exp2(b_scores - b_new_max[:, None]), 1)
-        b_max = b_new_max
+    for j_0 in range(whole, end, BJ):
+        b_max, b_sum = lse_tile(
+            b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
+            D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN, True,
+        )  # fmt: skip
 
     m_any = b_sum > 0
     b_lse = tl.where(m_any, b_max + tl.log2(tl.where(m_any, b_sum, 1.0)), 0.0) * 0.6931471805599453
@@ -105,7 +131,7 @@ def count_kernel(
     length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
     mask = head(mask, i_l, i_b, i_h, s_mask, LAYERS)
     b_keys = tl.zeros([BI], tl.float32)
-    _whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    _whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
         m_ij, _b_bias = allowed(
@@ -165,10 +191,10 @@ def query_kernel(
     q_t = head(q_t, i_l, i_b, i_h, s_q_t, LAYERS)
     k_t = head(k_t, i_l, i_b, i_h // GROUP_T, s_k_t, LAYERS)
     o_rows = (i_b * H + i_h) * N
-    b_q_s = rows(q_s, i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
-    b_q_t = rows(q_t, i_0, s_q_t[2], m_i, BI, D_T, BD_T, WIDEN)  # [BI, BD_T]
-    b_lse_s = log_sums(of_layer(lse_s, i_l, LAYERS) + o_rows, i_0, N, BI)
-    b_lse_t = log_sums(of_layer(lse_t, i_l, LAYERS) + o_rows, i_0, N, BI)
+    b_q_s = rows(q_s, i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
+    b_q_t = rows(q_t, i_0, s_q_t[2], m_i, BI, D_T, BD_T, WIDEN, True)  # [BI, BD_T]
+    lse_s, lse_t = of_layer(lse_s, i_l, LAYERS) + o_rows, of_layer(lse_t, i_l, LAYERS) + o_rows
+    b_lse_s, b_lse_t = log_sums(lse_s, i_0, N, BI), log_sums(lse_t, i_0, N, BI)
 
     b_row_term = tl.zeros([BI], tl.float32)
     if MSE:
@@ -177,14 +203,14 @@ def query_kernel(
             b_row_term = tl.load(p_row_term, mask=m_i, other=0.0)
     b_total = tl.zeros([BI], tl.float32)
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
-    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
-        b_k_t = rows(k_t, j_0, s_k_t[2], o_j < length, BJ, D_T, BD_T, WIDEN)  # [BJ, BD_T]
+        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
+        b_k_t = rows(k_t, j_0, s_k_t[2], o_j < length, BJ, D_T, BD_T, WIDEN, True)  # [BJ, BD_T]
         b_log_s = dot(b_q_s, tl.trans(b_k_s)) * scale_s - b_lse_s[:, None]  # [BI, BJ]
         b_log_t = dot(b_q_t, tl.trans(b_k_t)) * scale_t - b_lse_t[:, None]
-        if j_0 + BJ > whole:
+        if j_0 >= whole:
             r_i = tl.arange(0, BI)[:, None]
             m_ij, b_bias = allowed(
                 mask, s_mask, i_0, r_i, o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
@@ -259,13 +285,15 @@ def key_kernel(
         m_j = tl.reshape(m_kept, [BJ])
         if MASK == 2:
             b_bias_j = tl.reshape(b_kept, [BJ])
-    b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+    b_k_s = rows(
+        head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN, True
+    )  # [BJ, BD_S]
 
     b_grad_k = tl.zeros([BJ, BD_S], tl.float32)
     for i_g in range(GROUP_S):
         i_h = i_h_k * GROUP_S + i_g
         o_rows = (i_b * H + i_h) * N
-        b_k_t = rows(k_t + (i_h // GROUP_T) * s_k_t[1], j_0, s_k_t[2], m_j, BJ, D_T, BD_T, WIDEN)  # [BJ, BD_T]
+        b_k_t = rows(k_t + (i_h // GROUP_T) * s_k_t[1], j_0, s_k_t[2], m_j, BJ, D_T, BD_T, WIDEN, True)  # [BJ, BD_T]
         head_q_s, head_q_t, head_mask = q_s + i_h * s_q_s[1], q_t + i_h * s_q_t[1], mask
         if MASK != 0 and PER_ELEMENT:
             head_mask = mask + i_h * s_mask[1]
@@ -274,8 +302,8 @@ def key_kernel(
             head_row_term = row_term + o_rows
         for i_0 in range(start, end, BI):
             o_i = i_0 + tl.arange(0, BI)
-            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
-            b_q_t = rows(head_q_t, i_0, s_q_t[2], o_i < N, BI, D_T, BD_T, WIDEN)  # [BI, BD_T]
+            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
+            b_q_t = rows(head_q_t, i_0, s_q_t[2], o_i < N, BI, D_T, BD_T, WIDEN, True)  # [BI, BD_T]
             b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
             b_log_t = dot(b_k_t, tl.trans(b_q_t)) * scale_t - log_sums(lse_t + o_rows, i_0, N, BI)[None, :]
             if MASK == 2 and not PER_ELEMENT:

@@ -36,17 +36,20 @@ LEAST = tl.constexpr(2.0**-120)
 def sum_over_heads(
     q, k, s_q, s_k, lse, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-    LAYERS: tl.constexpr, WIDEN: tl.constexpr,
+    LAYERS: tl.constexpr, WIDEN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile's maps, 0 where nothing is attended to: [BI, BJ]."""
+    """Of a tile's maps, 0 where nothing is attended to, which only a tile on an EDGE has to look at: [BI, BJ]."""
     b_sum = tl.zeros([BI, BJ], tl.float32)
     for i_h in range(HEADS):
-        b_q = rows(head(q, i_l, i_b, i_h, s_q, LAYERS), i_0, s_q[2], m_i, BI, D, BD, WIDEN)  # [BI, BD]
-        b_k = rows(head(k, i_l, i_b, i_h // GROUP, s_k, LAYERS), j_0, s_k[2], m_j, BJ, D, BD, WIDEN)  # [BJ, BD]
+        head_q, head_k = head(q, i_l, i_b, i_h, s_q, LAYERS), head(k, i_l, i_b, i_h // GROUP, s_k, LAYERS)
+        b_q = rows(head_q, i_0, s_q[2], m_i, BI, D, BD, WIDEN, EDGE)  # [BI, BD]
+        b_k = rows(head_k, j_0, s_k[2], m_j, BJ, D, BD, WIDEN, EDGE)  # [BJ, BD]
         b_lse = log_sums(of_layer(lse, i_l, LAYERS) + (i_b * HEADS + i_h) * N, i_0, N, BI)
-        b_log = dot(b_q, tl.trans(b_k)) * scale + b_bias - b_lse[:, None]
-        b_sum += tl.exp2(tl.where(m_ij, b_log, -1e30))
-    return b_sum
+        b_log = dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None]
+        if EDGE:
+            b_log = tl.where(m_ij, b_log + b_bias, -1e30)
+        b_sum += tl.exp2(b_log)
+    return b_sum * (1.0 / HEADS)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "KEY_TILES"])
@@ -58,8 +61,8 @@ def mean_kernel(
     MSE: tl.constexpr, GRAD: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile's sum of terms into total [LAYERS, B, TILES * KEY_TILES], and with GRAD its G into quotients [B, N, >= M]
-    a layer, 0 where nothing is attended to."""
+    """A tile's sum of terms into total [LAYERS, B, TILES * KEY_TILES], and with GRAD its G into quotients,
+    [B, TILES * BI, KEY_TILES * BJ] a layer, 0 where nothing is attended to and beyond queries and keys."""
     i_l = tl.program_id(1)
     i_b = (tl.program_id(0) // (TILES * KEY_TILES)).to(tl.int64)
     i_0, j_0 = tl.program_id(0) // KEY_TILES % TILES * BI, tl.program_id(0) % KEY_TILES * BJ
@@ -71,10 +74,10 @@ def mean_kernel(
 
     o_i, o_j = i_0 + tl.arange(0, BI), j_0 + tl.arange(0, BJ)
     length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
-    _, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
     b_g = tl.zeros([BI, BJ], tl.float32)
     b_terms = tl.zeros([BI, BJ], tl.float32)
-    if j_0 < end:
+    if (i_0 < N) & (j_0 < end):
         m_i, m_j = o_i < N, o_j < length
         of_sample = mask
         if MASK != 0:
@@ -84,14 +87,27 @@ def mean_kernel(
             CAUSAL, MASK, PER_ELEMENT, LOWEST,
         )  # fmt: skip
         m_ij = m_ij & m_i[:, None]
-        b_mean_s = sum_over_heads(
-            q_s, k_s, s_q_s, s_k_s, lse_s, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_s,
-            HEADS_S, GROUP_S, D_S, BD_S, BI, BJ, LAYERS, WIDEN,
-        ) * (1.0 / HEADS_S)  # fmt: skip
-        b_mean_t = sum_over_heads(
-            q_t, k_t, s_q_t, s_k_t, lse_t, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_t,
-            HEADS_T, GROUP_T, D_T, BD_T, BI, BJ, LAYERS, WIDEN,
-        ) * (1.0 / HEADS_T)  # fmt: skip
+        looks = MASK != 0
+        if MASK == 0:
+            looks = (i_0 + BI > N) | (j_0 + BJ > whole)
+        if looks:
+            b_mean_s = sum_over_heads(
+                q_s, k_s, s_q_s, s_k_s, lse_s, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_s,
+                HEADS_S, GROUP_S, D_S, BD_S, BI, BJ, LAYERS, WIDEN, True,
+            )  # fmt: skip
+            b_mean_t = sum_over_heads(
+                q_t, k_t, s_q_t, s_k_t, lse_t, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_t,
+                HEADS_T, GROUP_T, D_T, BD_T, BI, BJ, LAYERS, WIDEN, True,
+            )  # fmt: skip
+        else:
+            b_mean_s = sum_over_heads(
+                q_s, k_s, s_q_s, s_k_s, lse_s, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_s,
+                HEADS_S, GROUP_S, D_S, BD_S, BI, BJ, LAYERS, WIDEN, False,
+            )  # fmt: skip
+            b_mean_t = sum_over_heads(
+                q_t, k_t, s_q_t, s_k_t, lse_t, i_l, i_b, i_0, j_0, m_i, m_j, m_ij, b_bias, N, scale_t,
+                HEADS_T, GROUP_T, D_T, BD_T, BI, BJ, LAYERS, WIDEN, False,
+            )  # fmt: skip
         b_difference = b_mean_s - b_mean_t
         if MSE:
             b_terms = b_difference * b_difference
@@ -105,16 +121,15 @@ def mean_kernel(
 
     tl.store(p_total, tl.sum(b_terms))
     if GRAD:
-        quotients = of_layer(quotients, i_l, LAYERS) + (i_b * N + i_0) * s_quotients
-        p_g = quotients + (tl.arange(0, BI)[:, None] * s_quotients + o_j[None, :])
-        tl.store(p_g, b_g.to(p_g.dtype.element_ty), mask=(o_i < N)[:, None] & (o_j < M)[None, :])
+        quotients = of_layer(quotients, i_l, LAYERS) + i_b * s_quotients[0] + tl.cast(i_0, tl.int64) * s_quotients[1]
+        p_g = quotients + (tl.arange(0, BI)[:, None] * s_quotients[1] + o_j[None, :])
+        tl.store(p_g, b_g.to(p_g.dtype.element_ty))
 
 
 @triton.jit
-def quotient_tile(quotients, s_quotients, i_0, r_i, o_j, N, M):
+def quotient_tile(quotients, s_row, i_0, r_i, o_j):
     """G of queries i_0 + r_i and keys o_j, [BI, 1] and [1, BJ] or [1, BI] and [BJ, 1], in float32."""
-    pointers = quotients + tl.cast(i_0, tl.int64) * s_quotients + (r_i * s_quotients + o_j)
-    return tl.load(pointers, mask=(i_0 + r_i < N) & (o_j < M), other=0.0).to(tl.float32)
+    return tl.load(quotients + tl.cast(i_0, tl.int64) * s_row + (r_i * s_row + o_j)).to(tl.float32)
 
 
 @triton.jit
@@ -158,18 +173,18 @@ def mean_query_kernel(
     length = length_of(key_lengths, i_l, i_b, M, LAYERS, LENGTHS)
     if MASK != 0:
         mask = head(mask, i_l, i_b, 0, s_mask, LAYERS)
-    quotients = of_layer(quotients, i_l, LAYERS) + i_b * N * s_quotients
+    quotients = of_layer(quotients, i_l, LAYERS) + i_b * s_quotients[0]
     k_s = head(k_s, i_l, i_b, i_h // GROUP_S, s_k_s, LAYERS)
-    b_q_s = rows(head(q_s, i_l, i_b, i_h, s_q_s, LAYERS), i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
+    b_q_s = rows(head(q_s, i_l, i_b, i_h, s_q_s, LAYERS), i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
     b_lse_s = log_sums(of_layer(lse_s, i_l, LAYERS) + o_rows, i_0, N, BI)
     r_i = tl.arange(0, BI)[:, None]
-    whole, end = ends(i_0, N, length, BI, CAUSAL, MASK)
+    whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
 
     b_row_term = tl.zeros([BI], tl.float32)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
-        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
+        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
@@ -180,8 +195,8 @@ def mean_query_kernel(
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
-        b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[None, :], N, M)
+        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
+        b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
@@ -214,10 +229,11 @@ def mean_key_kernel(
     m_j = o_j < length
     if MASK != 0:
         mask = head(mask, i_l, i_b, 0, s_mask, LAYERS)
-    quotients = of_layer(quotients, i_l, LAYERS) + i_b * N * s_quotients
+    quotients = of_layer(quotients, i_l, LAYERS) + i_b * s_quotients[0]
     q_s = of_layer(q_s, i_l, LAYERS) + i_b * s_q_s[0]
     lse_s, row_term = of_layer(lse_s, i_l, LAYERS), of_layer(row_term, i_l, LAYERS)
-    b_k_s = rows(head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+    k_s = head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS)
+    b_k_s = rows(k_s, j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
     # The first query that attends to a key of this tile, and the first from which on all attend to all for sure.
     start, whole, end = 0, tl.where(j_0 + BJ > length, N, 0), N
     if CAUSAL:
@@ -235,8 +251,8 @@ def mean_key_kernel(
         for i_0 in range(start, end, BI):
             o_i = i_0 + tl.arange(0, BI)
             r_i = tl.arange(0, BI)[None, :]
-            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
-            b_g = quotient_tile(quotients, s_quotients, i_0, r_i, o_j[:, None], N, M)
+            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
+            b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[:, None])
             b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
             if i_0 < whole:
                 m_ji, b_bias = allowed(

@@ -20,15 +20,21 @@ def head(pointers, i_l, i_b, i_h, strides, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def rows(base, i_0, s_row, m_row, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
-    """BR rows of D elements each from row i_0 on, zeros where masked: [BR, BD]."""
+def rows(
+    base, i_0, s_row, m_row, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """BR rows of D elements each from row i_0 on, with zeros where m_row is not, if MASKED: [BR, BD]."""
     o_d = tl.arange(0, BD)
     # 32-bit offsets from a 64-bit row, which do not change in a loop.
     pointers = base + tl.cast(i_0, tl.int64) * s_row + (tl.arange(0, BR)[:, None] * s_row + o_d[None, :])
-    if D == BD:
+    if D < BD:
+        m_d = (o_d < D)[None, :]
+        b_x = tl.load(pointers, mask=m_row[:, None] & m_d if MASKED else m_d, other=0.0)
+    elif MASKED:
         b_x = tl.load(pointers, mask=m_row[:, None], other=0.0)
     else:
-        b_x = tl.load(pointers, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+        b_x = tl.load(pointers)
     if WIDEN:
         b_x = b_x.to(tl.float32)
     return b_x
@@ -99,8 +105,9 @@ def where_am_i(H, TILES, BR: tl.constexpr):
 
 
 @triton.jit
-def ends(i_0, N, length, BI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
-    """How many of the first keys every query of a tile attends to for sure, and how many any of them.
+def ends(i_0, N, length, BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr):
+    """Up to which key there are tiles of BJ that every query of a tile attends to whole, and up to which any of them
+    attends to one.
 
     With a mask nothing is sure. That is said by a number that the compiler cannot know to be below every other: a
     branch that may be taken keeps ptxas from waiting for each product where it is issued (C7515).
@@ -108,6 +115,7 @@ def ends(i_0, N, length, BI: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.conste
     whole, end = length, length
     if CAUSAL:
         whole, end = tl.minimum(length, i_0 + 1), tl.minimum(length, i_0 + BI)
+    whole = whole // BJ * BJ
     if MASK != 0:
         whole = -N
     return whole, end

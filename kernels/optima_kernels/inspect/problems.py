@@ -89,7 +89,7 @@ class Attention:
         gate = empty(self.layers, dtype=FLOAT32) if self.gated else None
         losses = attention_map_losses(**sides, **options, gate=gate, backend="triton")
         if self.trained:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.grad(losses.sum(), [x for name in ("q_s", "k_s") for x in sides[name]])
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,21 @@ class Vocabulary:
     autocast: bool = False
 
     def __call__(self) -> None:
+        self.solve(*self.heads())
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States and heads of student and teacher."""
         dtype = FLOAT32 if self.autocast else self.dtype
         narrow, wide = self.widths
+        h_s, w_s = (empty(rows, narrow, dtype=dtype, trained=True) for rows in (self.tokens, self.words))
+        return h_s, w_s, empty(self.tokens, wide, dtype=dtype), empty(self.words, wide, dtype=dtype)
+
+    def solve(self, *heads: Tensor) -> None:
+        """The call, forward and backward."""
+        dtype = heads[0].dtype
         with torch.autocast("cuda", BFLOAT16) if self.autocast else nullcontext():
             losses = linear_kl(
-                empty(self.tokens, narrow, dtype=dtype, trained=True),
-                empty(self.words, narrow, dtype=dtype, trained=True),
-                empty(self.tokens, wide, dtype=dtype),
-                empty(self.words, wide, dtype=dtype),
+                *heads,
                 bias_s=empty(self.words, dtype=dtype, trained=True) if self.biased else None,
                 bias_t=empty(self.words, dtype=dtype) if self.biased else None,
                 temperature=2.0,

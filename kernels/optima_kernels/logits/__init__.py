@@ -131,7 +131,7 @@ def linear_kl(
         gate: 0-d tensor that multiplies every returned loss; where it is 0, losses and gradients are 0 and no work is
             done, on a CPU or by the triton backend.
         budget_bytes: what the logits of both models may take at a time; as many tokens are worked on together, at
-            least one. By default what the backend does best with: `BUDGET_BYTES` in `logits.triton`, and blocks of
+            least one. By default what the backend does best with: `chunk_tokens` in `logits.triton`, and blocks of
             `BLOCK_ELEMENTS` in `logits.blocked`. Less memory costs time: on a GPU the gradient of the head is read and
             written once for every chunk.
         backend: "reference", "blocked" or "triton"; by default triton on CUDA and blocked elsewhere. float64 runs on

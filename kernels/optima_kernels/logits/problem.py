@@ -4,6 +4,8 @@ A backend offers `solve(layers, options, gate) -> list[Solution]`; `linear_kl` h
 on the tensors' device, or None; behind a closed one losses and gradients are 0.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,13 +72,21 @@ class Solution(NamedTuple):
     @classmethod
     def empty(cls, layer: Layer, options: Options) -> "Solution":
         h_s, sums = layer.h_s, layer.dtype
-        shapes = (h_s.shape, layer.w_s.shape, layer.w_s.shape[:1])
-        dtypes = (sums, options.head_dtype or sums, sums)
-        gradients = (
-            h_s.new_empty(shape if wanted else 0, dtype=dtype)
-            for shape, dtype, wanted in zip(shapes, dtypes, options.wants, strict=True)
-        )
+        gradients = (h_s.new_empty(shape, dtype=dtype) for shape, dtype in cls._gradients(layer, options))
         return cls(h_s.new_empty(2, dtype=sums), h_s.new_empty((), dtype=sums), *gradients)
+
+    @classmethod
+    def bytes_of(cls, layer: Layer, options: Options) -> int:
+        """What its gradients take."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in cls._gradients(layer, options))
+
+    @staticmethod
+    def _gradients(layer: Layer, options: Options) -> Iterator[tuple[Sequence[int], torch.dtype]]:
+        """Shape and dtype of those of state, head and bias."""
+        sums = layer.dtype
+        shapes = (layer.h_s.shape, layer.w_s.shape, layer.w_s.shape[:1])
+        for shape, dtype, wanted in zip(shapes, (sums, options.head_dtype or sums, sums), options.wants, strict=True):
+            yield (shape if wanted else (0,)), dtype
 
     @classmethod
     def zero(cls, layer: Layer, options: Options) -> "Solution":
