@@ -29,8 +29,8 @@ from optima.tasks.pictograms import HEADS
 
 CASES = int(os.environ.get("OPTIMA_FUZZ_CASES", "150"))
 MORE_BYTES = 3 * 2**30
-PATIENCE, MOST = 12.0, 40.0
-"""Seconds after which a command is told to stop (a quarter of them if it works), and after which it counts as hung."""
+PATIENCE, WORKING_PATIENCE, MOST = 20.0, 2.0, 40.0
+"""Seconds of work after which a command is told to stop, the same if it works, and after which it counts as hung."""
 
 WORKING = ("distill", "distill_hf", "compare", "pretrain", "finetune", "evaluate", "simulate", "watch", "demo")
 """What trains, scores or serves for as long as it is asked to; all else must end by itself."""
@@ -54,6 +54,7 @@ FIRST = {
     "caption": "good.jpg --run .",
     "answer": "good.jpg --run . --text cat",
     "report": "--run runs",
+    "plan": "--teacher teacher.safetensors --student student.safetensors --batch_size 2",
 }
 """What makes a command small enough to be run to its end; options at random come after it and may undo it."""
 
@@ -163,7 +164,7 @@ def test_every_command_line_ends_well(
         os.environ["HOME"] = str(place)
         return main(words)
 
-    patience = PATIENCE / 4 if words[0] in WORKING else PATIENCE
+    patience = WORKING_PATIENCE if words[0] in WORKING else PATIENCE
     ended = run_command(call, more_bytes=MORE_BYTES, patience=patience, most=MOST)
     shutil.rmtree(place, ignore_errors=True)
     tally.append(ended)

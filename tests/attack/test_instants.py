@@ -137,8 +137,12 @@ def places(whole: Whole, harm: str, draws: Random) -> list[int]:
     if harm == "cut short":
         count = 10 if INSTANTS == "all" else int(INSTANTS or 1)
         return [draws.randint(4096, max(4097, whole.largest)) for _ in range(count)]
-    every = list(range(1, len(whole.instants) + 1))
+    every = [at for at, _ in enumerate(whole.instants, 1) if harm == "killed" or needs_room(whole.instants[at - 1 :])]
     return every if INSTANTS == "all" else sorted(draws.sample(every, min(int(INSTANTS or 1), len(every))))
+
+
+def needs_room(instants: list[Instant]) -> bool:
+    return any(instant.event in GROWING for instant in instants)
 
 
 @pytest.mark.parametrize("harm", HARMS if INSTANTS else ["drawn"])
