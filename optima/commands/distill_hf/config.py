@@ -33,6 +33,8 @@ class DistillHfConfig:
         held_every: Every so many rows one is held out, for the probe and the scores.
         held_rows: Held rows that the final scores are measured on; 0 takes all.
         max_length: Tokens of a row, at most; longer ones are cut.
+        recompute: Keep of each of the student's layers its input alone, and run the layer again in the backward pass:
+            less memory, more time.
         lora: Rank of PEFT's LoRA adapters in place of training all of the student; 0 trains all of it. The adapters are
             merged into the student that is written.
         engine: Rounds, losses, optimiser, bandit and reward.
@@ -61,6 +63,7 @@ class DistillHfConfig:
     held_every: int = 10
     held_rows: int = 256
     max_length: int = 512
+    recompute: bool = False
     lora: int = 0
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     checkpoint_every: int = 5
@@ -78,5 +81,7 @@ class DistillHfConfig:
         refuse_below(1, self, "batch_size", "probe_size", "checkpoint_every", "keep", "max_length")
         refuse_below(2, self, "held_every")
         refuse_below(0, self, "held_rows", "lora", "seed", "threads")
+        if self.engine.compile:
+            raise ValueError("engine.compile must be false: the hooks that catch hidden states cannot be compiled")
         if self.streaming and not self.held_rows:
             raise ValueError("held_rows 0 takes all of them, which a stream cannot; give a number with streaming")
