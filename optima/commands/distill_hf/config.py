@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from optima.commands.options import ChipConfig
 from optima.runs.config import TrackerName, refuse_below
 from optima_core.config import DistillerConfig
 from optima_core.processes import Strategy
@@ -85,3 +86,16 @@ class DistillHfConfig:
             raise ValueError("engine.compile must be false: the hooks that catch hidden states cannot be compiled")
         if self.streaming and not self.held_rows:
             raise ValueError("held_rows 0 takes all of them, which a stream cannot; give a number with streaming")
+
+
+@dataclass(frozen=True)
+class PlanHfConfig(ChipConfig, DistillHfConfig):
+    """A distillation of models of transformers: the options and resolved config.yaml of `distill_hf`, as they are.
+
+    Of both models a config.json is enough, beside the teacher's processor; of the data, the first rows are read. What
+    bears on neither memory nor the time of a step has no effect.
+    """
+
+    def __post_init__(self) -> None:
+        DistillHfConfig.__post_init__(self)
+        ChipConfig.__post_init__(self)

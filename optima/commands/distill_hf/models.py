@@ -34,6 +34,13 @@ def load_model(place: str, what: str) -> Any:
         return kind.from_pretrained(place, dtype=torch.float32)
 
 
+def make_empty(place: str, what: str) -> Any:
+    """The model with shapes and no values, on the device "meta". Raises OptimaError as `load_model`."""
+    with _told(place, what), torch.device("meta"):
+        kind, config = _kind(place, what)
+        return kind(config)
+
+
 def _kind(place: str, what: str) -> tuple[Any, Any]:
     """The class that a configuration names, and the configuration."""
     import transformers

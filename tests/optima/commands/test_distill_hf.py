@@ -109,6 +109,30 @@ def test_scoring_runs_each_model_once_a_batch(
     }
 
 
+def test_recomputed_layers_run_again_and_learn_the_same(
+    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    ran = 0
+    forward = LlamaMLP.forward
+
+    def counting(self: Any, *given: Any, **named: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    kept = run(config(tmp_path, data=data, run=tmp_path / "kept", **llamas)).scores
+    once, ran = ran, 0
+    again = run(config(tmp_path, data=data, recompute=True, **llamas)).scores
+    # Of 2 layers, in each of 6 steps, at least once more.
+    assert ran >= once + 2 * 6
+    for model, losses in again.items():
+        assert losses == pytest.approx(kept[model], rel=1e-5, abs=1e-7)
+
+
 def test_a_report_is_drawn_and_runs_are_set_side_by_side(tmp_path: Path, llamas: dict[str, str]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", question)
     runs = [tmp_path / name for name in ("one", "two")]
