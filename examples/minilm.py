@@ -101,9 +101,6 @@ def train(teacher: nn.Module, sentences: list[str], layers: float, seed: int, op
     pairs = pair_modules(ours.adaptor, theirs.adaptor, tokens(sentences[:2]), layer_map=KEPT)
     config = ObjectiveConfig(logits=1.0, hidden=layers, attention=layers, temperature=1.0)
     distillation = Distillation(student, ours, theirs, pairs, config)
-    for projection in distillation.objective.projections["encoder"]:
-        nn.init.eye_(projection.weight)  # cut out of the teacher, the student speaks its language already
-        nn.init.zeros_(projection.bias)
 
     optimiser = torch.optim.AdamW(distillation.parameters(), lr=2e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-4, total_steps=options.steps)

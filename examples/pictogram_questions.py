@@ -157,7 +157,7 @@ def ways(rounds: int, bf16: bool) -> Iterator[tuple[str, DistillerConfig]]:
     for name, layers, policy in (
         ("answers alone", 0.0, "all_modules"),
         ("all layers", 1.0, "all_modules"),
-        ("layers, chosen", 2.0, "discounted_thompson"),
+        ("layers, chosen", 1.0, "discounted_thompson"),
     ):
         objective = ObjectiveConfig(hidden=layers, attention=layers)
         yield name, DistillerConfig(rounds, 10, objective=objective, bandit=BanditConfig(policy), **shared)

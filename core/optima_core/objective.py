@@ -99,6 +99,8 @@ class _Means(NamedTuple):
 class Objective(nn.Module):
     """Holds the learned projections from student to teacher width, one a layer, and computes the losses.
 
+    Projections start as the identity where both widths are equal, else from random numbers.
+
     weigh: counts [means] -> factors [means] that the means are multiplied by, for batches that are slices of a larger
         one (`optima_core.parallel.Ranks.weigh`); None leaves them as they are.
 
@@ -125,7 +127,7 @@ class Objective(nn.Module):
         self.projections = nn.ModuleDict(
             {
                 pair.name: nn.ModuleList(
-                    nn.Linear(pair.student_width, pair.teacher_width) for _ in range(pair.student_layers)
+                    _projection(pair.student_width, pair.teacher_width) for _ in range(pair.student_layers)
                 )
                 for pair in modules
             }
@@ -285,6 +287,18 @@ class Objective(nn.Module):
             gate=_of_layers(gate, len(pairs)),
         )
         return _Means(losses, partial(_count_attended, ours, config.attention_kind))
+
+
+def _projection(student: int, teacher: int) -> nn.Linear:
+    """From one width to another: the identity at first where they are equal, else random.
+
+    A student that is cut out of its teacher speaks its language already.
+    """
+    projection = nn.Linear(student, teacher)
+    if student == teacher:
+        nn.init.eye_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    return projection
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

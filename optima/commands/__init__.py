@@ -125,6 +125,14 @@ COMMANDS = {
             "utilisation", "json",
         ),
     ),
+    "plan_hf": Command(
+        "Say what a distillation of models of transformers will need.",
+        _HERE + "distill_hf.config:PlanHfConfig", _HERE + "plan:plan_hf",
+        matter=(
+            "teacher", "student", "data", "modules", "batch_size", "max_length", "recompute", "lora", "chip", "memory",
+            "utilisation", "json",
+        ),
+    ),
     "doctor": Command(
         "Say what this machine offers and what will be used of it.",
         _OPTIONS + "DoctorConfig", _HERE + "doctor:doctor",

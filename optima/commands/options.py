@@ -326,7 +326,36 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig(DistillConfig):
+class ChipConfig:
+    """What a plan's step runs on.
+
+    Attributes:
+        chip: What the run's whole time is estimated for. Of "cpu" memory is counted as a CPU's step takes it.
+        peak: 10^12 operations a second that the chip's arithmetic can do; 0 takes its maker's figure. A CPU has none:
+            without one its time is not estimated.
+        bandwidth: 10^12 bytes a second of the chip's memory; 0 takes its maker's figure.
+        memory: Memory of the GPU that the step must fit, GB.
+        utilisation: Share of a chip's peak arithmetic that is assumed to be reached, in (0, 1].
+        json: Print the figures as JSON instead of tables.
+    """
+
+    chip: Chip = "H100"
+    peak: float = 0.0
+    bandwidth: float = 0.0
+    memory: float = 80.0
+    utilisation: float = 0.4
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_below(0, self, "peak", "bandwidth")
+        if not 0 < self.memory < math.inf:
+            raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation must be in (0, 1], got {self.utilisation}")
+
+
+@dataclass(frozen=True)
+class PlanConfig(ChipConfig, DistillConfig):
     """A distillation: the options, recipes and resolved config.yaml of `distill`, as they are.
 
     No data set needs to be there, and no weights: `teacher` and `student` may also be names of presets, whose sizes
@@ -337,32 +366,15 @@ class PlanConfig(DistillConfig):
             items a step, engine.precision and recompute.
         gpus: GPUs that share the distillation's batches as `parallel` and `shard_over` say.
         cluster: What several GPUs stand in.
-        chip: What the run's whole time is estimated for. Of "cpu" memory is counted as a CPU's step takes it.
-        peak: 10^12 operations a second that the chip's arithmetic can do; 0 takes its maker's figure. A CPU has none:
-            without one its time is not estimated.
-        bandwidth: 10^12 bytes a second of the chip's memory; 0 takes its maker's figure.
-        memory: Memory of the GPU that the step must fit, GB.
-        utilisation: Share of a chip's peak arithmetic that is assumed to be reached, in (0, 1].
-        json: Print the figures as JSON instead of tables.
     """
 
     stage: Literal["distill", "finetune"] = "distill"
     gpus: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    chip: Chip = "H100"
-    peak: float = 0.0
-    bandwidth: float = 0.0
-    memory: float = 80.0
-    utilisation: float = 0.4
-    json: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_below(0, self, "peak", "bandwidth")
+        DistillConfig.__post_init__(self)
+        ChipConfig.__post_init__(self)
         refuse_below(1, self, "gpus")
         if self.gpus > 1 and (self.chip == "cpu" or self.stage == "finetune"):
             raise ValueError(f"gpus {self.gpus} share a distillation on GPUs, got chip {self.chip}, stage {self.stage}")
-        if not 0 < self.memory < math.inf:
-            raise ValueError(f"memory must be a finite number of GB above 0, got {self.memory}")
-        if not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation must be in (0, 1], got {self.utilisation}")

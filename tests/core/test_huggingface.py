@@ -211,7 +211,8 @@ def test_autocast_lends_what_autocast_compares(seed: int) -> None:
 
 def test_compiling_is_refused_in_a_line(seed: int) -> None:
     student, teacher = tiny_transformers.make("Llama"), tiny_transformers.make("Llama", 3)
-    engine = distiller(student, teacher, words(), DistillerConfig(rounds=1, steps_per_round=1, compile=True))
+    # The first step looks at gradients, which no graph does.
+    engine = distiller(student, teacher, words(), DistillerConfig(rounds=1, steps_per_round=2, compile=True))
     with pytest.raises(OptimaError, match="compile: false"):
         engine.run_round()
 
@@ -224,6 +225,32 @@ def test_models_that_are_compiled_already_are_refused_in_a_line(seed: int) -> No
     layer.get_submodule("model.layers.1").compile()
     with pytest.raises(OptimaError, match=r"model\.layers\.1 is compiled"):
         adaptor.run({"language": (0,)}, **words())
+    swapped = tiny_transformers.make("Llama")
+    adaptor = TransformersAdaptor(swapped)
+    layers = swapped.get_submodule("model.layers")
+    layers[1] = torch.compile(layers[1])  # type: ignore[operator, index]
+    with pytest.raises(OptimaError, match=r"model\.layers\.1 is compiled"):
+        adaptor.run({"language": (0, 1)}, **words())
+
+
+def test_a_model_is_walked_through_once_and_not_in_every_pass(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_transformers.make("SmolVLM").train(), CASES["SmolVLM"].batch()
+    adaptor = TransformersAdaptor(model)
+    wanted = {name: tuple(range(adaptor.depth(name))) for name in adaptor.modules}
+    adaptor.run(wanted, **batch)
+    walked = 0
+    walk = nn.Module.named_modules
+
+    def counting(self: nn.Module, *given: Any, **named: Any) -> Any:
+        nonlocal walked
+        walked += 1
+        return walk(self, *given, **named)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    model(**batch)
+    own = walked
+    adaptor.run(wanted, **batch)
+    assert walked == 2 * own
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])

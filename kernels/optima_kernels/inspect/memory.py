@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes that were alive at a time during `call`, beside what was there before it; results count."""
-    with _Alive() as alive:
+    alive = _Alive()
+    with alive:
         kept = call()
     del kept
     return alive.peak

@@ -1,6 +1,7 @@
 """Rows as the keyword arguments of a model: what its processor makes of them, and labels for what is to be said."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ class Batches:
         rows: Training rows and held ones.
         processor: The teacher's processor or tokenizer.
         model: The student, which says what kind of arguments are needed: a causal language model with or without
-            images gets labels; a model of image and text (CLIP's kin) is asked for its own loss; any other model
-            gets its inputs alone, and is distilled without labels.
+            images gets labels; an encoder with a decoder reads what is asked and gets labels; a model of image and text
+            (CLIP's kin) is asked for its own loss; any other model gets its inputs alone, and is distilled without
+            labels.
         size: Rows a batch, of which this rank takes a slice.
         ranks: The processes of the run.
     """
@@ -29,11 +31,6 @@ class Batches:
     def __init__(
         self, rows: Source, processor: Any, model: Any, *, size: int, max_length: int, ranks: Ranks | None = None
     ) -> None:
-        if model.config.is_encoder_decoder:
-            raise OptimaError(
-                f"{type(model).__name__} has an encoder and a decoder, for which rows cannot be made; take "
-                "optima_core.integrations.huggingface with batches of your own"
-            )
         self._rows, self._processor, self._size, self._ranks = rows, processor, size, ranks or Ranks()
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._tokenizer.padding_side = "right"
@@ -42,7 +39,8 @@ class Batches:
         self._max_length = max_length
         self.held = rows.held
         """How many rows are held out."""
-        self._generates, self._contrasts = model.can_generate(), hasattr(model, "logit_scale")
+        self._contrasts = hasattr(model, "logit_scale")
+        self._arguments = self._kind(model)
         if self._contrasts and self._ranks.count > 1:
             raise OptimaError(
                 f"{type(model).__name__} compares the rows of a batch with each other, which {self._ranks.count} ranks "
@@ -66,35 +64,78 @@ class Batches:
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The keyword arguments of the model for these rows."""
-        if not self._generates:
-            found = self._processed([row.answer for row in rows], rows)
-            return found | ({"return_loss": True} if self._contrasts else {})
+        return self._arguments(rows)
+
+    def _kind(self, model: Any) -> Callable[[Sequence[Row]], dict[str, Any]]:
+        """How the model's arguments are made."""
+        if model.config.is_encoder_decoder:
+            if model.main_input_name != "input_ids":
+                raise OptimaError(
+                    f"{type(model).__name__} reads {model.main_input_name}, and rows are made for encoders that read "
+                    "input_ids; take optima_core.integrations.huggingface with batches of your own"
+                )
+            return self._read_and_said
+        if not model.can_generate():
+            return self._shown
+        return self._joined if "suffix" in signature(type(self._processor).__call__).parameters else self._said
+
+    def _shown(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Without labels."""
+        found = self._processed([row.answer for row in rows], rows, one_image=True)
+        return found | ({"return_loss": True} if self._contrasts else {})
+
+    def _said(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What is asked and what is to be said as one text, the latter labelled."""
         asked = [self._asked(row) for row in rows]
         end = self._tokenizer.eos_token or ""
         said = [prompt + row.answer + end for prompt, row in zip(asked, rows, strict=True)]
-        found = self._processed(said, rows)
-        lengths = torch.zeros(len(rows), dtype=torch.int64)
-        if any(asked):
-            lengths = self._processed(asked, rows)["attention_mask"].sum(1)
+        # A prompt begins with what texts begin with, and would otherwise get it twice.
+        found = self._processed(said, rows, add_special_tokens=False)
         ids, valid = found["input_ids"], found["attention_mask"].bool()
+        lengths = self._lengths(asked)
+        if rows[0].images:
+            # In place of an image a processor puts many words, all of them before the answer.
+            lengths += valid.sum(1) - self._lengths(said)
         prompt = torch.arange(ids.shape[1])[None] < lengths[:, None]
         found["labels"] = ids.masked_fill(prompt | ~valid, IGNORED)
         return found
 
-    def _processed(self, texts: list[str], rows: Sequence[Row]) -> dict[str, Any]:
-        options = {"padding": True, "truncation": True, "max_length": self._max_length, "return_tensors": "pt"}
-        # A prompt begins with what texts begin with, and would otherwise get it twice.
-        options |= {"add_special_tokens": not self._generates}
+    def _joined(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """By a processor that joins the two itself, and labels what is to be said (PaliGemma's)."""
+        image = self._processor.image_token
+        asked = [image * len(row.images) + _words(row.asked) for row in rows]
+        return self._processed(asked, rows, suffix=[row.answer for row in rows])
+
+    def _read_and_said(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What an encoder reads, and what a decoder is to say."""
+        if any(row.images or not row.asked for row in rows):
+            raise OptimaError(
+                "an encoder with a decoder reads a question and says an answer: rows of question and answer, or "
+                "messages, are needed, without images"
+            )
+        found = self._processed([_words(row.asked) for row in rows], rows)
+        said = self._processed([row.answer for row in rows], rows, as_target=True)
+        valid = said["attention_mask"]
+        return found | {"labels": said["input_ids"].masked_fill(valid == 0, IGNORED), "decoder_attention_mask": valid}
+
+    def _lengths(self, texts: list[str]) -> torch.Tensor:
+        """Words of each text, as they are written: int64 [rows]."""
+        return torch.tensor([len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]])
+
+    def _processed(
+        self, texts: list[str], rows: Sequence[Row], one_image: bool = False, as_target: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        options = {"padding": True, "truncation": True, "max_length": self._max_length, "return_tensors": "pt"} | more
         images = [list(row.images) for row in rows]
-        if any(images):
-            if not all(images):
-                raise OptimaError("some rows have images and others have none; a batch must be of one kind")
-            given = images if self._generates else [image for (image,) in images]
-            # Cutting a row could cut its image's tokens, which processors refuse.
-            if self._generates:
-                options = {name: x for name, x in options.items() if name not in ("truncation", "max_length")}
-            return dict(self._processor(images=given, text=texts, **options))
-        return dict(self._tokenizer(texts, **options))
+        if not any(images):
+            return dict(self._tokenizer(**{"text_target" if as_target else "text": texts}, **options))
+        if not all(images):
+            raise OptimaError("some rows have images and others have none; a batch must be of one kind")
+        if one_image:
+            return dict(self._processor(images=[image for (image,) in images], text=texts, **options))
+        # Cutting a row could cut its image's tokens, which processors refuse.
+        options = {name: x for name, x in options.items() if name not in ("truncation", "max_length")}
+        return dict(self._processor(images=images, text=texts, **options))
 
     def _asked(self, row: Row) -> str:
         """What comes before the answer, as text."""
@@ -110,3 +151,8 @@ class Batches:
 def _as_text(message: Message) -> Message:
     """Templates of language models expect a message's words, not its parts."""
     return {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}
+
+
+def _words(messages: Sequence[Message]) -> str:
+    """All that messages say, a line each."""
+    return "\n".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")

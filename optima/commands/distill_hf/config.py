@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from optima.commands.options import ChipConfig
 from optima.runs.config import TrackerName, refuse_below, refuse_impatience
 from optima_core.config import DistillerConfig
 from optima_core.processes import Strategy
@@ -33,6 +34,8 @@ class DistillHfConfig:
         held_every: Every so many rows one is held out, for the probe and the scores.
         held_rows: Held rows that the final scores are measured on; 0 takes all.
         max_length: Tokens of a row, at most; longer ones are cut.
+        recompute: Keep of each of the student's layers its input alone, and run the layer again in the backward pass:
+            less memory, more time.
         lora: Rank of PEFT's LoRA adapters in place of training all of the student; 0 trains all of it. The adapters are
             merged into the student that is written.
         engine: Rounds, losses, optimiser, bandit and reward.
@@ -63,6 +66,7 @@ class DistillHfConfig:
     held_every: int = 10
     held_rows: int = 256
     max_length: int = 512
+    recompute: bool = False
     lora: int = 0
     engine: DistillerConfig = field(default_factory=DistillerConfig)
     checkpoint_every: int = 5
@@ -82,5 +86,20 @@ class DistillHfConfig:
         refuse_below(2, self, "held_every")
         refuse_below(0, self, "held_rows", "lora", "seed", "threads")
         refuse_impatience(self.patience)
+        if self.engine.compile:
+            raise ValueError("engine.compile must be false: the hooks that catch hidden states cannot be compiled")
         if self.streaming and not self.held_rows:
             raise ValueError("held_rows 0 takes all of them, which a stream cannot; give a number with streaming")
+
+
+@dataclass(frozen=True)
+class PlanHfConfig(ChipConfig, DistillHfConfig):
+    """A distillation of models of transformers: the options and resolved config.yaml of `distill_hf`, as they are.
+
+    Of both models a config.json is enough, beside the teacher's processor; of the data, the first rows are read. What
+    bears on neither memory nor the time of a step has no effect.
+    """
+
+    def __post_init__(self) -> None:
+        DistillHfConfig.__post_init__(self)
+        ChipConfig.__post_init__(self)

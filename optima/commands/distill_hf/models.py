@@ -1,8 +1,10 @@
 """The models of a distillation, from folders or the Hub, and the student as it is written."""
 
+import contextlib
 import copy
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,51 @@ import torch
 from optima_core.errors import OptimaError
 
 
+def require_transformers() -> None:
+    """Raises OptimaError if it is not installed; what it says beside errors is left out from now on."""
+    try:
+        import transformers
+    except ImportError:
+        raise OptimaError("transformers is not installed; `pip install transformers datasets`") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def load_model(place: str, what: str) -> Any:
     """The model of a folder or name, in the class that its configuration names; without weights it is random.
 
     Raises OptimaError, saying `what` it was for, if it cannot be loaded.
     """
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(place)
-        names = config.architectures or []
-        if not names or not hasattr(transformers, names[0]):
-            raise OptimaError(f"{what} {place}: its config.json names no class of transformers in architectures")
-        kind = getattr(transformers, names[0])
+    with _told(place, what):
+        kind, config = _kind(place, what)
         folder = Path(place)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             return kind(config)
         return kind.from_pretrained(place, dtype=torch.float32)
+
+
+def make_empty(place: str, what: str) -> Any:
+    """The model with shapes and no values, on the device "meta". Raises OptimaError as `load_model`."""
+    with _told(place, what), torch.device("meta"):
+        kind, config = _kind(place, what)
+        return kind(config)
+
+
+def _kind(place: str, what: str) -> tuple[Any, Any]:
+    """The class that a configuration names, and the configuration."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place)
+    names = config.architectures or []
+    if not names or not hasattr(transformers, names[0]):
+        raise OptimaError(f"{what} {place}: its config.json names no class of transformers in architectures")
+    return getattr(transformers, names[0]), config
+
+
+@contextlib.contextmanager
+def _told(place: str, what: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise OptimaError(f"{what} {place} cannot be loaded: {_first_line(error)}") from error
 
@@ -49,6 +79,17 @@ def with_adapters(student: Any, rank: int) -> Any:
     except ImportError:
         raise OptimaError("lora is on and peft is not installed; `pip install peft`") from None
     return peft.get_peft_model(student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def recompute_layers(student: Any) -> None:
+    """Lets layers keep their inputs alone, and run again in the backward pass."""
+    # Its name before transformers 5.21, which later ones deprecate.
+    name = "activation_checkpointing_enable"
+    enable = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise OptimaError(f"recompute: {_first_line(error)}") from error
 
 
 def write_student(student: Any, processor: Any, folder: Path, card: str, push_to: str | None) -> None:

@@ -6,13 +6,20 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from optima.commands.console import make_console, make_table
 from optima.commands.distill_hf.config import DistillHfConfig
+from optima.commands.distill_hf.models import (
+    load_model,
+    load_processor,
+    recompute_layers,
+    require_transformers,
+    with_adapters,
+    write_student,
+)
 from optima.runs.config import told_in_a_line
 from optima.runs.directory import CHECKPOINTS, RunDirectory, fingerprint, flat
 from optima.runs.display import Tracked, make_display
@@ -36,12 +43,7 @@ Losses = dict[str, float]
 
 def run_distill_hf(config: DistillHfConfig) -> None:
     """Distils, then prints the losses on held-out rows."""
-    try:
-        import transformers
-    except ImportError:
-        raise OptimaError("transformers is not installed; `pip install transformers datasets`") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    require_transformers()
     summary = distill_hf(config)
     if summary is None:
         return
@@ -57,8 +59,6 @@ def run_distill_hf(config: DistillHfConfig) -> None:
 
 def distill_hf(config: DistillHfConfig) -> Summary | None:
     """Runs the job and returns what summary.json holds; None on ranks other than the first, which write nothing."""
-    from optima.commands.distill_hf.models import load_model, load_processor, with_adapters
-
     started = time.monotonic()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -83,6 +83,8 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
         batches = _make_batches(config, processor, student, ranks)
         if config.lora:
             student = with_adapters(student, config.lora)
+        if config.recompute:
+            recompute_layers(student)
         whole = copy.deepcopy(student) if ranks.sharded else None
         ranks.shard(teacher)
         watch = StallWatch(ranks, config.patience)
@@ -156,7 +158,7 @@ class _Job:
         config, distiller, directory = self.config, self.distiller, self.directory
         ranks = distiller.ranks
         if saved is None:
-            self.scores["before"] = self._losses()
+            self.scores["before"], _ = self._losses()
         else:
             distiller.restore(saved.part("distiller"))
             state = saved.state
@@ -186,21 +188,14 @@ class _Job:
 
     def score(self) -> None:
         """Measures the student after, and the teacher, whose distance from itself is 0. All ranks must call this."""
-        training = self.distiller.training
-
-        def own(batch: dict[str, Any]) -> Losses:
-            loss = training.teach(batch, ()).task_loss
-            return {} if loss is None else {"task": float(loss)}
-
-        self.scores["after"] = self._losses()
-        self.scores["teacher"] = dict.fromkeys(self.scores["after"], 0.0) | self._mean(own)
+        self.scores["after"], own = self._losses()
+        self.scores["teacher"] = dict.fromkeys(self.scores["after"], 0.0) | own
 
     def finish(
         self, directory: RunDirectory, student: Any, processor: Any, sizes: dict[str, int], rounds: list[Round]
     ) -> Summary:
         """Writes the student, and what the report is drawn from."""
         from optima.commands.distill_hf.card import model_card
-        from optima.commands.distill_hf.models import write_student
 
         config = self.config
         summary = Summary(
@@ -227,27 +222,21 @@ class _Job:
             write_report(directory.path)
         return summary
 
-    def _losses(self) -> Losses:
-        """The student's own loss, and how far it is from the teacher; a module's is the mean over its layers."""
-        training = self.distiller.training
-
-        def measured(batch: dict[str, Any]) -> Losses:
+    def _losses(self) -> tuple[Losses, Losses]:
+        """The student's own loss, and how far it is from the teacher, a module as the mean over its layers; and the
+        teacher's own loss, if it has one. Means over held rows, all of which all ranks see.
+        """
+        training, device = self.distiller.training, self.distiller.device
+        students, teachers = _Mean(), _Mean()
+        for given, size in self.batches.held_batches(self.config.held_rows):
+            batch = _on(given, device)
+            taught = training.teach(batch, training.names)
             found: dict[str, list[float]] = defaultdict(list)
-            for name, value in training.measure(batch, training.teach(batch, training.names)).named().items():
+            for name, value in training.measure(batch, taught).named().items():
                 found["/".join(name.split("/")[:2])].append(value)
-            return {name: sum(values) / len(values) for name, values in found.items()}
-
-        return self._mean(measured)
-
-    def _mean(self, measured: Callable[[dict[str, Any]], Losses]) -> Losses:
-        """Over held rows. All ranks see all of them."""
-        totals: dict[str, float] = defaultdict(float)
-        rows = 0
-        for batch, size in self.batches.held_batches(self.config.held_rows):
-            for name, value in measured(_on(batch, self.distiller.device)).items():
-                totals[name] += size * value
-            rows += size
-        return {name: total / rows for name, total in totals.items()}
+            students.add({name: sum(values) / len(values) for name, values in found.items()}, size)
+            teachers.add({} if taught.task_loss is None else {"task": float(taught.task_loss)}, size)
+        return students.values(), teachers.values()
 
     def _spent(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -262,6 +251,22 @@ class _Job:
         }
         self.watch.at(f"saves step {self.distiller.step}")
         self.checkpoints.save(self.distiller.step, state)
+
+
+class _Mean:
+    """The mean of losses over rows, from batches of unequal sizes."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = defaultdict(float)
+        self._rows = 0
+
+    def add(self, losses: Losses, rows: int) -> None:
+        self._rows += rows
+        for name, value in losses.items():
+            self._totals[name] += rows * value
+
+    def values(self) -> Losses:
+        return {name: total / self._rows for name, total in self._totals.items()}
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

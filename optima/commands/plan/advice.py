@@ -1,36 +1,36 @@
 """What to change so that a step fits."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from optima.commands.options import PlanConfig
-from optima.commands.plan.job import Job
 from optima.commands.plan.needs import Needs
-from optima.commands.plan.predict import HEADROOM, largest_batch
+from optima.commands.plan.predict import HEADROOM, Planned, largest_batch
 
 GIB = 2**30
 FEW = 16
 """Items of a smaller probe batch, as advised where memory is short."""
 
 
-def fits(config: PlanConfig, needs: Needs) -> bool:
+def fits(config: Planned, needs: Needs) -> bool:
     """Whether the step fits the memory that was named, headroom included."""
     return needs.peak * HEADROOM <= config.memory * 1e9
 
 
-def advise(job: Job, needs: Needs) -> list[str]:
+def advise(config: Planned, measure: Callable[[Any], Needs], needs: Needs) -> list[str]:
     """Ways to make the step fit, what costs least time first; empty if it fits.
+
+    measure: what a step needs, with another configuration.
 
     bf16 is presumed in what follows it, and so are fewer probed items where the probe alone does not fit.
     """
-    config = job.config
     if fits(config, needs):
         return []
     advice = []
 
-    def changed(**changes: Any) -> tuple[PlanConfig, Needs]:
+    def changed(**changes: Any) -> tuple[Planned, Needs]:
         found = dataclasses.replace(config, **changes)
-        return found, job._replace(config=found).needs()
+        return found, measure(found)
 
     if config.engine.precision == "fp32":
         config, needs = changed(engine=dataclasses.replace(config.engine, precision="bf16"))
@@ -60,7 +60,7 @@ def advise(job: Job, needs: Needs) -> list[str]:
     return advice
 
 
-def _in_parts(config: PlanConfig, needs: Needs) -> str:
+def _in_parts(config: Planned, needs: Needs) -> str:
     """The options that cut a step's batch into equal parts that fit; empty if there are none."""
     size = config.batch_size
     fitting = [part for part in range(1, min(size, largest_batch(needs, size, config.memory) + 1)) if size % part == 0]

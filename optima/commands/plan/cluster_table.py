@@ -31,7 +31,8 @@ def plan_cluster(job: Job) -> None:
         print(json.dumps(figures, indent=1))
         return
     console = make_console()
-    show_memory(console, alone.config, f"on one of {config.gpus} GPUs, unsharded: {' -> '.join(job.names)}", needs)
+    models = f"on one of {config.gpus} GPUs, unsharded: {' -> '.join(job.names)}, {config.task}"
+    show_memory(console, alone.config, models, needs)
     show_work(console, needs)
     _show(console, config, found)
     if fit:

@@ -17,7 +17,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,15 +31,14 @@ from optima.commands.plan.operations import Operations
 from optima.task import TASKS, Task
 from optima.tasks.batches import TaskBatch
 from optima.tasks.forward import TaskForward
-from optima_core import (
-    DistillerConfig,
-    ModulePair,
-    Step,
-    recompute_activations,
-)
+from optima_core import DistillerConfig, ModulePair, Step, recompute_activations
 from optima_core.config import Precision
 from optima_core.objective import Gates
+from optima_core.step import ModelForward
 from optima_kernels import as_operators
+
+Device = Literal["gpu", "cpu"]
+"""Where a step is to run."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,21 @@ class Needs:
         return self.weights + self.optimiser + self.average + self.probe
 
 
+class Traced(NamedTuple):
+    """Two models of fake tensors, and what the engine is given of them.
+
+    batch, probe: make a batch of a step, and the held one, anew.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    teacher_forward: ModelForward[Any]
+    student_forward: ModelForward[Any]
+    pairs: Sequence[ModulePair]
+    batch: Callable[[], Any]
+    probe: Callable[[], Any]
+
+
 def measure_needs(
     teacher_config: CoCaConfig,
     student_config: CoCaConfig,
@@ -98,9 +113,9 @@ def measure_needs(
     layer_map: str | Mapping[str, Sequence[int]] = "uniform",
     single_layer_maps: bool = False,
     recompute: bool = False,
-    device: Literal["gpu", "cpu"] = "gpu",
+    device: Device = "gpu",
 ) -> Needs:
-    """Runs the step of all modules on fake tensors, as it would run on the device.
+    """`trace_needs` of two CoCas.
 
     Raises ValueError if the two models cannot be paired or the losses refuse their heads.
     """
@@ -115,62 +130,85 @@ def measure_needs(
             torch.zeros(items, dtype=torch.int64),
         )
 
-    with FakeTensorMode(), Memory() as memory:
+    fake = FakeTensorMode()
+    with fake:
         teacher = CoCa(teacher_config, heads).eval().requires_grad_(False)
         student = CoCa(student_config, heads).train()
-        if recompute:
-            recompute_activations(student.transformer_layers())
-        work = Operations(TaskForward(student, task), TaskForward(teacher, task))
-        step = _make_step(student, work, module_pairs(student, teacher, layer_map, single_layer_maps), engine, device)
+    if recompute:
+        recompute_activations(student.transformer_layers())
+    traced = Traced(
+        teacher,
+        student,
+        TaskForward(teacher, task),
+        TaskForward(student, task),
+        module_pairs(student, teacher, layer_map, single_layer_maps),
+        partial(load, batch_size),
+        partial(load, probe_size),
+    )
+    return trace_needs(traced, engine, device, fake, fake)
+
+
+def trace_needs(
+    traced: Traced,
+    engine: DistillerConfig,
+    device: Device,
+    fake: AbstractContextManager[Any],
+    running: AbstractContextManager[Any],
+) -> Needs:
+    """Runs the step of all modules, as it would run on the device.
+
+    fake: what the models' tensors were made by. running: entered, several times, while models run.
+    """
+    memory = Memory()
+    memory.add(traced.teacher, traced.student)
+    work = Operations(traced.student_forward, traced.teacher_forward)
+    with fake, memory:
+        step = _make_step(traced.student, work, traced.pairs, engine, device)
         gates = _gates(step, engine)
         averaged = 0 if step.average is None else _bytes(step.average.module)
         weights = memory.live - averaged
 
-        probe = load(probe_size)
+    with running, memory:
+        probe = traced.probe()
         taught = step.teach(probe, step.names)
         probe_bytes = memory.live - weights - averaged
         taught_peak = memory.peak
 
-        before = memory.live
-        for parameter in step.trained:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients = memory.live - before
-        step.optimiser.step()
-        step.optimiser.zero_grad(set_to_none=True)
-        states = memory.live - before
+        gradients, states = _optimised(step, memory)
 
         memory.peak = memory.live
         step.measure(probe, taught)
         probe_peak = max(taught_peak, memory.peak)
 
-        ahead = _next_taught(step, lambda: load(batch_size), memory) if _is_ahead(engine, device) else 0
+        ahead = _next_taught(step, traced.batch, memory) if _is_ahead(engine, device) else 0
 
         memory.peak = memory.live
         work.forget()
         activations = 0
         for _ in range(min(engine.accumulate, 2)):
             before = memory.live
-            batch = load(batch_size)
+            batch = traced.batch()
             losses = step.losses(batch, gates)
             activations = memory.live - before
             with work.counting("backward"):
                 step.backward(losses)
             parts = dict.fromkeys((group.module, group.kind) for group in losses if group.module is not None)
+            looks = engine.balance == "gradient" and len(losses) > len(parts)
             del losses, batch
         step.update(gates)
         step.advance()
 
         counts, of_losses = dict(work.counts), work.losses(step.objective)
-        if engine.balance == "gradient":
+        if looks:
             # Once a round the gradients of each part are looked at, for which the graph and more gradients are kept.
-            batches = [load(batch_size) for _ in range(min(engine.accumulate, 2))]
+            batches = [traced.batch() for _ in range(min(engine.accumulate, 2))]
             step.learn_apart(batches, gates, list(parts), lambda *_: torch.ones(()))
 
     times = engine.accumulate / min(engine.accumulate, 2)
     resident = weights + states + averaged + probe_bytes
     return Needs(
-        teacher_parameters=_parameters(teacher),
-        student_parameters=_parameters(student),
+        teacher_parameters=_parameters(traced.teacher),
+        student_parameters=_parameters(traced.student),
         projection_parameters=_parameters(step.objective),
         weights=weights,
         gradients=gradients,
@@ -189,18 +227,30 @@ def measure_needs(
     )
 
 
-def _is_ahead(engine: DistillerConfig, device: Literal["gpu", "cpu"]) -> bool:
+def _optimised(step: Step[Any], memory: Memory) -> tuple[int, int]:
+    """Bytes of the gradients, while there are some, and of what the optimiser keeps."""
+    before = memory.live
+    for parameter in step.trained:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = memory.live - before
+    step.optimiser.step()
+    step.optimiser.zero_grad(set_to_none=True)
+    return gradients, memory.live - before
+
+
+def _is_ahead(engine: DistillerConfig, device: Device) -> bool:
     return engine.teacher_ahead and not engine.compile and device == "cpu"
 
 
-def _next_taught(step: Step[TaskBatch], load: Callable[[], TaskBatch], memory: Memory) -> int:
+def _next_taught(step: Step[Any], load: Callable[[], Any], memory: Memory) -> int:
     """The most that a batch and the teacher's forward of it take."""
     before = memory.peak = memory.live
     step.teach(load(), step.names)
     return memory.peak - before
 
 
-class _OnGpu(Step[TaskBatch]):
+class _OnGpu(Step[Any]):
     """The engine's step as it runs on a GPU, though fake tensors are the CPU's.
 
     Half precision leaves attention fused, which on a CPU it does not; a loss is one operator rather than the many calls
@@ -222,19 +272,15 @@ def gpu_arithmetic(precision: Precision | Literal["fp16"]) -> Iterator[None]:
 
 
 def _make_step(
-    student: CoCa,
-    work: Operations,
-    pairs: Sequence[ModulePair],
-    engine: DistillerConfig,
-    device: Literal["gpu", "cpu"],
-) -> Step[TaskBatch]:
+    student: nn.Module, work: Operations, pairs: Sequence[ModulePair], engine: DistillerConfig, device: Device
+) -> Step[Any]:
     eager = dataclasses.replace(
         engine, compile=False, optimiser=dataclasses.replace(engine.optimiser, implementation="adamw")
     )
     return (_OnGpu if device == "gpu" else Step)(student, work.student, work.teacher, pairs, eager)
 
 
-def _gates(step: Step[TaskBatch], engine: DistillerConfig) -> Gates:
+def _gates(step: Step[Any], engine: DistillerConfig) -> Gates:
     """Those of all modules; an update behind gates keeps copies."""
     known = engine.read_arm and not engine.compile
     return {name: None if known else torch.ones(()) for name in step.names}

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+from optima.commands.distill_hf.config import PlanHfConfig
 from optima.commands.options import PlanConfig
 from optima.commands.plan.needs import Needs
+
+Planned = PlanConfig | PlanHfConfig
+"""What can be planned."""
 
 HEADROOM = 1.1
 """Memory that a step takes on a GPU beside its tensors, as a factor; our assumption."""
@@ -40,7 +44,7 @@ class Rates(NamedTuple):
     traffic: float
 
 
-def rates_of(config: PlanConfig, gpu: Gpu | None = None) -> Rates | None:
+def rates_of(config: Planned, gpu: Gpu | None = None) -> Rates | None:
     """Of the GPU, or else of the configuration's chip; None if that is a CPU whose peak was not given.
 
     What config.peak and config.bandwidth say goes before the maker's figures of the chip, and of no other.
@@ -70,7 +74,7 @@ def predicted_seconds(needs: Needs, rates: Rates) -> float:
     return step_seconds(needs.operations, needs.student_parameters + needs.projection_parameters, rates)
 
 
-def predicted_hours(needs: Needs, config: PlanConfig, seconds: float, items: int) -> float:
+def predicted_hours(needs: Needs, config: Planned, seconds: float, items: int) -> float:
     """An estimate of all rounds, `seconds` a step of `items` items.
 
     rounds x (steps a round x seconds + the student's forward pass on the probe, as many operations an item as in a

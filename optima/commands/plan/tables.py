@@ -3,13 +3,13 @@
 from rich.console import Console
 
 from optima.commands.console import make_console, make_table
-from optima.commands.options import PlanConfig
 from optima.commands.plan.advice import GIB
 from optima.commands.plan.needs import Needs
 from optima.commands.plan.predict import (
     GPUS,
     HEADROOM,
     OF_BANDWIDTH,
+    Planned,
     duration,
     largest_batch,
     predicted_hours,
@@ -18,7 +18,7 @@ from optima.commands.plan.predict import (
 )
 
 
-def show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> None:
+def show(config: Planned, models: str, needs: Needs, advice: list[str]) -> None:
     """Prints memory, work, estimated times, and what to change if the step does not fit."""
     console = make_console()
     show_memory(console, config, models, needs)
@@ -33,11 +33,11 @@ def show(config: PlanConfig, models: str, needs: Needs, advice: list[str]) -> No
         console.print(f"Fits {config.memory:g} GB.", style="bold")
 
 
-def show_memory(console: Console, config: PlanConfig, models: str, needs: Needs) -> None:
+def show_memory(console: Console, config: Planned, models: str, needs: Needs) -> None:
     """Prints what a step's memory is made of."""
     engine = config.engine
     title = (
-        f"{models}, {config.task}, batch {config.batch_size}"
+        f"{models}, batch {config.batch_size}"
         f"{f' x {engine.accumulate}' if engine.accumulate > 1 else ''}, {engine.precision}"
         f"{', activations recomputed' if config.recompute else ''}"
     )
@@ -76,7 +76,7 @@ def show_work(console: Console, needs: Needs) -> None:
     console.print(work)
 
 
-def _show_speed(console: Console, config: PlanConfig, needs: Needs) -> None:
+def _show_speed(console: Console, config: Planned, needs: Needs) -> None:
     headings = ("GPU", "ms a step", "items a second", "largest batch, about")
     speed = make_table(*headings, title="Predictions, not measurements")
     for gpu in GPUS.values():
@@ -95,7 +95,7 @@ def _show_speed(console: Console, config: PlanConfig, needs: Needs) -> None:
     )
 
 
-def _show_hours(console: Console, config: PlanConfig, needs: Needs) -> None:
+def _show_hours(console: Console, config: Planned, needs: Needs) -> None:
     engine, rates = config.engine, rates_of(config)
     if rates is None:
         console.print("Time on this CPU: give --peak, its 10^12 operations a second, to have it estimated.")

@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,8 @@ from PIL import Image
 hf = pytest.importorskip("transformers", reason="pip install 'optima-distill[hf]'")
 pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
 
+from tiny_hf import SIZES, WORDS, labelled, make_tokenizer, question, write_llama, write_rows  # noqa: E402
+
 from optima.commands.distill_hf.batches import Batches  # noqa: E402
 from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
 from optima.commands.distill_hf.models import load_model, load_processor, write_student  # noqa: E402
@@ -28,45 +29,6 @@ from optima.runs.reading import read_run  # noqa: E402
 from optima.runs.rows import Summary  # noqa: E402
 from optima_core import CheckpointStore, DistillerConfig, OptimaError, OptimiserConfig  # noqa: E402
 from optima_core.parallel import Ranks  # noqa: E402
-
-_MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
-WORDS = (*_MARKS, "what", "is", "it", "a", "the", "dog", "cat", "pig", "red", "big", "one", "two")
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-
-
-def make_tokenizer(template: bool = False) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    marks |= {"extra_special_tokens": {"image_token": "<image>"}}
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, **marks)
-    tokenizer.chat_template = TEMPLATE if template else None
-    return tokenizer
-
-
-def write_llama(folder: Path, layers: int, template: bool = False, weights: bool = True) -> str:
-    config = hf.LlamaConfig(
-        **SIZES, num_hidden_layers=layers, num_key_value_heads=1, vocab_size=len(WORDS), pad_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    (hf.LlamaForCausalLM(config) if weights else config).save_pretrained(folder)
-    make_tokenizer(template).save_pretrained(folder)
-    return str(folder)
-
-
-def write_rows(path: Path, row: Callable[[int], dict[str, Any]], count: int = 40) -> Path:
-    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(count)), encoding="utf-8")
-    return path
-
-
-def question(i: int) -> dict[str, Any]:
-    return {"question": f"what is the {'big' if i % 2 else 'red'} one", "answer": ("a dog", "the cat")[i % 2]}
 
 
 def config(tmp_path: Path, **given: Any) -> DistillHfConfig:
@@ -152,6 +114,50 @@ def test_the_teachers_own_loss_is_what_transformers_says(tmp_path: Path, llamas:
     assert scores["teacher"]["logits"] == scores["teacher"]["hidden/language"] == 0
 
 
+def test_scoring_runs_each_model_once_a_batch(
+    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    passes = dict.fromkeys((2, 3), 0)
+    forward = hf.LlamaForCausalLM.forward
+
+    def counting(self: Any, *given: Any, **named: Any) -> Any:
+        passes[len(self.model.layers)] += 1
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(hf.LlamaForCausalLM, "forward", counting)
+    run(config(tmp_path, data=data, batch_size=2, **llamas))
+    steps, rounds, held = 6, 3, 2
+    assert passes == {
+        2: 1 + 1 + steps + rounds + 2 * held,  # paired, probed at first, in each step, after each round, scored twice
+        3: 1 + 1 + steps + 2 * held,
+    }
+
+
+def test_recomputed_layers_run_again_and_learn_the_same(
+    tmp_path: Path, llamas: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    ran = 0
+    forward = LlamaMLP.forward
+
+    def counting(self: Any, *given: Any, **named: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    kept = run(config(tmp_path, data=data, run=tmp_path / "kept", **llamas)).scores
+    once, ran = ran, 0
+    again = run(config(tmp_path, data=data, recompute=True, **llamas)).scores
+    # Of 2 layers, in each of 6 steps, at least once more.
+    assert ran >= once + 2 * 6
+    for model, losses in again.items():
+        assert losses == pytest.approx(kept[model], rel=1e-5, abs=1e-7)
+
+
 def test_a_report_is_drawn_and_runs_are_set_side_by_side(tmp_path: Path, llamas: dict[str, str]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", question)
     runs = [tmp_path / name for name in ("one", "two")]
@@ -217,35 +223,6 @@ def test_adapters_are_merged_into_what_is_written(tmp_path: Path, llamas: dict[s
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
 
 
-def labelled(batch: dict[str, Any], row: int) -> list[str]:
-    return [WORDS[i] for i in batch["labels"][row].tolist() if i != -100]
-
-
-@pytest.mark.parametrize("template", [False, True])
-def test_what_is_to_be_said_is_labelled(template: bool, tmp_path: Path) -> None:
-    place = write_llama(tmp_path / "teacher", 1, template)
-
-    def chat(i: int) -> dict[str, Any]:
-        asked = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a pig"}]
-        return {"messages": [*asked, {"role": "user", "content": "two"}, {"role": "assistant", "content": "the dog"}]}
-
-    def made(row: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        rows = Rows(write_rows(tmp_path / "rows.jsonl", row), held_every=10, seed=0)
-        model = load_model(place, "student")
-        batches = Batches(rows, load_processor(place), model, size=4, max_length=64)
-        assert batches.held == 4
-        assert torch.equal(batches.load(5)["input_ids"], batches.load(5)["input_ids"])
-        return batches.probe(4)
-
-    batch = made(lambda i: question(i // 10))
-    assert labelled(batch, 0) == ["a", "dog", "</s>"]
-    assert labelled(batch, 1) == ["the", "cat", "</s>"]
-    assert WORDS[batch["input_ids"][0, 0]] == "<s>" != WORDS[batch["input_ids"][0, 1]]
-    assert labelled(made(lambda i: {"text": "the big dog"}), 0) == ["the", "big", "dog", "</s>"]
-    if template:
-        assert labelled(made(chat), 0) == ["the", "dog", "</s>"]
-
-
 def test_images_and_captions_of_a_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = tmp_path / "images"
@@ -301,6 +278,24 @@ def test_questions_about_images_go_through_a_vision_language_model(tmp_path: Pat
     assert int((batch["input_ids"] == WORDS.index("<image>")).sum()) == 4
 
 
+def test_an_encoder_with_a_decoder_learns_answers_to_questions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, layers in (("teacher", 2), ("student", 1)):
+        sides = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in
+                 (("layers", layers), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+        sizes = {"d_model": 16, "vocab_size": len(WORDS), "decoder_start_token_id": 2, "forced_eos_token_id": None}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        hf.BartForConditionalGeneration(hf.BartConfig(**sides, **sizes, **special)).save_pretrained(tmp_path / name)
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    data = write_rows(tmp_path / "rows.jsonl", question)
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    scores = run(config(tmp_path, data=data, **models)).scores
+    assert scores["after"]["task"] < scores["before"]["task"]
+    assert {"logits", "hidden/encoder", "attention/encoder", "hidden/decoder", "attention/decoder"} <= set(
+        scores["after"]
+    )
+
+
 def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> None:
     data = write_rows(tmp_path / "rows.jsonl", question)
     for given, message in (
@@ -314,44 +309,6 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> 
         with pytest.raises(OptimaError, match=message):
             distill_hf(config(tmp_path, **{"data": data, **llamas, **given}))
         assert not (tmp_path / "run").exists()
-
-
-def test_rows_are_the_same_whatever_they_are_in(tmp_path: Path) -> None:
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
-
-    count = 50
-    data = [question(i) | {"answer": f"the {i}"} for i in range(count)]
-    whole = write_rows(tmp_path / "rows.jsonl", lambda i: data[i], count)
-    parquet, parts = tmp_path / "rows.parquet", tmp_path / "parts"
-    parts.mkdir()
-    write_table(Table.from_pylist(data), parquet)
-    for part in range(2):
-        write_table(Table.from_pylist(data[25 * part : 25 * part + 25]), parts / f"{part}.parquet")
-    held, train = ([row["answer"] for i, row in enumerate(data) if (i % 10 == 0) == wanted] for wanted in (True, False))
-    first = Rows(whole, held_every=10, seed=3).train(0, 2 * len(train))
-    for place in (whole, parquet, parts):
-        for rows in (Rows(place, held_every=10, seed=3), Stream(place, held_every=10, held=count, seed=3)):
-            assert rows.held == len(held)
-            assert [row.answer for row in rows.held_rows(0, count)] == held
-            epochs = [row.answer for row in rows.train(0, 2 * len(train))]
-            assert sorted(epochs[: len(train)]) == sorted(epochs[len(train) :]) == sorted(train)
-            assert epochs[: len(train)] not in (train, epochs[len(train) :])
-            # Whatever was asked for before, a place holds the same row.
-            for start in (70, 3, 44, 44):
-                assert [row.answer for row in rows.train(start, 5)] == epochs[start : start + 5]
-            if isinstance(rows, Rows):
-                assert [row.answer for row in first] == epochs
-
-
-def test_a_stream_longer_than_its_buffer_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.commands.distill_hf.source.BUFFER", 7)
-    data = write_rows(tmp_path / "rows.jsonl", lambda i: {"text": f"word {i}"}, 40)
-    rows = Stream(data, held_every=10, held=2, seed=0)
-    found = [row.answer for row in rows.train(0, 36)]
-    assert sorted(found) == sorted(f"word {i}" for i in range(40) if i % 10)
-    assert found != sorted(found)
-    assert rows.held == 2
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

@@ -16,7 +16,6 @@ from optima_core.integrations.huggingface.attention import (
     lend_attention,
     lending,
     only_forbids,
-    pretrained,
 )
 from optima_core.integrations.huggingface.modules import FoundModule, find_modules
 from optima_core.paths import expand_layers
@@ -42,13 +41,16 @@ class TransformersAdaptor:
 
     def __init__(self, model: nn.Module, modules: Mapping[str, str | Sequence[str]] | None = None) -> None:
         self.model = model
-        _refuse_compiled(model)
+        self._parts = dict(model.named_modules())
+        _refuse_compiled(self._parts)
+        self._recomputing = [part for part in self._parts.values() if hasattr(part, "gradient_checkpointing")]
         lend_attention(model)
         if modules is None:
             self.modules = find_modules(model)
         else:
             self.modules = {name: _named_by_hand(model, name, layers) for name, layers in modules.items()}
         self._masks_read: set[nn.Module] = set()
+        self._inside: dict[nn.Module, frozenset[nn.Module]] = {}
 
     def __str__(self) -> str:
         return "\n".join(str(module) for module in self.modules.values())
@@ -65,7 +67,7 @@ class TransformersAdaptor:
 
         Raises OptimaError if a wanted layer does not run, or what it gives cannot be read, or the model is compiled.
         """
-        _refuse_compiled(self.model)
+        _refuse_compiled(self._parts)
         if torch.compiler.is_compiling():
             raise OptimaError("hooks cannot be compiled: a model behind an adaptor is distilled with compile: false")
         unknown = set(wanted) - set(self.modules)
@@ -74,7 +76,7 @@ class TransformersAdaptor:
         paths = {self.modules[name].layers[i] for name, numbers in wanted.items() for i in numbers}
         layers = {path: self.model.get_submodule(path) for path in paths}
         states: dict[str, Any] = {}
-        parts = {part for layer in layers.values() for part in layer.modules()}
+        parts = frozenset[nn.Module]().union(*(self._parts_of(*named) for named in layers.items()))
         with _outputs_kept(layers, states), lending(parts) as calls:
             output = self.model(**inputs)
         self._refuse_severed(calls)
@@ -85,11 +87,19 @@ class TransformersAdaptor:
             taps[name] = tuple(self._tap(path, layers[path], states, calls, known) for path in found)
         return output, taps
 
+    def _parts_of(self, path: str, layer: nn.Module) -> frozenset[nn.Module]:
+        """What a layer is made of; walked through once, for models have thousands of parts and steps are short."""
+        if layer not in self._inside:
+            found = dict(layer.named_modules(prefix=path))
+            _refuse_compiled(found)
+            self._inside[layer] = frozenset(found.values())
+        return self._inside[layer]
+
     def _tap(
         self, path: str, layer: nn.Module, states: Mapping[str, Any], calls: Calls, valid: Tensor | None
     ) -> LayerTap:
         hidden = _state(path, states)
-        parts = set(layer.modules())
+        parts = self._parts_of(path, layer)
         made = [self._attention(part, found) for part, found in calls.items() if part in parts]
         if valid is None and made:
             valid = _attended_tokens(made[0].mask, hidden.shape[:2])
@@ -112,7 +122,7 @@ class TransformersAdaptor:
 
     def _refuse_severed(self, calls: Calls) -> None:
         """Reentrant checkpointing runs layers without a graph first: what they lend then has no gradient."""
-        if not torch.is_grad_enabled() or not _recomputes(pretrained(self.model)):
+        if not torch.is_grad_enabled() or not any(part.gradient_checkpointing for part in self._recomputing):
             return
         for module, found in calls.items():
             learns = module.training and any(parameter.requires_grad for parameter in module.parameters())
@@ -123,17 +133,14 @@ class TransformersAdaptor:
                 )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+def _refuse_compiled(parts: Mapping[str, nn.Module]) -> None:
+    for name, module in parts.items():
+        # Of torch.compile(module), and of module.compile().
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise OptimaError(
                 f"{name or 'the model'} is compiled, and compiled code runs past the hooks that catch hidden states; "
                 "give the model as it was before torch.compile"
             )
-
-
-def _recomputes(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _named_by_hand(model: nn.Module, name: str, layers: str | Sequence[str]) -> FoundModule:

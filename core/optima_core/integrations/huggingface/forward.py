@@ -47,10 +47,13 @@ class TransformersForward:
         changed = any(getattr(model.config.get_text_config(), name, None) is not None for name in _AFTER_HEAD)
         self._head = None if logits or changed else model.get_output_embeddings()
         self._head_is_all: bool | None = None
+        # Keys and values are of no use after the pass, and would be copied to be kept.
+        caches = model.can_generate() and hasattr(model.config.get_text_config(), "use_cache")
+        self._always: dict[str, Any] = {"use_cache": False} if caches else {}
 
     def __call__(self, batch: Any, wanted: WantedTaps) -> Forward:
         """Raises OptimaError as `TransformersAdaptor.run`."""
-        given = dict(self.inputs(batch))
+        given = {**self._always, **self.inputs(batch)}
         states: list[Tensor] = []
         with _inputs_kept(self._head, states):
             output, taps = self.adaptor.run(wanted, **given)
@@ -66,10 +69,19 @@ class TransformersForward:
         mask = None if counts is None else counts.flatten()
         if len(states) == 1 and isinstance(self._head, nn.Linear):
             if self._head_is_all is None:
-                self._head_is_all = _same(logits, states[0], self._head)
+                self._head_is_all = self._is_all(logits, states[0], self._head)
             if self._head_is_all:
                 return LinearPrediction(states[0].flatten(0, -2), self._head.weight, self._head.bias, mask)
         return LogitPrediction(logits.flatten(0, -2), None if mask is None else mask.float())
+
+    @torch.no_grad()
+    def _is_all(self, logits: Tensor, states: Tensor, head: nn.Linear) -> bool:
+        """Whether the logits are what the head gives, and nothing is done to them; the host reads it."""
+        if logits.shape[:-1] != states.shape[:-1]:
+            return False
+        own = F.linear(states[:1], head.weight, head.bias).float()
+        error = (own - logits[:1].float()).abs().max() / own.abs().max()
+        return bool(error <= 8 * torch.finfo(logits.dtype).eps)
 
     def _counted(self, logits: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """bool [B, N], of logits [B, N, V]: the tokens whose predictions are compared."""
@@ -109,13 +121,3 @@ def _logits(output: Any) -> Tensor | None:
                 )
             return found
     return None
-
-
-@torch.no_grad()
-def _same(logits: Tensor, states: Tensor, head: nn.Linear) -> bool:
-    """Whether the logits are what the head gives, and nothing is done to them; the host reads it."""
-    if logits.shape[:-1] != states.shape[:-1]:
-        return False
-    own = F.linear(states[:1], head.weight, head.bias).float()
-    error = (own - logits[:1].float()).abs().max() / own.abs().max()
-    return bool(error <= 8 * torch.finfo(logits.dtype).eps)
