@@ -119,6 +119,23 @@ def test_projections_of_modules_that_are_not_distilled_get_no_gradient_at_all(se
     assert all(parameter.grad is not None for parameter in objective.projections["back"].parameters())
 
 
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_where_widths_are_equal(seed: int) -> None:
+    """Projections between equal widths start as the identity, others from random numbers."""
+
+    def hidden(width: int) -> Tensor:
+        torch.manual_seed(seed)
+        objective = Objective(
+            [ModulePair("front", 2, 2, width, 8)], ObjectiveConfig(task=0.0, logits=0.0, attention=0.0)
+        )
+        states = [torch.randn(3, 5, 8) for _ in range(2)]
+        teacher = Forward(None, None, {"front": tuple(LayerTap(state) for state in states)})
+        student = Forward(None, None, {"front": tuple(LayerTap(state[..., :width]) for state in states)})
+        return as_vector(objective(student, teacher, {"front": None})).values
+
+    assert hidden(8).max() < 1e-10
+    assert hidden(7).min() > 0.1
+
+
 def test_terms_of_weight_zero_are_left_out(seed: int) -> None:
     objective = Objective(MODULES, ObjectiveConfig(logits=0, hidden=0, attention=0))
     assert list(objective(*forwards(objective), {"front": ON, "back": ON})) == [LossGroup("task")]
