@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes that were alive at a time during `call`, beside what was there before it; results count."""
-    with _Alive() as alive:
+    alive = _Alive()
+    with alive:
         kept = call()
     del kept
     return alive.peak
@@ -28,7 +29,8 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
-        self.bytes = self.peak = 0
+        self.bytes: int = 0
+        self.peak: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
