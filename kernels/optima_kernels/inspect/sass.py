@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Instruction(NamedTuple):
         return None if found is None else int(found[1], 16)
 
 
+@cache
 def clocks_of_an_exponential(cubin: Path) -> float:
     """Clocks of a scheduler for the loop with the most exponentials, of such the shortest, over those of its 32 lanes.
 
