@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from optima.untrusted import shown
 from optima_core.errors import OptimaError
 from optima_core.processes import leave, several, speaks
 
@@ -72,7 +73,7 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, OptimaError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
+        return f"{shown(error.filename or 'a file')} cannot be read or written: {error.strerror or error}"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
         said = str(error).strip().partition("\n")[0]
         return f"memory is not enough{f' ({said:.300})' if said else ''}; `optima plan` says what a run needs"

@@ -79,7 +79,7 @@ def command_line(draws: Random) -> list[str]:
     """A command, what makes it small, and up to four options, some with a typing error."""
     name = draws.choice(list(COMMANDS))
     words = [name if draws.random() < 0.97 else _changed(name, draws)]
-    if draws.random() < 0.8:
+    if draws.random() < 0.8 or name == "plan":  # of the models that it takes by itself a step is counted for long
         words += FIRST.get(name, "").split()
     for _ in range(draws.randrange(5)):
         option = draws.choice(NAMES[name])

@@ -27,6 +27,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
     assert captured.err.startswith("optima: ")
     assert captured.err.count("\n") == 1
     assert captured.err.endswith("\n")
+    assert len(captured.err) < 3000
     assert "Traceback" not in captured.out + captured.err
     return captured.err.strip()
 
@@ -58,6 +59,7 @@ def complaint_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> st
         (["evaluate", "--model", "x", "--tasks", "[vqa,foo]"], ["tasks", "vqa", "foo"]),
         (["evaluate", "--model", "x", "--tasks", "[vqa]", "--items", "-1"], ["items must be at least 0"]),
         (["evaluate", "--model", "nowhere.safetensors", "--tasks", "[vqa]"], ["nowhere.safetensors does not exist"]),
+        (["evaluate", "--model", "d/" * 3000, "--tasks", "vqa"], ["/ ... /", "File name too long"]),
         (["report", "--run", "nowhere"], ["nowhere", "does not exist"]),
         (["pretrain", "--images", "3"], ["images must be an even number, got 3"]),
         (["pretrain", "--checkpoint_every", "0"], ["checkpoint_every must be at least 1, got 0"]),
