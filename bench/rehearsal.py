@@ -116,6 +116,8 @@ class Rehearsal:
             if pid:
                 break
             stage.anonymous = max(stage.anonymous, _anonymous(process.pid))
+            # Not of wait4: what is started has its starter's peak for its own, until the program is there.
+            stage.resident = max(stage.resident, _resident_peak(process.pid))
             if stage.anonymous > self.limit * 1024:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(POLL)
@@ -123,7 +125,6 @@ class Rehearsal:
         reader.join()
         stage.seconds = time.monotonic() - started
         stage.cpu = usage.ru_utime + usage.ru_stime
-        stage.resident = usage.ru_maxrss / 1024
         print(
             f"   {stage.seconds:.0f} s, {stage.cpu:.0f} CPU s, {stage.resident:.0f} MiB resident, "
             f"{stage.anonymous:.0f} MiB anonymous",
@@ -151,6 +152,15 @@ def _cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_peak(pid: int) -> float:
+    """MiB that a process has held at the most; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _anonymous(root: int) -> float:

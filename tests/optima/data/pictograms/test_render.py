@@ -76,11 +76,17 @@ def test_every_kind_looks_unlike_every_other_at_the_smallest_size() -> None:
 
 
 def test_drawing_keeps_up_with_training() -> None:
-    """A loose bound, so that a busy machine passes; the measured throughput is printed."""
+    """The default run takes ten steps of 32 images a second on two cores: 3 ms an image.
+
+    The best of three, in time of the processor: a neighbour on the same core may double it.
+    """
     images = Pictograms("train", 1)
-    images.training_batch(0, 600)
-    start = time.process_time()
-    images.training_batch(600, 600)
-    each = (time.process_time() - start) / 600
+    images.training_batch(0, 200)
+    times = []
+    for first in (200, 400, 600):
+        start = time.process_time()
+        images.training_batch(first, 200)
+        times.append((time.process_time() - start) / 200)
+    each = min(times)
     print(f"{each * 1e6:.0f} microseconds of one core per image with its texts, {1 / each:.0f} images/s")
-    assert each < 1e-3
+    assert each < 2e-3
