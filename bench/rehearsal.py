@@ -111,6 +111,7 @@ class Rehearsal:
         )  # fmt: skip
         reader = threading.Thread(target=_read, args=(process, stage))
         reader.start()
+        pause = POLL / 32  # A command that ends soon is looked at, too.
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -120,7 +121,8 @@ class Rehearsal:
             stage.resident = max(stage.resident, _resident_peak(process.pid))
             if stage.anonymous > self.limit * 1024:
                 os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(POLL)
+            time.sleep(pause)
+            pause = min(POLL, 2 * pause)
         process.returncode = os.waitstatus_to_exitcode(status)
         reader.join()
         stage.seconds = time.monotonic() - started
