@@ -92,7 +92,7 @@ def _complain(message: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not speaks():
             return
-    print(f"optima: {' '.join(message.split())}", file=sys.stderr)
+    print(f"optima: {' '.join(shown(word, 1000) for word in message.split())}", file=sys.stderr)
 
 
 def door() -> NoReturn:

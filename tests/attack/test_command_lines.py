@@ -32,7 +32,18 @@ MORE_BYTES = 3 * 2**30
 PATIENCE, WORKING_PATIENCE, MOST = 20.0, 2.0, 40.0
 """Seconds of work after which a command is told to stop, the same if it works, and after which it counts as hung."""
 
-WORKING = ("distill", "distill_hf", "compare", "pretrain", "finetune", "evaluate", "simulate", "watch", "demo", "doctor")
+WORKING = (
+    "distill",
+    "distill_hf",
+    "compare",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "simulate",
+    "watch",
+    "demo",
+    "doctor",
+)
 """What trains, scores, serves or checks for as long as it is asked to; all else must end by itself.
 
 `doctor --check` checks every kernel, which here takes Triton's interpreter minutes.

@@ -159,3 +159,11 @@ def test_what_is_made_lazily_is_there_and_nothing_else() -> None:
     assert callable(optima.load_student)
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         _ = optima.distil  # type: ignore[attr-defined]
+
+
+def test_a_word_without_end_is_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", f"--environments={'d/' * 5000}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("optima: environments: unknown 'd/d/")
+    assert "known: abrupt" in line
+    assert len(line) < 1500
