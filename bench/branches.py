@@ -9,6 +9,7 @@ over states with its 95 % interval, and how far the score of the branch that the
 import argparse
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,11 +124,8 @@ def _judged(reward: Callable[[Rounds, int], float], horizon: int, states: Sequen
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     """The correlation of ranks; equal values share the mean of theirs. 0 where one side does not vary."""
-    a, b = _ranks(left), _ranks(right)
-    mean = (len(a) - 1) / 2
-    products = math.fsum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
-    squares = math.fsum((x - mean) ** 2 for x in a) * math.fsum((y - mean) ** 2 for y in b)
-    return products / math.sqrt(squares) if squares else 0.0
+    varies = len(set(left)) > 1 and len(set(right)) > 1
+    return statistics.correlation(_ranks(left), _ranks(right)) if varies else 0.0
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
