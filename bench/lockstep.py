@@ -8,18 +8,17 @@ import argparse
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
-from torch import nn
 
 from bench.balances import Weighing
-from optima.assets import STUDENT, TEACHER
+from bench.worlds import WORLDS, words
+from optima.assets import TEACHER
 from optima.coca import MODULES, CoCa
-from optima.coca.checkpoint import load_coca, save_coca
+from optima.coca.checkpoint import load_coca
 from optima.coca.pairs import module_pairs
 from optima.commands.parse import parse
 from optima.runs.config import DistillConfig
@@ -33,12 +32,6 @@ from optima.tasks.forward import TaskForward
 from optima_core import Distiller, Forward, RoundRecord
 from optima_core.taps import WantedTaps
 
-WORLDS = ("plain", *(f"spoilt_{module}" for module in MODULES), "teachers_image_encoder", "shipped_start")
-"""plain: teacher and start of the default run. spoilt_MODULE: that module of the teacher has its layers in reverse.
-
-teachers_image_encoder: the student has the teacher's image encoder. shipped_start: it starts from the shipped weights.
-"""
-
 
 class Lockstep:
     """A task and a seed: data, teacher and start, and the runs on them.
@@ -48,31 +41,30 @@ class Lockstep:
 
     def __init__(self, task: str, seed: int, settings: argparse.Namespace) -> None:
         self.task, self.seed, self.settings = task, seed, settings
-        config = self.config([])
         torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        self.teacher = load_coca(TEACHER).requires_grad_(False)
-        if settings.world.startswith("spoilt_"):
-            _reverse_layers(getattr(self.teacher, settings.world.removeprefix("spoilt_")))
-        self.data = open_data(config.data, config.task, self.teacher.config, seed=seed)
-        self.start = self._make_start(config)
+        with TemporaryDirectory() as folder:
+            config = self.config(words(settings.world, Path(folder)))
+            torch.manual_seed(seed)
+            self.teacher = load_coca(config.teacher or TEACHER).requires_grad_(False)
+            self.data = open_data(config.data, config.task, self.teacher.config, seed=seed)
+            self.start = make_start(config, self.teacher, self.data)
         self.once = _Once(self.data, self.teacher, config.batch_size)
         self.probe = self.data.probe_batch(config.probe_size)
         self.rounds = 0
         self.seconds: dict[int, float] = {}
 
-    def config(self, words: Sequence[str]) -> DistillConfig:
+    def config(self, own: Sequence[str]) -> DistillConfig:
         """That of a run with these options."""
         settings = self.settings
         sizes = ["--engine.rounds", str(settings.rounds), "--engine.steps_per_round", str(settings.steps)]
         shared = ["--task", self.task, "--seed", str(self.seed), *sizes, *settings.options]
-        _, config = parse(["distill", *shared, *words])
+        _, config = parse(["distill", *shared, *own])
         assert isinstance(config, DistillConfig)
         return config
 
-    def distiller(self, words: Sequence[str], weighing: type[Weighing] = Weighing) -> Distiller[TaskBatch]:
+    def distiller(self, own: Sequence[str], weighing: type[Weighing] = Weighing) -> Distiller[TaskBatch]:
         """A run with these options, at the start. A weighing of its own, if it is to have one, needs no balance."""
-        config = self.config(words)
+        config = self.config(own)
         student = copy.deepcopy(self.start).train()
         torch.manual_seed(config.seed)
         pairs = module_pairs(student, self.teacher, config.layer_map, config.single_layer_maps)
@@ -105,19 +97,6 @@ class Lockstep:
         found = evaluate(student, self.data, self.settings.split, limit=self.settings.items)
         return found.scores[self.data.headline]
 
-    def _make_start(self, config: DistillConfig) -> CoCa:
-        if self.settings.world == "shipped_start":
-            return make_start(self.config(["--student", str(STUDENT), "--init", "checkpoint"]), self.teacher, self.data)
-        if self.settings.world != "teachers_image_encoder":
-            return make_start(config, self.teacher, self.data)
-        sizes = load_coca(STUDENT)
-        mixed = CoCa(replace(sizes.config, image_encoder=self.teacher.config.image_encoder), sizes.head_specs)
-        with TemporaryDirectory() as directory:
-            path = Path(directory) / "sizes.safetensors"
-            save_coca(mixed, path)
-            # Streams of equal widths are copied: the image encoder is the teacher's, weight by weight.
-            return make_start(self.config(["--student", str(path), "--init", "teacher_pca"]), self.teacher, self.data)
-
 
 class _Once:
     """Batches, and what the teacher shows of them, kept while all runs go through a round."""
@@ -148,14 +127,6 @@ class _Once:
         for step in range(first, first + count):
             with torch.no_grad():
                 self.teach(self.load(step), {})
-
-
-def _reverse_layers(module: nn.Module) -> None:
-    """The last layer's weights become the first's."""
-    layers = next(child for child in module.children() if isinstance(child, nn.ModuleList))
-    weights = [copy.deepcopy(layer.state_dict()) for layer in layers]
-    for layer, state in zip(layers, reversed(weights), strict=True):
-        layer.load_state_dict(state)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
