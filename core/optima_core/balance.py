@@ -46,3 +46,13 @@ class GradientBalance:
     def units(self, state: State) -> Tensor:
         """float32 [parts]"""
         return torch.exp(state["log_unit"])
+
+
+def led_by_layers(first: float, last: float, number: int, rounds: int) -> float:
+    """What a strength of 1 counts in round `number` of `rounds`, from 0: from `first` to `last` in equal ratios.
+
+    Layers before predictions are TinyBERT's two stages (Jiao et al., arXiv 1909.10351); here one passes into the other.
+    Of a single round their geometric mean; after the last round, `last`.
+    """
+    progress = min(1.0, number / (rounds - 1)) if rounds > 1 else 0.5
+    return first ** (1 - progress) * last**progress

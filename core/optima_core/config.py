@@ -203,6 +203,9 @@ class DistillerConfig:
         balance: "gradient" measures the objective's weights hidden and attention by how hard the prediction losses
             pull at the student: 1 is a gradient of the same norm, looked at in the first step of every round; "none"
             takes them as factors of the losses.
+        strength_first, strength_last: What a balanced weight of 1 counts in the first round and in the last, with equal
+            ratios between rounds: the layers lead at first, the predictions at the end. Both above 0; without a
+            balance of no effect.
     """
 
     rounds: int = 60
@@ -219,6 +222,8 @@ class DistillerConfig:
     teacher_ahead: bool = True
     ema: float = 0.0
     balance: Balance = "gradient"
+    strength_first: float = 30.0
+    strength_last: float = 0.1
 
     def __post_init__(self) -> None:
         _check_choice("balance", self.balance, Balance)
@@ -232,6 +237,9 @@ class DistillerConfig:
         ):
             if self.cuda_graphs and given:
                 raise ValueError(f"cuda_graphs and {other} exclude each other; take one of them")
+        for name in ("strength_first", "strength_last"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a number of at least 0 and below 1, got {self.ema}")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from optima_core.ahead import TeacherAhead
-from optima_core.balance import GradientBalance
+from optima_core.balance import GradientBalance, led_by_layers
 from optima_core.bandit.arms import arm_strengths, belief_names, count_arms
 from optima_core.checkpoint import Saved
 from optima_core.comparable import refuse_other_masks
@@ -258,8 +258,11 @@ class Distiller(Generic[Batch]):
 
     def _units(self) -> Tensor:
         """What a strength of 1 weighs, float32 [modules, 2]."""
+        if not self._looks:
+            return torch.ones_like(self.objective.strengths)
         units = self.balance.units(self.units).view_as(self.objective.strengths)
-        return units if self._looks else torch.ones_like(units)
+        config = self.config
+        return units * led_by_layers(config.strength_first, config.strength_last, self.round, config.rounds)
 
     def _weigh(self, choice: _Choice, agreement: Tensor, name: str, kind: LossKind, pull: Pull) -> Tensor:
         """Takes in how a part pulls, and returns what its strength weighs, 0-d. One at strength 0 tells nothing."""

@@ -1,11 +1,13 @@
 """The unit of strength: a running geometric mean of what was measured."""
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
 
-from optima_core.balance import GradientBalance
+from optima_core.balance import GradientBalance, led_by_layers
 
 
 def test_a_unit_is_the_running_geometric_mean_of_its_measurements(seed: int) -> None:
@@ -29,3 +31,14 @@ def test_what_could_not_be_measured_changes_nothing(nothing: float) -> None:
     state = balance.observe(balance.init(), 0, torch.tensor(5.0))
     after = balance.observe(balance.observe(state, 0, torch.tensor(nothing)), 1, torch.tensor(nothing))
     torch.testing.assert_close(balance.units(after), torch.tensor([5.0, 1.0]))
+
+
+def test_layers_lead_in_equal_ratios(seed: int) -> None:
+    draw = random.Random(seed)
+    first, last, rounds = draw.uniform(1, 100), draw.uniform(0.01, 1), draw.randrange(3, 60)
+    found = [led_by_layers(first, last, number, rounds) for number in range(rounds + 2)]
+    assert found[0] == pytest.approx(first)
+    assert found[rounds - 1 :] == [pytest.approx(last)] * 3
+    steps = [math.log(after / before) for before, after in itertools.pairwise(found[:rounds])]
+    assert steps == [pytest.approx(math.log(last / first) / (rounds - 1))] * (rounds - 1)
+    assert led_by_layers(9.0, 4.0, 0, 1) == pytest.approx(6.0)
