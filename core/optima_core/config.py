@@ -204,8 +204,8 @@ class DistillerConfig:
             pull at the student: 1 is a gradient of the same norm, looked at in the first step of every round; "none"
             takes them as factors of the losses.
         strength_first, strength_last: What a balanced weight of 1 counts in the first round and in the last, with equal
-            ratios between rounds: the layers lead at first, the predictions at the end. Both above 0; without a
-            balance of no effect.
+            ratios between rounds: if it falls, the layers lead at first and the predictions at the end. Both above 0;
+            without a balance of no effect.
     """
 
     rounds: int = 60
@@ -222,8 +222,8 @@ class DistillerConfig:
     teacher_ahead: bool = True
     ema: float = 0.0
     balance: Balance = "gradient"
-    strength_first: float = 30.0
-    strength_last: float = 0.1
+    strength_first: float = 1.0
+    strength_last: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("balance", self.balance, Balance)

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +90,8 @@ class DistillConfig:
             too; its hidden states always are.
         recompute: Keep no activations inside the student's layers, but compute them again in the backward pass: less
             memory, about a third more time.
-        engine: Rounds, losses, optimiser, bandit and reward.
+        engine: Rounds, losses, optimiser, bandit and reward. By default the strength of layer losses falls, which is
+            worth points on the embedded tasks (bench/COMPARE.md).
         evaluate_every: Rounds between points of the learning curve, the first at the start and the last at the end; 0
             draws none.
         evaluate_items: Validation items a point of the learning curve.
@@ -127,7 +129,7 @@ class DistillConfig:
     layer_map: Literal["uniform", "last"] | dict[str, list[int]] = "uniform"
     single_layer_maps: bool = False
     recompute: bool = False
-    engine: DistillerConfig = field(default_factory=DistillerConfig)
+    engine: DistillerConfig = field(default_factory=partial(DistillerConfig, strength_first=30.0, strength_last=0.1))
     evaluate_every: int = 10
     evaluate_items: int = 250
     evaluate_batch: int = 64
