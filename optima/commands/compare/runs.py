@@ -1,7 +1,7 @@
-"""Whether the bandit is worth it: ways of choosing what to distil, at equal steps, from the same start, over seeds.
+"""The runs of a comparison: one ordinary run directory a task, method and seed.
 
-A comparison is a directory with one ordinary run directory a task, method and seed. Each run is a process of its own,
-the same command a person would type, so its time and peak memory are its own and it can be looked at or resumed alone.
+Each run is a process of its own, the same command a person would type, so its time and peak memory are its own and it
+can be looked at or resumed alone.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -19,65 +19,29 @@ from typing import Any
 
 import yaml
 
-from optima.coca import MODULES
+from optima.commands.compare.methods import Options, option_words
 from optima.commands.console import make_console, make_table
-from optima.commands.options import CompareConfig
-from optima.data.records import FORMATS
+from optima.commands.distill_hf.config import DistillHfConfig
 from optima.plain_yaml import load_yaml
+from optima.report import formatting
 from optima.report.comparison import (
-    HEADINGS,
     Outcome,
     conclusion,
+    headings,
     markdown,
     method_rows,
     row_texts,
     write_comparison,
 )
-from optima.report.formatting import task_title
+from optima.runs.config import DistillConfig
 from optima.runs.directory import flat
 from optima.runs.reading import CONFIG, SUMMARY, read_summary
 from optima.runs.rows import parsed, plain, read
-from optima.task import TASKS, Task
 from optima_core.checkpoint import write_atomically
 from optima_core.errors import OptimaError
 
-_NO_LAYERS = {"engine.objective.hidden": 0.0, "engine.objective.attention": 0.0}
-
-
-def _policy(name: str, **options: float) -> dict[str, Any]:
-    return {"engine.bandit.policy": name, "engine.bandit.options": options, "engine.bandit.arms": None}
-
-
-def _at(weight: float) -> dict[str, Any]:
-    return {"engine.balance": "none", "engine.objective.hidden": weight, "engine.objective.attention": weight}
-
-
-def _subset(*modules: str) -> dict[str, Any]:
-    arm = sum(1 << MODULES.index(module) for module in modules) - 1
-    return _policy("fixed_arm", arm=arm) | {"engine.bandit.arms": "subsets"}
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "task_loss": {"engine.objective.logits": 0.0, **_NO_LAYERS},
-    "task_loss_and_logits": _NO_LAYERS,
-    **{f"all_modules_at_{weight}": _policy("all_modules") | _at(weight) for weight in (3, 10, 30, 100)},
-    **{f"only_{module}": _policy("fixed_arm", arm=arm) for arm, module in enumerate(MODULES)},
-    "image_and_text": _subset("image_encoder", "text_decoder"),
-    "image_and_multimodal": _subset("image_encoder", "multimodal_decoder"),
-    "image_and_multimodal_at_30": _subset("image_encoder", "multimodal_decoder") | _at(30),
-    "text_and_multimodal": _subset("text_decoder", "multimodal_decoder"),
-    "round_robin": _policy("round_robin"),
-    "uniform": _policy("uniform"),
-    "uniform_subset": _policy("uniform") | {"engine.bandit.arms": "subsets"},
-    "discounted_ucb": _policy("discounted_ucb"),
-    "discounted_thompson": _policy("discounted_thompson"),
-    "linear_thompson": _policy("linear_thompson"),
-    "optima": {},
-}
-"""Method -> the options in which its runs differ from the settings that all share."""
-
-
-ASKED = "comparison.json"
+ASKED, SETTINGS = "comparison.json", "settings.yaml"
+"""Files of a comparison's directory: what was asked for, and the settings that all runs share."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +52,26 @@ class Asked:
     method: tuple[str, ...]
     seeds: int
     split: str
-    command: str
+    command: str = ""
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Comparison:
+    """A comparison to be made in the directory `run`.
+
+    command: that of each run. settings: what all runs share. methods: in what the runs of each method differ from it.
+    """
+
+    run: Path
+    asked: Asked
+    command: str
+    settings: DistillConfig | DistillHfConfig
+    methods: Mapping[str, Options]
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Cell:
     """One run of the comparison."""
 
     task: str
@@ -103,34 +82,27 @@ class _Cell:
         return root / self.task / self.method / f"seed-{self.seed}"
 
 
-def run_command(root: Path, task: str, method: str, seed: int) -> list[str]:
-    """The command of one run of the comparison in `root`; modules in the current folder do not take part (-P)."""
-    path = _Cell(task, method, seed).path(root)
-    words = [sys.executable, "-P", "-m", "optima.run", "distill", "--config", str(root / "settings.yaml")]
-    words += ["--task", task, "--seed", str(seed), "--run", str(path), "--quiet", "true", *method_options(method)]
+def run_command(comparison: Comparison, cell: Cell) -> list[str]:
+    """The command of one run; modules in the current folder do not take part (-P)."""
+    path = cell.path(comparison.run)
+    words = [sys.executable, "-P", "-m", "optima.run", comparison.command, "--config", str(comparison.run / SETTINGS)]
+    if isinstance(comparison.settings, DistillConfig):
+        words += ["--task", cell.task]
+    words += ["--seed", str(cell.seed), "--run", str(path), "--quiet", "true"]
+    words += option_words(comparison.methods[cell.method])
     return words + (["--resume", "true"] if (path / CONFIG).exists() else [])
 
 
-def method_options(method: str) -> list[str]:
-    """The options of a method as words of a command line."""
-    words = []
-    for name, value in METHODS[method].items():
-        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words
-
-
-def compare(config: CompareConfig) -> None:
+def run_comparison(comparison: Comparison) -> None:
     """Runs what is missing, prints a table a task, and writes comparison.html and comparison.md."""
-    config = replace(config, task=_served(config))
-    _settle(config)
-    command = "optima " + shlex.join(sys.argv[1:])
-    asked = Asked(tuple(config.task), tuple(config.method), config.seeds, config.split, command)
-    write_atomically(config.run / ASKED, json.dumps(plain(asked)).encode())
-    _run_missing([cell for cell in _cells(asked) if not (cell.path(config.run) / SUMMARY).exists()], config)
-    outcomes = [_outcome(cell, config.run, config.split) for cell in _cells(asked)]
-    text = f"{markdown(outcomes)}\n`{command}`\n"
-    write_atomically(config.run / "comparison.md", text.encode())
-    _print(outcomes, config, draw_comparison(config.run))
+    _settle(comparison)
+    run, asked = comparison.run, replace(comparison.asked, command="optima " + shlex.join(sys.argv[1:]))
+    write_atomically(run / ASKED, json.dumps(plain(asked)).encode())
+    _run_missing([cell for cell in _cells(asked) if not (cell.path(run) / SUMMARY).exists()], comparison)
+    outcomes = [_outcome(cell, run, asked.split) for cell in _cells(asked)]
+    text = f"{markdown(outcomes)}\n`{asked.command}`\n"
+    write_atomically(run / "comparison.md", text.encode())
+    _print(outcomes, run, draw_comparison(run))
 
 
 def draw_comparison(run: Path, output: Path | None = None) -> Path:
@@ -144,63 +116,51 @@ def draw_comparison(run: Path, output: Path | None = None) -> Path:
     outcomes = [_outcome(cell, run, asked.split) for cell in finished if cell.task in tasks]
     if not outcomes:
         raise OptimaError(f"no run of optima in {run} has finished, which the others are compared with")
-    page = output or run / "comparison.html"
-    return write_comparison(outcomes, page, command=asked.command, split=asked.split)
+    return write_comparison(outcomes, output or run / "comparison.html", command=asked.command)
 
 
-def _cells(asked: Asked) -> list[_Cell]:
-    return [_Cell(task, method, seed) for task in asked.task for seed in range(asked.seeds) for method in asked.method]
+def _cells(asked: Asked) -> list[Cell]:
+    return [Cell(task, method, seed) for task in asked.task for seed in range(asked.seeds) for method in asked.method]
 
 
-def _served(config: CompareConfig) -> list[Task]:
-    """The tasks to compare on: of all four, which are the default, a data set other than pictograms serves one."""
-    name = config.distill.data.name
-    if name == "pictograms":
-        return config.task
-    served = FORMATS[name].task
-    if set(config.task) not in ({served}, set(TASKS)):
-        raise OptimaError(f"data {name} serves task {served}, not {', '.join(config.task)}; give --task {served}")
-    return [served]
-
-
-def _settle(config: CompareConfig) -> None:
+def _settle(comparison: Comparison) -> None:
     """Writes the shared settings, or refuses to mix two comparisons in one directory."""
-    values = plain(replace(config.distill, resume=False))
+    run, values = comparison.run, plain(comparison.settings)
     for name in ("task", "run", "seed", "quiet", "resume"):
-        values.pop(name)
-    path = config.run / "settings.yaml"
+        values.pop(name, None)
+    path = run / SETTINGS
     if path.exists():
         before, now = (flat(found) for found in (load_yaml(path.read_text(encoding="utf-8"), str(path)), values))
         for name in sorted(before | now):
             if before.get(name) != now.get(name):
                 raise OptimaError(
-                    f"{config.run} holds runs with distill.{name} {before.get(name)}, now it is {now.get(name)}; "
+                    f"{run} holds runs with distill.{name} {before.get(name)}, now it is {now.get(name)}; "
                     "give the same settings, or a new directory with --run"
                 )
         return
     try:
-        config.run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptimaError(f"cannot make the directory {config.run}: {error.strerror}; give another --run") from error
-    if not all(path.name.endswith(".part") for path in config.run.iterdir()):  # of one that was killed at once
-        raise OptimaError(f"directory {config.run} holds something, but no comparison; give another with --run")
+        raise OptimaError(f"cannot make the directory {run}: {error.strerror}; give another --run") from error
+    if not all(path.name.endswith(".part") for path in run.iterdir()):  # of one that was killed at once
+        raise OptimaError(f"directory {run} holds something, but no comparison; give another with --run")
     write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 
 
-def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
+def _run_missing(cells: Sequence[Cell], comparison: Comparison) -> None:
     """Raises OptimaError naming the first run that failed; runs under way are stopped, and save themselves."""
     started = time.monotonic()
     # The pool waits for its threads, so the processes that they wait for must have been stopped before.
-    with ThreadPoolExecutor(config.jobs) as pool, _processes() as start:
-        pending = {pool.submit(start, cell, config.run): cell for cell in cells}
+    with ThreadPoolExecutor(comparison.jobs) as pool, _processes(comparison) as start:
+        pending = {pool.submit(start, cell): cell for cell in cells}
         try:
             for done, finished in enumerate(as_completed(pending), 1):
                 cell = pending[finished]
                 finished.result()
-                outcome = _outcome(cell, config.run, config.split)
+                outcome = _outcome(cell, comparison.run, comparison.asked.split)
                 left = (time.monotonic() - started) / done * (len(cells) - done)
                 print(
-                    f"{done}/{len(cells)}  {cell.task}  {cell.method}  seed {cell.seed}: {outcome.score:.1f} % in "
+                    f"{done}/{len(cells)}  {cell.task}  {cell.method}  seed {cell.seed}: {outcome.said} in "
                     f"{outcome.seconds:.0f} s  {left / 60:.0f} min left",
                     flush=True,
                 )
@@ -210,19 +170,19 @@ def _run_missing(cells: Sequence[_Cell], config: CompareConfig) -> None:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[Any]:
+def _processes(comparison: Comparison) -> Iterator[Any]:
     """Yields a function that runs one cell to its end; leaving stops what still runs."""
     running: set[subprocess.Popen[str]] = set()
     stopped = False
 
-    def run(cell: _Cell, root: Path) -> None:
+    def run(cell: Cell) -> None:
         if stopped:
             return
-        log = cell.path(root).with_suffix(".log")
+        log = cell.path(comparison.run).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                run_command(root, cell.task, cell.method, cell.seed),
+                run_command(comparison, cell),
                 stdout=file,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -244,30 +204,39 @@ def _processes() -> Iterator[Any]:
             process.terminate()
 
 
-def _outcome(cell: _Cell, root: Path, split: str) -> Outcome:
+def _outcome(cell: Cell, root: Path, split: str) -> Outcome:
     summary, report = read_summary(cell.path(root) / SUMMARY), cell.path(root) / "report.html"
-    metric = summary.headline_metric
-    score = summary.learning_curve[-1][metric] if split == "validation" else summary.scores["after"][metric]
-    page = report if report.exists() else None
-    return Outcome(cell.task, cell.method, cell.seed, score, summary.seconds, summary.peak_mib, page)
+    metric, validation = summary.headline_metric, split == "validation"
+    return Outcome(
+        cell.task,
+        cell.method,
+        cell.seed,
+        score=summary.learning_curve[-1][metric] if validation else summary.scores["after"][metric],
+        seconds=summary.seconds,
+        peak_mib=summary.peak_mib,
+        report=report if report.exists() else None,
+        loss=metric if summary.losses else "",
+        scored_on="validation split" if validation else summary.scored_on,
+    )
 
 
-def _ends(config: CompareConfig, task: Task) -> str:
+def _ends(task: str, run: Path) -> str:
     """What the student scored before distillation, and the teacher."""
-    summary = read_summary(_Cell(task, "optima", 0).path(config.run) / SUMMARY)
+    summary = read_summary(Cell(task, "optima", 0).path(run) / SUMMARY)
     before, teacher = (summary.scores[model][summary.headline_metric] for model in ("before", "teacher"))
-    return f"Student before {before:.1f}, teacher {teacher:.1f} (test)."
+    said = f"Student before {formatting.plain(before)}, teacher {formatting.plain(teacher)}"
+    return f" {said} (seed 0, {summary.scored_on})."
 
 
-def _print(outcomes: Sequence[Outcome], config: CompareConfig, page: Path) -> None:
+def _print(outcomes: Sequence[Outcome], run: Path, page: Path) -> None:
     console = make_console()
-    ends = {str(task): f" {_ends(config, task)}" for task in config.task}
+    tasks = {outcome.task for outcome in outcomes}
     for task, rows in method_rows(outcomes).items():
-        headings = [heading.format("optima") for heading in HEADINGS]
-        table = make_table(*headings, title=f"{task_title(task)}, {config.split} split")
-        table.columns[HEADINGS.index("")].justify = "left"
+        heads = headings(rows)
+        table = make_table(*heads, title=f"{formatting.task_title(task)}, {outcomes[0].scored_on}")
+        table.columns[heads.index("")].justify = "left"
         for row in row_texts(rows):
             table.add_row(*astuple(row))
         console.print(table)
-        console.print(f"{conclusion(rows)}{ends.get(task, '')}")
+        console.print(f"{conclusion(rows)}{_ends(task, run) if task in tasks else ''}")
     console.print(f"Comparison: {page}", soft_wrap=True)
