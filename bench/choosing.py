@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.balances import WEIGHINGS
 from bench.lockstep import Lockstep, add_arguments
-from optima.commands.compare import METHODS, method_options
+from optima.commands.compare.methods import METHODS, option_words
 from optima.report.comparison import Outcome, markdown
 from optima.runs.rows import plain
 from optima_core import RoundRecord
@@ -25,7 +25,7 @@ def run(task: str, seed: int, methods: Sequence[str], settings: argparse.Namespa
     running = {
         method: lockstep.distiller(_UNWEIGHED, WEIGHINGS[method])
         if method in WEIGHINGS
-        else lockstep.distiller(method_options(method))
+        else lockstep.distiller(option_words(METHODS[method]))
         for method in methods
     }
     records: dict[str, list[RoundRecord]] = {method: [] for method in running}

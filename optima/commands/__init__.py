@@ -89,6 +89,14 @@ COMMANDS = {
         _OPTIONS + "CompareConfig", _HERE + "compare:compare",
         matter=("run", "task", "method", "seeds", "split", "jobs", "distill.engine.rounds", "distill.threads"),
     ),
+    "compare_hf": Command(
+        "Compare ways of choosing the module, on models of transformers.",
+        _HERE + "distill_hf.config:CompareHfConfig", _HERE + "compare:compare_hf",
+        matter=(
+            "run", "method", "seeds", "jobs", "distill.teacher", "distill.student", "distill.data",
+            "distill.batch_size", "distill.engine.rounds", "distill.threads",
+        ),
+    ),
     "caption": Command(
         "Caption images with a run's student.",
         _OPTIONS + "CaptionConfig", _HERE + "use:run_caption", bare="image",

@@ -245,40 +245,57 @@ class DoctorConfig:
     check: bool = False
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """Distils by every method over several seeds and compares the scores.
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What comparisons of methods have in common.
 
     Attributes:
         run: Directory of the comparison. What is finished there is kept and what was interrupted goes on, so the same
             command continues; more tasks, methods and seeds may be asked for later.
+        seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
+        jobs: Runs at once. Give distill.threads too: threads times jobs should not exceed the cores.
+    """
+
+    run: Path = Path("runs/compare")
+    seeds: int = 5
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        refuse_below(1, self, "seeds", "jobs")
+
+    def refuse_unfit_list(self, name: str) -> None:
+        """Raises ValueError if the list of that name is empty, names something twice, or methods without optima."""
+        given = getattr(self, name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{name} must name one or more, each once, got {given}")
+        if name == "method" and "optima" not in given:
+            raise ValueError(f"method must include optima, which the others are compared with, got {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(ComparisonConfig):
+    """Distils by every method over several seeds and compares the scores.
+
+    Attributes:
         task: The tasks; by default all four, or the one that distill.data serves.
         method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with
             that weight in place of balanced ones; only_* one and *_and_* two modules in every round; round_robin one
             after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson and
             linear_thompson are bandits. optima runs the settings under `distill` as they are. All by default.
-        seeds: Number of seeds, 0, 1, ...; of a seed, all methods share start, data and projections.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
             counts (distill.evaluate_items); report "test" once.
-        jobs: Runs at once. Give distill.threads too: threads times jobs should not exceed the cores.
         distill: Settings that all runs share; task, run, seed, resume and quiet are the comparison's.
     """
 
-    run: Path = Path("runs/compare")
     task: list[Task] = field(default_factory=lambda: list(TASKS))
     method: list[Method] = field(default_factory=lambda: list(get_args(Method)))
-    seeds: int = 5
     split: Literal["validation", "test"] = "test"
-    jobs: int = 1
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
-        refuse_below(1, self, "seeds", "jobs")
-        for name in ("task", "method"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must name one or more, each once, got {getattr(self, name)}")
-        if "optima" not in self.method:
-            raise ValueError(f"method must include optima, which the others are compared with, got {self.method}")
+        super().__post_init__()
+        self.refuse_unfit_list("task")
+        self.refuse_unfit_list("method")
         if self.split == "validation" and not (self.distill.evaluate_every and self.distill.evaluate_items):
             raise ValueError(
                 "split validation needs a learning curve; distill.evaluate_every and distill.evaluate_items must be at "

@@ -137,9 +137,11 @@ def _config_word(value: str, name: str, command: Command) -> str:
 
 def _with_values(words: list[str], config: type[Any]) -> list[str]:
     """Lets `--resume` mean `--resume true`, and a list be a single word or several between commas."""
-    hints = get_type_hints(config)
-    switches = {f"--{name}" for name, hint in _leaves(config) if hint is bool}
-    lists = {f"--{name}" for name, hint in hints.items() if any(get_origin(x) is list for x in (hint, *get_args(hint)))}
+    leaves = dict(_leaves(config))
+    switches = {f"--{name}" for name, hint in leaves.items() if hint is bool}
+    lists = {
+        f"--{name}" for name, hint in leaves.items() if any(get_origin(x) is list for x in (hint, *get_args(hint)))
+    }
     found = []
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         option, separator, value = word.partition("=")

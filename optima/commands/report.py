@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from optima.commands.compare import ASKED, draw_comparison
+from optima.commands.compare.runs import ASKED, draw_comparison
 from optima.commands.options import ReportConfig
 from optima.report import write_report, write_side_by_side
 

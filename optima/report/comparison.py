@@ -21,9 +21,10 @@ MEAN_OF_TASKS = "mean_of_tasks"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a comparison came to. `score` is an accuracy on a held-out split, in per cent.
+    """What one run of a comparison came to. `score` is an accuracy on held-out items, in per cent, or a loss.
 
-    report: its own page, if it has one.
+    report: its own page, if it has one. loss: the loss's name; all outcomes of a task have the same. scored_on: what
+    the score was measured on.
     """
 
     task: str
@@ -33,6 +34,13 @@ class Outcome:
     seconds: float
     peak_mib: float
     report: Path | None = None
+    loss: str = ""
+    scored_on: str = "test split"
+
+    @property
+    def said(self) -> str:
+        """The score in words."""
+        return f"{_loss_name(self.loss)} {formatting.plain(self.score)}" if self.loss else f"{self.score:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class MethodRow:
 
     score: with a 95% interval. difference: method minus reference, None for the reference itself and where no seed is
         shared; its interval is Bonferroni's: those of k methods hold together with 95%, each with 1 - 0.05/k.
+    loss: the name of the loss that scores are, of which a lower one is better; empty of accuracies.
     """
 
     method: str
@@ -49,6 +58,7 @@ class MethodRow:
     difference: Interval | None
     seconds: float
     peak_mib: float
+    loss: str = ""
 
     @property
     def verdict(self) -> str:
@@ -59,8 +69,10 @@ class MethodRow:
         if self.difference is None or not math.isfinite(self.difference.half_width):
             return ""
         if self.difference.low > 0:
-            return "better"
-        return "worse" if self.difference.high < 0 else "not told apart"
+            return "worse" if self.loss else "better"
+        if self.difference.high < 0:
+            return "better" if self.loss else "worse"
+        return "not told apart"
 
 
 def method_rows(outcomes: Iterable[Outcome], reference: str = "optima") -> dict[str, list[MethodRow]]:
@@ -121,10 +133,11 @@ def _rows(task: str, methods: Mapping[str, Sequence[Outcome]], reference: str) -
             else paired_difference(scores[method], scores[reference], confidence),
             seconds=sum(outcome.seconds for outcome in own) / len(own),
             peak_mib=max(outcome.peak_mib for outcome in own),
+            loss=own[0].loss,
         )
         for method, own in methods.items()
     ]
-    return sorted(rows, key=lambda row: -row.score.mean)
+    return sorted(rows, key=lambda row: row.score.mean if row.loss else -row.score.mean)
 
 
 def conclusion(rows: Sequence[MethodRow], reference: str = "optima") -> str:
@@ -159,16 +172,28 @@ class MethodText:
     peak: str
 
 
-HEADINGS = ("method", "score, %", "against {}", "", "seeds", "time", "memory")
+def headings(rows: Sequence[MethodRow], reference: str = "optima") -> list[str]:
+    """What stands above the columns of one task's table."""
+    return ["method", _axis(rows), f"against {formatting.spelled(reference)}", "", "seeds", "time", "memory"]
+
+
+def _axis(rows: Sequence[MethodRow]) -> str:
+    return _loss_name(rows[0].loss) if rows[0].loss else "score, %"
+
+
+def _loss_name(loss: str) -> str:
+    return f"{formatting.spelled(loss)} loss"
 
 
 def row_texts(rows: Sequence[MethodRow]) -> list[MethodText]:
-    """The rows of one task as texts."""
+    """The rows of one task as texts: accuracies with one decimal, losses with four digits of the largest."""
+    largest = max(abs(row.score.mean) for row in rows)
+    digits = 1 if not rows[0].loss or not largest else min(max(3 - math.floor(math.log10(largest)), 0), 9)
     return [
         MethodText(
             method=formatting.spelled(row.method),
-            score=_interval(row.score, signed=False),
-            difference=formatting.ABSENT if row.difference is None else _interval(row.difference, signed=True),
+            score=_interval(row.score, "", digits),
+            difference=formatting.ABSENT if row.difference is None else _interval(row.difference, "+", digits),
             verdict=row.verdict,
             seeds=str(row.score.count),
             seconds=formatting.duration(row.seconds),
@@ -178,18 +203,18 @@ def row_texts(rows: Sequence[MethodRow]) -> list[MethodText]:
     ]
 
 
-def _interval(interval: Interval, signed: bool) -> str:
-    mean = f"{interval.mean:{'+' if signed else ''}.1f}".replace("-", "−")
+def _interval(interval: Interval, sign: str, digits: int) -> str:
+    mean = f"{interval.mean:{sign}.{digits}f}".replace("-", "−")
     if not math.isfinite(interval.half_width):
         return mean
-    return f"{mean} ±\N{NO-BREAK SPACE}{interval.half_width:.1f}"
+    return f"{mean} ±\N{NO-BREAK SPACE}{interval.half_width:.{digits}f}"
 
 
 def markdown(outcomes: Iterable[Outcome], reference: str = "optima") -> str:
     """A Markdown table a task, each with its conclusion."""
     parts = []
     for task, rows in method_rows(outcomes, reference).items():
-        heads = [heading.format(formatting.spelled(reference)) for heading in HEADINGS]
+        heads = headings(rows, reference)
         lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         lines += [
             f"| {t.method} | {t.score} | {t.difference} | {t.verdict} | {t.seeds} | {t.seconds} | {t.peak} |"
@@ -206,14 +231,13 @@ class TaskSection:
     title: str
     conclusion: str
     plot: Markup
+    headings: Sequence[str]
     rows: Sequence[MethodText]
     reports: Mapping[str, Sequence[tuple[int, str]]]
 
 
-def write_comparison(
-    outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "", split: str = "test"
-) -> Path:
-    """Writes the comparison of methods as one HTML file, and returns its path. `split` is where scores were measured.
+def write_comparison(outcomes: Sequence[Outcome], output: Path, reference: str = "optima", command: str = "") -> Path:
+    """Writes the comparison of methods as one HTML file, and returns its path.
 
     Raises:
         ValueError: as `method_rows`.
@@ -223,14 +247,19 @@ def write_comparison(
             title=formatting.task_title(task),
             conclusion=conclusion(rows, reference),
             plot=_plot(rows, reference, number),
+            headings=headings(rows, reference),
             rows=row_texts(rows),
             reports=_reports(outcomes, task, Path(output)),
         )
         for number, (task, rows) in enumerate(method_rows(outcomes, reference).items())
     ]
-    headings = [heading.format(formatting.spelled(reference)) for heading in HEADINGS]
     page = render(
-        "comparison.html", title="Methods compared", sections=sections, headings=headings, command=command, split=split
+        "comparison.html",
+        title="Methods compared",
+        sections=sections,
+        command=command,
+        scored_on=outcomes[0].scored_on,
+        losses=bool(outcomes[0].loss),
     )
     return write_page(page, Path(output))
 
@@ -245,7 +274,7 @@ def _reports(outcomes: Sequence[Outcome], task: str, page: Path) -> dict[str, li
 
 
 def _plot(rows: Sequence[MethodRow], reference: str, number: int) -> Markup:
-    label = "Mean score with 95% interval: " + ", ".join(f"{t.method} {t.score}" for t in row_texts(rows))
+    label = f"Mean {_axis(rows)} with 95% interval: " + ", ".join(f"{t.method} {t.score}" for t in row_texts(rows))
     return inline(lambda layout: _dots(rows, reference, layout), f"methods-{number}", label)
 
 
@@ -275,8 +304,8 @@ def _dots(rows: Sequence[MethodRow], reference: str, layout: Layout) -> Figure:
     names = [formatting.spelled(row.method) for row in rows]
     axes.set_yticks([] if layout.compact else range(len(rows)), [] if layout.compact else names)
     low, high = axes.get_xlim()  # an interval of two seeds may leave what a score can be
-    per_cent = all(score <= 100 for row in rows for score in row.scores.values())
+    per_cent = not rows[0].loss and all(score <= 100 for row in rows for score in row.scores.values())
     axes.set_xlim(max(low, 0.0), min(high, 100.0) if per_cent else high)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if layout.compact else 10))
-    axes.set_xlabel("score, %")
+    axes.set_xlabel(_axis(rows))
     return figure

@@ -36,6 +36,7 @@ WORKING = (
     "distill",
     "distill_hf",
     "compare",
+    "compare_hf",
     "pretrain",
     "finetune",
     "evaluate",

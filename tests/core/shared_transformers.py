@@ -1,5 +1,6 @@
 """Models of transformers, distilled by one process or, as a script under torchrun, by several."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ def distil(name: str, ranks: Ranks) -> dict[str, Any]:
     """The records of three rounds, and the student's weights then."""
     torch.manual_seed(3)
     student, teacher = tiny_transformers.make(name), tiny_transformers.make(name, 3).requires_grad_(False)
+    whole = copy.deepcopy(student)
     drawn = [_labelled(tiny_transformers.CASES[name].batch()) for _ in range(4)]
     # A rank has one sample or the other, which hold unequal numbers of words.
     first, size = ranks.share(0, 2)
@@ -33,7 +35,8 @@ def distil(name: str, ranks: Ranks) -> dict[str, Any]:
     config = DistillerConfig(rounds=3, steps_per_round=2, optimiser=OptimiserConfig(learning_rate=1e-3))
     engine = Distiller(student, *forwards, pairs, lambda i: batches[1 + i % 3], batches[0], config, 0, ranks)
     records = [engine.run_round() for _ in range(3)]
-    return {"records": records, "student": engine.state_dict()["student"]}
+    result = engine.gather_result(whole) if ranks.sharded else engine.result
+    return {"records": records, "student": result.state_dict()}
 
 
 def _labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,15 @@ from optima_core.parallel import Ranks
 IGNORED = -100
 
 
+def is_labelled(model: Any) -> bool:
+    """Whether batches of a student ask for its own loss."""
+    return bool(model.config.is_encoder_decoder or model.can_generate() or _contrasts(model))
+
+
+def _contrasts(model: Any) -> bool:
+    return hasattr(model, "logit_scale")
+
+
 class Batches:
     """Batches of rows by number.
 
@@ -39,7 +48,7 @@ class Batches:
         self._max_length = max_length
         self.held = rows.held
         """How many rows are held out."""
-        self._contrasts = hasattr(model, "logit_scale")
+        self._contrasts = _contrasts(model)
         self._arguments = self._kind(model)
         if self._contrasts and self._ranks.count > 1:
             raise OptimaError(

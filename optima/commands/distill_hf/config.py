@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from optima.commands.options import ChipConfig
+from optima.commands.options import ChipConfig, ComparisonConfig
 from optima.runs.config import TrackerName, refuse_below, refuse_impatience
 from optima_core.config import DistillerConfig
 from optima_core.processes import Strategy
@@ -103,3 +103,27 @@ class PlanHfConfig(ChipConfig, DistillHfConfig):
     def __post_init__(self) -> None:
         DistillHfConfig.__post_init__(self)
         ChipConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareHfConfig(ComparisonConfig):
+    """Distils models of transformers by every method over several seeds and compares their losses on held-out rows.
+
+    Attributes:
+        method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with
+            that weight in place of balanced ones; only_MODULE one module in every round; round_robin one after the
+            other, uniform_subset a random set; linear_thompson is a bandit. optima runs the settings under `distill` as
+            they are. None named takes all that the models have: of one module there is none to choose, and without
+            labels no task loss.
+        distill: Settings that all runs share; run, seed, resume and quiet are the comparison's.
+    """
+
+    method: list[str] = field(default_factory=list)
+    distill: DistillHfConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method:
+            self.refuse_unfit_list("method")
+        if self.distill.push_to_hub is not None:
+            raise ValueError("distill.push_to_hub must be null, since every run has a student of its own")

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from optima.commands.compare import METHODS, compare, run_command
+from optima.commands.compare import compare
+from optima.commands.compare.methods import METHODS
+from optima.commands.compare.runs import Asked, Cell, Comparison, run_command
 from optima.commands.options import CompareConfig, Method
 from optima.commands.parse import parse
 from optima.run import main
@@ -33,13 +36,19 @@ def options(teacher_file: Path, student_file: Path, tmp_path: Path) -> list[str]
     return words + [word for name, value in shared.items() for word in (f"--distill.{name}", str(value))]
 
 
+def command_of(root: Path, method: Method, seed: int) -> list[str]:
+    """The command of one run of a comparison on VQA in `root`."""
+    asked = Asked(("vqa",), (method,), 1, "test")
+    return run_command(Comparison(root, asked, "distill", DistillConfig(), METHODS), Cell("vqa", method, seed))
+
+
 def resolved(method: Method, tmp_path: Path) -> dict[str, object]:
     """The settings of a method's run as the command line reads them, but for the run directory."""
     settings = plain(DistillConfig())
     for name in ("task", "run", "seed", "quiet", "resume"):
         settings.pop(name)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-    words = run_command(tmp_path, "vqa", method, 3)
+    words = command_of(tmp_path, method, 3)
     _, config = parse(words[words.index("distill") :])
     values = flat(plain(config))
     values.pop("run")
@@ -100,13 +109,17 @@ def test_a_run_that_fails_is_named_in_a_line(
     assert line.count("\n") == 1
 
 
+def test_every_method_that_may_be_named_is_there() -> None:
+    assert set(get_args(Method)) == set(METHODS)
+
+
 def test_a_single_word_is_a_list_of_one_and_commas_separate_several() -> None:
     config = parse(["compare", "--task", "vqa", "--method=optima,uniform"])[1]
     assert (config.task, config.method) == (["vqa"], ["optima", "uniform"])
 
 
 def test_modules_of_the_current_folder_are_not_run(tmp_path: Path) -> None:
-    words = run_command(tmp_path, "vqa", "optima", 0)
+    words = command_of(tmp_path, "optima", 0)
     (tmp_path / "json.py").write_text("raise SystemExit('ran')")
     place = words.index("optima.run")
     words[place : place + 1] = ["json.tool", "--help"]
@@ -133,7 +146,7 @@ def test_a_comparison_that_was_killed_while_it_wrote_its_settings_begins_again(
 ) -> None:
     (tmp_path / "settings.yaml.part").write_text("engine:")
     fails = [sys.executable, "-c", "raise SystemExit('it ran')"]
-    monkeypatch.setattr("optima.commands.compare.run_command", lambda *_: fails)
+    monkeypatch.setattr("optima.commands.compare.runs.run_command", lambda *_: fails)
     with pytest.raises(OptimaError, match="vqa optima seed 0 failed: it ran"):
         compare(CompareConfig(run=tmp_path, task=["vqa"], method=["optima"], seeds=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "settings.yaml", "vqa"]

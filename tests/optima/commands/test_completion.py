@@ -38,7 +38,7 @@ def completed(script: Path, *words: str) -> set[str]:
 def test_bash_completes_commands_options_values_and_files(script: Path) -> None:
     (script.parent / "a_run").mkdir()
     assert set(COMMANDS) <= completed(script, "")
-    assert completed(script, "comp") == {"compare"}
+    assert completed(script, "comp") == {"compare", "compare_hf"}
     assert completed(script, "distill", "--engine.bandit.po") == {"--engine.bandit.policy"}
     assert completed(script, "distill", "--task", "") >= {"captioning", "vqa", "nlvr2", "snli_ve"}
     assert completed(script, "distill", "--engine.bandit.policy", "") >= set(POLICIES)

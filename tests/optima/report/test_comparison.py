@@ -86,6 +86,33 @@ def test_markdown_holds_a_line_a_method() -> None:
     assert "| −10.0 ±\N{NO-BREAK SPACE}0.5 | worse |" in text
 
 
+def losses(**means: float) -> list[Outcome]:
+    """The same as losses of some hundredths, of which a lower one is better."""
+    held = "held-out rows"
+    return [replace(o, score=o.score / 1000, loss="task", scored_on=held) for o in outcomes(**means)]
+
+
+def test_of_losses_the_lower_is_the_better() -> None:
+    found = losses(optima=70.0, uniform=65.0, everything=75.0, twin=70.05)
+    rows = method_rows(found)["captioning"]
+    assert [row.method for row in rows] == ["uniform", "optima", "twin", "everything"]
+    assert [row.verdict for row in rows] == ["better", "", "not told apart", "worse"]
+    assert conclusion(rows) == "optima does not win: uniform does better; optima is better than everything."
+
+
+def test_losses_are_told_with_the_digits_that_they_have(tmp_path: Path) -> None:
+    found = losses(optima=70.0, uniform=65.0)
+    text = markdown(found)
+    assert "| method | task loss | against optima |" in text
+    assert "| uniform | 0.06500 ±\N{NO-BREAK SPACE}0.00112 | −0.00500 ±\N{NO-BREAK SPACE}0.00048 | better |" in text
+    assert found[0].said == "task loss 0.0700"
+    page = Page(write_comparison(found, tmp_path / "comparison.html")).text
+    assert "Mean over seeds on the held-out rows (memory: the largest), best first: a lower loss is better." in page
+    assert "%" not in page.partition("Intervals of scores are 95%")[2]
+    more = markdown([replace(o, score=100 * o.score) for o in found])
+    assert "| optima | 7.000 ±" in more
+
+
 def test_page_stands_alone_and_shows_the_table(tmp_path: Path) -> None:
     path = write_comparison(
         outcomes(optima=70.0, uniform=60.0), tmp_path / "comparison.html", command="run <this> & that"
