@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from optima_core.pieces import Pieces, Planner, check_file, join, pieces_from, r
 MANIFEST = "manifest.json"
 _FORMAT = "optima checkpoint 2"
 _PIECE = 2**24
+_MAX_MANIFEST_BYTES = 2**30
+"""Some 60 are needed for a tensor on a rank."""
 _NAME = re.compile(r"step-(\d{9})")
 
 
@@ -112,8 +114,8 @@ class CheckpointStore:
         directory: Where they are; all ranks must see it.
         keep: How many of the newest stay on disk, at least 1.
         ranks: The processes of the run. All of them must make a store, and save and load at the same time.
-        asynchronous: Copy what is to be saved, and write it while the run goes on. That takes as much memory on the
-            CPU as a rank's share, and pays where the CPU is idle: beside a GPU.
+        asynchronous: `save` returns when the operating system has taken everything; the run, which may change its
+            tensors from then on, goes on while the system brings it onto the disk and the ranks agree that it is there.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class CheckpointStore:
         self.keep = keep
         self.ranks = ranks or Ranks()
         self._planner = Planner(self.ranks)
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         # The other thread's messages must not get among those of the run.
         apart = asynchronous and self.ranks.count > 1
         self._group = dist.new_group(backend="gloo") if apart else None
@@ -137,20 +139,23 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Saves the state of a step, then drops the checkpoints beyond `keep`.
 
-        What is no tensor is saved as the first rank has it.
+        What is no tensor is saved as the first rank has it. No more than some 50 MiB are needed beside the tensors,
+        however large they are and wherever.
 
-        Raises OptimaError if it cannot be written, or the one before, written meanwhile, could not. ValueError if the
+        Raises OptimaError if it cannot be written, or the one before, ended meanwhile, could not. ValueError if the
         state holds something else.
         """
         self.wait()
         folder = self.directory / f"step-{step:09d}"
         tree, tensors = split(state)
         written, layout = self._planner.plan(tensors)
-        if self._writer is None:
-            self._write(folder, tree, written, layout)
+        if self.ranks.first:
+            self._tidy(folder)
+        begun = _outcome(lambda: self._begin_file(folder, written))
+        if self._thread is None:
+            self._end(folder, tree, begun, layout)
         else:
-            copies = {key: tensor.to("cpu", copy=True) for key, tensor in written.items()}
-            self._unfinished = self._writer.submit(self._write, folder, tree, copies, layout)
+            self._unfinished = self._thread.submit(self._end, folder, tree, begun, layout)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk. Raises what `save` raises."""
@@ -160,8 +165,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Waits, and lets the thread go; errors are told by `wait`, which is to be called before."""
-        if self._writer is not None:
-            self._writer.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def load(self, wanted: Mapping[str, type] | None = None) -> dict[str, Any] | None:
         """The newest state that can be read, whole, on the CPU; see `newest`."""
@@ -223,13 +228,26 @@ class CheckpointStore:
                 raise ValueError(f"its {name!r} is {type(state.get(name)).__name__}, {kind.__name__} is wanted")
         return Saved(state, tuple(folder / file.name for file in files), tensors)
 
-    def _write(self, folder: Path, tree: Any, written: dict[str, Tensor], layout: dict[str, Pieces]) -> None:
-        """Writes this rank's file; of those of all ranks the first one makes a checkpoint."""
-        if self.ranks.first:
-            self._tidy(folder)
+    def _begin_file(self, folder: Path, written: dict[str, Tensor]) -> "_Begun":
+        """Hands what this rank writes over to the operating system."""
+        # Of another name than in an earlier attempt at this step, so that none is ever half of this and half of that.
+        path = folder / f"{self.ranks.rank:05d}-{secrets.token_hex(4)}.safetensors"
         try:
-            files = self._together(lambda: self._write_file(folder, written))
-            self._together(lambda: self._commit(folder, tree, files, layout) if self.ranks.first else None)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptimaError(f"cannot make the directory {folder}: {error.strerror}") from error
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(replacing(path))
+            with _Digesting(file) as digesting:
+                write_tensors(digesting, written)  # type: ignore[arg-type]  # it asks for no more than write
+            return _Begun(_File(path.name, digesting.digest.hexdigest()), stack.pop_all())
+
+    def _end(self, folder: Path, tree: Any, begun: "_Begun | OptimaError", layout: dict[str, Pieces]) -> None:
+        """Puts this rank's file in its place; of those of all ranks the first one makes a checkpoint."""
+        try:
+            files = self._together(begun if isinstance(begun, OptimaError) else _outcome(begun.end))
+            committed = _outcome(lambda: self._commit(folder, tree, files, layout)) if self.ranks.first else None
+            self._together(committed)
         except OptimaError:
             if self.ranks.first and not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -249,30 +267,14 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
         self._tidy(folder)
 
-    def _write_file(self, folder: Path, written: dict[str, Tensor]) -> _File:
-        # Of another name than in an earlier attempt at this step, so that none is ever half of this and half of that.
-        path = folder / f"{self.ranks.rank:05d}-{secrets.token_hex(4)}.safetensors"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptimaError(f"cannot make the directory {folder}: {error.strerror}") from error
-        with replacing(path) as file:
-            digesting = _Digesting(file)
-            write_tensors(digesting, written)  # type: ignore[arg-type]  # it asks for no more than write
-        return _File(path.name, digesting.digest.hexdigest())
-
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """What the work of every rank gives. Raises the OptimaError of any rank, on all of them."""
-        try:
-            found = work()
-        except OptimaError as error:
-            found = error
-        outcomes = [found] * self.ranks.count
+    def _together(self, outcome: Any) -> list[Any]:
+        """The outcome of every rank's work. Raises the OptimaError of any rank, on all of them."""
+        outcomes = [outcome] * self.ranks.count
         if self.ranks.count > 1:
-            dist.all_gather_object(outcomes, found, group=self._group)
-        for outcome in outcomes:
-            if isinstance(outcome, OptimaError):
-                raise outcome
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+        for found in outcomes:
+            if isinstance(found, OptimaError):
+                raise found
         return outcomes
 
     def _tidy(self, current: Path) -> None:
@@ -285,17 +287,48 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A file that the operating system has, and that is to be put in its place."""
+
+    file: _File
+    rest: contextlib.ExitStack
+
+    def end(self) -> _File:
+        """Raises OptimaError if it does not come onto the disk."""
+        self.rest.close()
+        return self.file
+
+
 class _Digesting:
-    """A file to write whose content is digested on the way, so that it need not be read again."""
+    """A file to write whose content is digested on the way: while the next piece is fetched, by another thread."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "digest")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def write(self, content: bytes) -> int:
-        """As a binary file's."""
-        self.digest.update(content)
+        """As a binary file's; the content may be looked at until the next piece is written, or the end."""
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._thread.submit(self.digest.update, content)
         return self.file.write(content)
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+    """What the work gives, or the OptimaError that it raises: what other ranks must hear of."""
+    try:
+        return work()
+    except OptimaError as error:
+        return error
 
 
 def _sync(directory: Path) -> None:
@@ -323,6 +356,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises OSError or ValueError if it is none, or its digest is wrong."""
     if not path.is_file():
         raise OSError(f"its {MANIFEST} is no plain file")
+    size = path.stat().st_size
+    if size > _MAX_MANIFEST_BYTES:
+        raise OSError(f"its {MANIFEST} has {size} bytes; {_MAX_MANIFEST_BYTES} are the most")
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest_of(content):
         raise ValueError(f"the SHA-256 digest of its {MANIFEST} is wrong")

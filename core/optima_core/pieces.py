@@ -10,7 +10,7 @@ Its modules are imported where they are used: that takes half a second, which ma
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +29,9 @@ _KINDS = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """What safetensors calls types."""
+
+_AT_ONCE = 2**24
+"""Bytes that are copied and written at once."""
 
 _TYPES = {kind: dtype for dtype, kind in _KINDS.items()}
 
@@ -158,7 +161,7 @@ class Planner:
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    """Writes what safetensors reads, a tensor at a time: beside them no memory is needed but a copy of one on a GPU."""
+    """Writes what safetensors reads, some MiB at a time: no memory is needed for more, wherever the tensors are."""
     # The widest types first, so that each begins at a multiple of its size.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header: dict[str, Any] = {}
@@ -171,7 +174,15 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
-        file.write(tensors[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in _parts(tensors[key]):
+            file.write(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    """A tensor along its first dimension, or where it lies in a row along all of them; parts of some MiB."""
+    whole = tensor.reshape(-1) if tensor.is_contiguous() else tensor
+    row = math.prod(whole.shape[1:]) * whole.element_size()
+    return torch.split(whole, max(1, _AT_ONCE // max(1, row)))
 
 
 def read_tensors(files: Sequence[Path], saved: Mapping[str, Pieces], targets: dict[str, Tensor]) -> None:

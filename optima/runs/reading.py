@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optima.plain_yaml import load_yaml
-from optima.runs.rows import MODELS, TRANSFORMERS, CrossAttention, Round, Sample, Summary, parsed, read, shown
+from optima.runs.rows import MODELS, TRANSFORMERS, CrossAttention, Round, Sample, Summary, as_json, parsed, read
 from optima_core.errors import OptimaError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -125,7 +125,7 @@ def _samples(path: Path) -> tuple[Sample, ...]:
         return ()
     rows = parsed(_text(path), str(path))
     if not isinstance(rows, list):
-        raise OptimaError(f"{path}: expected a list, got {shown(rows)}")
+        raise OptimaError(f"{path}: expected a list, got {as_json(rows)}")
     samples = []
     for number, row in enumerate(rows):
         where = f"{path} entry {number}"
@@ -143,7 +143,7 @@ def _cross_attention(path: Path) -> CrossAttention | None:
         return None
     found = read(CrossAttention, parsed(_text(path), str(path)), str(path))
     if len(found.grid) != 2 or min(found.grid) < 1:
-        raise OptimaError(f"{path}: 'grid' is {shown(found.grid)}, not [rows, columns]")
+        raise OptimaError(f"{path}: 'grid' is {as_json(found.grid)}, not [rows, columns]")
     if len(found.maps) != len(found.caption):
         raise OptimaError(f"{path}: {len(found.maps)} maps for {len(found.caption)} words; one map a word is needed")
     rows, columns = found.grid

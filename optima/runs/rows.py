@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from optima.untrusted import shown
 from optima_core.errors import OptimaError
 from optima_core.records import RoundRecord
 
@@ -143,7 +144,7 @@ def read(kind: type[T], value: object, where: str) -> T:
     Raises OptimaError, which opens with `where` and names the entry, if something is missing or of another type.
     """
     if not isinstance(value, dict):
-        raise OptimaError(f"{where}: expected an object, got {shown(value)}")
+        raise OptimaError(f"{where}: expected an object, got {as_json(value)}")
     hints, found = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         hint, given = hints[field.name], value.get(field.name)
@@ -183,14 +184,14 @@ def _value(hint: Any, given: object, name: str, where: str) -> Any:
         return read(hint, given, f"{where}, {name!r}")
     kind, wanted = _WANTED[get_origin(hint) or hint]
     if not isinstance(given, kind) or (isinstance(given, bool) and hint is not bool):
-        raise OptimaError(f"{where}: {name!r} is {shown(given)}, not {wanted}")
+        raise OptimaError(f"{where}: {name!r} is {as_json(given)}, not {wanted}")
     if isinstance(given, dict):
         inner = get_args(hint)[1]
         return {key: _value(inner, x, key, f"{where}, {name!r}") for key, x in given.items() if x is not None}
     if isinstance(given, list):
         inner = get_args(hint)[0]
         if inner is str and not all(isinstance(item, str) for item in given):
-            raise OptimaError(f"{where}: {name!r} is {shown(given)}, not a list of texts")
+            raise OptimaError(f"{where}: {name!r} is {as_json(given)}, not a list of texts")
         return tuple(_value(inner, item, name, where) for item in given)
     return float(given) if isinstance(given, int | float) and hint is float else given
 
@@ -199,7 +200,6 @@ def _optional(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
-def shown(value: object) -> str:
-    """A value as a message has room for it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def as_json(value: object) -> str:
+    """A value of JSON as a message has room for it."""
+    return shown(json.dumps(value, ensure_ascii=False, default=str), 80)

@@ -1,7 +1,7 @@
 """How much memory two ranks need to save a student that is sharded over them, and to load it again: DIRECTORY LAYERS.
 
 Prints, as JSON for each rank, MiB: its share of the state, and what it needed beyond it at the peak to save it, to save
-it meanwhile (with `asynchronous`), and to load it.
+it while it goes on (with `asynchronous`) and learns, to save 128 MiB that do not lie in a row, and to load it.
 """
 
 import json
@@ -67,7 +67,17 @@ def measure(ranks: Ranks, directory: Path, layers: int) -> None:
     store = CheckpointStore(directory / "at_once", ranks=ranks)
     found["save"] = needed(lambda: store.save(1, state))
     meanwhile = CheckpointStore(directory / "meanwhile", ranks=ranks, asynchronous=True)
-    found["meanwhile"] = needed(lambda: (meanwhile.save(1, state), meanwhile.wait()))
+
+    def save_and_go_on() -> None:
+        meanwhile.save(1, state)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(1)
+        meanwhile.wait()
+
+    found["meanwhile"] = needed(save_and_go_on)
+    turned = {"x": torch.ones(WIDTH, 8 * WIDTH).T}
+    found["turned"] = needed(lambda: CheckpointStore(directory / "turned", ranks=ranks).save(1, turned))
     meanwhile.close()
     saved = store.newest()
     assert saved is not None

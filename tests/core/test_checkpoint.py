@@ -5,18 +5,24 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import full_disks
 import pytest
 import torch
+from padded_models import make_distiller
 
 from optima_core import CheckpointStore, OptimaError
 from optima_core.checkpoint import MANIFEST, write_atomically
+from optima_core.parallel import Ranks
 
 
 def store_with(directory: Path, steps: list[int], keep: int = 2) -> CheckpointStore:
@@ -45,7 +51,7 @@ def test_every_value_comes_back_as_it_was(tmp_path: Path, seed: int) -> None:
     whole = torch.randn(7, 6)
     state = {
         "types": {str(dtype): whole.to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.int16, torch.bool)},
-        "views": [whole.T, whole[1:3, ::2], torch.tensor(2.5), torch.empty(0, 3)],
+        "views": [whole.T, whole[1:3, ::2], torch.tensor(2.5), torch.empty(0, 3), torch.ones(3, 1).expand(3, 2)],
         "numbers": [1, True, None, -0.0, 0.1 + 0.2, 1e300, float("inf"), 2**60],
         "texts": {"": "ü\n", "a/b": ""},
         "steps": ({"a": 1}, []),
@@ -162,12 +168,14 @@ class Crash(BaseException):
     """An end that no code of ours handles."""
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "meanwhile"])
 @pytest.mark.parametrize("call", range(20))
 def test_a_crash_at_any_call_to_the_system_leaves_a_checkpoint_whole(
-    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The calls that change the disk, in the order in which a save makes them: one of them is the last."""
-    store = store_with(tmp_path, [1, 2])
+    store_with(tmp_path, [1, 2])
+    store = CheckpointStore(tmp_path, asynchronous=asynchronous)
     left = call
 
     def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,9 +193,11 @@ def test_a_crash_at_any_call_to_the_system_leaves_a_checkpoint_whole(
             patch.setattr(os, name, crashing(getattr(os, name)))
         try:
             store.save(3, {"step": 3, "weights": torch.full((50,), 3.0)})
+            store.wait()
             assert call > 8, "a save makes more calls than that"
         except Crash:
             pass
+    store.close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = store.load()
@@ -227,6 +237,24 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
+def test_what_one_rank_cannot_write_every_rank_is_told_of(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, full_disks.__file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first == second
+    for not_begun, not_ended, *left in first:
+        for step, said in ((1, not_begun), (2, not_ended)):
+            where = f"cannot write .*/step-00000000{step}/00001-.*"
+            assert re.fullmatch(f"{where}: No space left on device; what was saved before is intact", said)
+        assert left == ["step-000000003"]
+
+
 def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptimaError, match="Not a directory"):
@@ -254,6 +282,34 @@ def test_what_is_written_meanwhile_is_what_was_saved(tmp_path: Path, monkeypatch
     assert torch.equal(state["weights"], torch.zeros(5))
     assert state["curve"] == [1.0]
     store.close()
+
+
+def test_what_is_learnt_while_a_state_is_saved_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = make_distiller(Ranks(), ema=0.8)
+    distiller.run_round()
+    waited, meanwhile = CheckpointStore(tmp_path / "waited"), CheckpointStore(tmp_path / "meanwhile", asynchronous=True)
+    waited.save(distiller.step, distiller.state_dict())
+    learnt, sync = threading.Event(), os.fsync
+
+    def held_up(number: int) -> None:
+        assert learnt.wait(600)
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", held_up)
+    meanwhile.save(distiller.step, distiller.state_dict())
+    distiller.run_round()
+    assert not meanwhile.paths()
+    learnt.set()
+    meanwhile.wait()
+    meanwhile.close()
+
+    manifests = [json.loads((store.paths()[0] / MANIFEST).read_bytes()) for store in (waited, meanwhile)]
+    digests = [[file["sha256"] for file in manifest["files"]] for manifest in manifests]
+    assert digests[0] == digests[1]
+    assert manifests[0]["state"] == manifests[1]["state"]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
 
 
 def test_an_error_of_what_is_written_meanwhile_is_told_by_the_next_call(
@@ -318,6 +374,27 @@ def test_a_manifest_that_lies_is_passed_over(lie: Callable[[dict[str, Any]], obj
     shutil.copy(files_of(store.paths()[-1])[1], store.directory / "x")
     sealed(store.paths()[-1], lie)
     with pytest.warns(UserWarning, match="step-000000002"):
+        state = store.load()
+    assert state is not None
+    assert state["step"] == 1
+
+
+def test_what_is_written_some_mib_at_a_time_comes_back_as_it_was(tmp_path: Path, seed: int) -> None:
+    """In a row and not, with a last part that is smaller than the others, or one row larger than all of them."""
+    whole = torch.randint(-(2**31), 2**31, (3000, 3001), dtype=torch.int32)
+    state = {"row": whole, "turned": whole.T, "wide": whole.flatten().repeat(2)[::2][None], "odd": whole.bool()}
+    store = CheckpointStore(tmp_path)
+    store.save(1, state)
+    found = store.load()
+    assert found is not None
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_manifest_without_end_is_passed_over(tmp_path: Path) -> None:
+    store = store_with(tmp_path, [1, 2])
+    os.truncate(store.paths()[-1] / MANIFEST, 2**40)
+    with pytest.warns(UserWarning, match="1099511627776 bytes; 1073741824 are the most"):
         state = store.load()
     assert state is not None
     assert state["step"] == 1
