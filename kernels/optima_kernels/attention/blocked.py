@@ -23,6 +23,7 @@ from optima_kernels.attention.problem import Layer, Options, Solution, empty_gra
 from optima_kernels.shared.cpu_products import add_product, is_faster, product
 from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.gates import closed_gates
+from optima_kernels.shared.scratch import Scratch
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -119,21 +120,6 @@ class _Rows(NamedTuple):
 
     scores: Tensor
     normalised: bool
-
-
-class Scratch:
-    """Buffers that every tile reuses, because fresh memory of this size costs a page fault per 4 KiB."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.buffers: dict[str, Tensor] = {}
-
-    def tile(self, name: str, shape: Sequence[int]) -> Tensor:
-        """An uninitialised contiguous tensor; a second one of the same name overwrites the first."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, device=self.device, dtype=self.dtype)
-        return self.buffers[name][:size].view(tuple(shape))
 
 
 def _tiles(layer: Layer, options: Options) -> Iterator[Tile]:

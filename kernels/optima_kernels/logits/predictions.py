@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima_kernels.logits.comparison import LOG2E, compare
+from optima_kernels.logits.comparison import CACHED_ELEMENTS, LOG2E, compare
 from optima_kernels.shared.registration import multiply
+from optima_kernels.shared.scratch import Scratch
 
 # Fewer logits are left to autograd: the loss is all calls, and autograd makes fewer.
 LEAST_ELEMENTS = 2**15
-# The rows worked on together have about this many logits, so that they stay in the cache.
-CACHED_ELEMENTS = 2**17
 
 
 class PredictionDivergence(torch.autograd.Function):
@@ -23,14 +22,14 @@ class PredictionDivergence(torch.autograd.Function):
         z_s: Tensor, z_t: Tensor, weight: Tensor | None, temperature: float, divergence: str, beta: float
     ) -> tuple[Tensor, Tensor]:
         values, gradient = z_s.new_empty(len(z_s)), torch.empty_like(z_s)
-        scale = LOG2E / temperature
+        scale, scratch = LOG2E / temperature, Scratch(z_s.device, z_s.dtype)
         size = max(CACHED_ELEMENTS // z_s.shape[1], 1)
         for start in range(0, len(z_s), size):
             rows = slice(start, start + size)
-            x_s, x_t = (
-                torch.add(z.amax(-1, keepdim=True).mul_(-scale), z, alpha=scale) for z in (z_s[rows], z_t[rows])
-            )
-            values[rows], _ = compare(x_s, x_t, divergence, beta, gradient[rows])
+            x = scratch.tile("logits", (2, *z_s[rows].shape))
+            for x_of, z in zip(x, (z_s[rows], z_t[rows]), strict=True):
+                torch.add(z.amax(-1, keepdim=True).mul_(-scale), z, alpha=scale, out=x_of)
+            values[rows], _ = compare(x, divergence, beta, scratch, gradient[rows])
         if weight is None:
             return values.sum() * (temperature**2 / len(z_s)), gradient
         return (values * weight).sum() * temperature**2, gradient.mul_(weight[:, None])
