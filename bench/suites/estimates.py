@@ -145,8 +145,12 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
 
 
 def scaling(launch: Launch) -> Work | None:
-    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written."""
-    return Work(bytes=4.0 * BLOCK * launch.programs) if launch.compiled.kernel == "scale_kernel" else None
+    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written; nothing
+    where they stay in place, since what it hands back is 1."""
+    if launch.compiled.kernel != "scale_kernel":
+        return None
+    (in_place,) = launch.flags
+    return Work(bytes=0.0 if in_place else 4.0 * BLOCK * launch.programs)
 
 
 def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]:

@@ -63,9 +63,9 @@ def _solve(layer: Layer, options: Options) -> Solution:
             _add_head_gradient(z_s, state_s, solution.head)
         if options.wants[2]:
             solution.bias.add_(z_s.sum(0))
-    solution.losses[0] *= temperature**2 / tokens
+    solution.losses[0] *= temperature
     solution.losses[1] /= tokens
-    solution.scale.fill_(temperature / tokens if layer.labels is None else 1.0)
+    solution.scale.fill_(1.0)
     return solution
 
 
@@ -105,18 +105,20 @@ def _compare(
         x = scratch.tile("logits", (2, *z_s[part].shape))
         for x_of, z in zip(x, (z_s[part].to(wide), z_t[part].to(wide)), strict=True):
             torch.sub(z, z.amax(-1, keepdim=True), out=x_of)
-        value, gradient = compare(x, options.divergence, options.beta, scratch)
-        sums[0] += value.to(dtype).dot(weight)
+        in_place = z_s[part] if layer.labels is None and wide == dtype else None
+        weight = (weight * (temperature / tokens)).to(wide)
+        value, gradient = compare(x, weight, options.divergence, options.beta, scratch, in_place)
+        sums[0] += value.sum()
         if layer.labels is None:
-            torch.mul(gradient, weight[:, None], out=z_s[part])
+            if in_place is None:
+                z_s[part] = gradient
             continue
         labels = layer.labels[of_all].clamp(min=0)[:, None]
         losses, p = _cross_entropy(z_s[part], labels, temperature, of_labels)
         sums[1] += losses.dot(label_weight)
         label_weight = (label_weight * (factors[1] / tokens))[:, None]
         p.mul_(label_weight).scatter_add_(1, labels, -label_weight)
-        weight = (weight * (factors[0] * (temperature / tokens)))[:, None]
-        torch.addcmul(p, gradient.to(dtype), weight, out=z_s[part])
+        torch.add(p, gradient.to(dtype).mul_(factors[0]), out=z_s[part])
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,10 @@ CACHED_ELEMENTS = 2**17
 
 
 def compare(
-    x: Tensor, divergence: str, beta: float, scratch: Scratch, out: Tensor | None = None
+    x: Tensor, weight: Tensor, divergence: str, beta: float, scratch: Scratch, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A value a row [R], and its gradient in the student's logits over temperature [R, V], in `out` if given.
+    """A value a row [R], and its gradient in the student's logits over temperature [R, V], in `out` if given; both
+    times the row's `weight` [R].
 
     `x` [2, R, V] are logits over temperature, less their row's maximum and times `LOG2E`; their memory is used up, and
     without `out` the gradient lies in that of `scratch`. With u the derivative of the value in P_s, the gradient is
@@ -36,10 +37,10 @@ def compare(
     log_sums = (over_t.double() / over_s).log2_().to(x.dtype)
     log_ratio, free = x.unbind()
     log_ratio.sub_(free).sub_(log_sums)  # to base 2
-    out = p_s if out is None else out
+    out, weight = p_s if out is None else out, weight[:, None]
     if divergence == "forward":
-        minus_p_t = p_t.mul_(over_t.neg_())
-        gradient = torch.addcmul(minus_p_t, p_s, over_s, out=out)
+        minus_p_t = p_t.mul_(over_t.mul_(-weight))
+        gradient = torch.addcmul(minus_p_t, p_s, over_s.mul_(weight), out=out)
         return torch.addcmul(gradient, minus_p_t, log_ratio, value=LN2, out=log_ratio).sum(-1), gradient
     p_s.mul_(over_s)
     p_t.mul_(over_t)
@@ -47,12 +48,12 @@ def compare(
     if divergence == "reverse":
         weighted = torch.mul(p_s, log_ratio, out=free)
         mean = weighted.sum(-1, keepdim=True)
-        value = weighted.sub_(p_s).add_(p_t).sum(-1)
-        return value, torch.mul(log_ratio.sub_(mean), p_s, out=out)
+        value = weighted.sub_(p_s).add_(p_t).sum(-1, keepdim=True).mul_(weight)
+        return value[:, 0], torch.mul(log_ratio.sub_(mean), p_s.mul_(weight), out=out)
     log_beta, log_rest = (log_ratio.new_full((), math.log(x)) for x in (beta, 1.0 - beta))
     over_teacher = torch.logaddexp(torch.add(log_ratio, log_rest, out=free), log_beta, out=free)  # log(M / P_t)
-    of_teacher = over_teacher.mul_(p_t).sum(-1)
+    of_teacher = over_teacher.mul_(p_t).sum(-1, keepdim=True)
     over_student = torch.logaddexp(log_ratio.neg_().add_(log_beta), log_rest, out=log_ratio)
-    of_student = torch.mul(p_s, over_student, out=free).sum(-1)
-    value = (beta - 1.0) * of_student - beta * of_teacher
-    return value, torch.mul(over_student.sub_(of_student[:, None]).mul_(beta - 1.0), p_s, out=out)
+    of_student = torch.mul(p_s, over_student, out=free).sum(-1, keepdim=True)
+    value = ((beta - 1.0) * of_student - beta * of_teacher) * weight
+    return value[:, 0], torch.mul(over_student.sub_(of_student), p_s.mul_(weight * (beta - 1.0)), out=out)
