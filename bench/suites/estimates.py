@@ -23,9 +23,18 @@ and 3584.
 
 The ceiling of attention is what its exponentials alone would take at 16 a clock and SM: two maps in each of two walks,
 and one more of each where no log-sum-exps are given. What bounds it below is that every exponential comes with the
-instructions of its element: a multiply-add before it, the difference of the maps, half a conversion, a subtraction and
-a multiply-add for the loss, and the loads, addresses and products of the tile. At the four schedulers' clocks that are
-counted here, 80 % of the ceiling would leave two instructions for each exponential, itself among them.
+instructions of its element. The least that the algorithm can do with, an exponential, itself among them:
+
+- `lse_kernel` 4: scale and maximum in a multiply-add, the running maximum, the exponential, the sum;
+- `query_kernel` 3.75: a multiply-add and an exponential for each of two maps; for both together their difference, half
+  a conversion of a pair to 16 bits, and a subtraction and a multiply-add for the loss;
+- `key_kernel` 2.75: the same without the loss.
+
+Loads, addresses, products and the loop itself would come for nothing. A sum of a row by the tensor cores would round
+its terms to 16 bits, a bound in place of a running maximum may let every term underflow, a score scaled before its
+product would be rounded as the states are, and the logarithms of the maps differ by numbers of the first order, so that
+a row's constant cannot wait for the end of a sum of the second. At the four schedulers' clocks that are counted here,
+80 % of the ceiling would leave two instructions for each exponential: by this algorithm it cannot be reached.
 """
 
 import json
@@ -44,7 +53,12 @@ from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
 from optima_kernels.inspect.memory import peak_bytes
 from optima_kernels.inspect.problems import Attention, Hidden, Vocabulary
-from optima_kernels.inspect.sass import clocks_of_an_exponential
+from optima_kernels.inspect.sass import (
+    CLOCKS_OF_AN_EXPONENTIAL,
+    clocks_of_an_exponential,
+    exponentials,
+    loop_of_exponentials,
+)
 from optima_kernels.shared.scaling import BLOCK
 
 PAGE = "PREDICTED.md"
@@ -78,6 +92,16 @@ class Machine:
 
 
 MACHINE = Machine()
+LEAST = {"lse_kernel": 4.0, "query_kernel": 3.75, "key_kernel": 2.75}
+"""Instructions of an exponential that the KL of maps cannot do without, by the kernel that makes it."""
+CLASSES = {
+    "exponential": ("MUFU.EX2",),
+    "arithmetic": ("FFMA", "FADD", "FMUL"),
+    "maxima": ("FMNMX", "FSEL", "FSETP"),
+    "conversions": ("F2F",),
+    "products": ("HGMMA", "WARPGROUP", "R2UR"),
+    "loads and stores": ("LD", "ST", "DEPBAR"),
+}
 
 
 @dataclass(frozen=True)
@@ -145,8 +169,12 @@ def estimated(case: Case, machine: Machine = MACHINE) -> Estimate:
 
 
 def scaling(launch: Launch) -> Work | None:
-    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written."""
-    return Work(bytes=4.0 * BLOCK * launch.programs) if launch.compiled.kernel == "scale_kernel" else None
+    """Of the kernel that multiplies saved gradients by what autograd hands back: 16 bits read, and written; nothing
+    where they stay in place, since what it hands back is 1."""
+    if launch.compiled.kernel != "scale_kernel":
+        return None
+    (in_place,) = launch.flags
+    return Work(bytes=0.0 if in_place else 4.0 * BLOCK * launch.programs)
 
 
 def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]:
@@ -333,6 +361,26 @@ def _row(
     return [case, who, f"{1e3 * seconds:.3f}", *gpus, f"{host:.2f}", *hosts, share, note]
 
 
+def instruction_counts(chosen: Sequence[Case]) -> Iterator[list[str]]:
+    """What attention's loops execute for an exponential, by class, beside the least."""
+    for case in chosen:
+        with launches_on(TARGET) as log:
+            case.call()
+        for launch in {x.compiled.kernel: x for x in log.launches if x.compiled.kernel in LEAST}.values():
+            kernel, body = launch.compiled.kernel, loop_of_exponentials(launch.cubin)
+            exps = exponentials(body)
+            counted = {name: sum(x.name.startswith(begins) for x in body) for name, begins in CLASSES.items()}
+            counted["addresses, loop and the rest"] = len(body) - sum(counted.values())
+            least = LEAST[kernel]
+            row = [case.name, kernel, *(f"{count / exps:.2f}" for count in counted.values())]
+            yield [*row, f"{len(body) / exps:.2f}", f"{least:.2f}", f"{_at_most(least):.0%}"]
+
+
+def _at_most(instructions: float) -> float:
+    """Of the exponentials' ceiling."""
+    return CLOCKS_OF_AN_EXPONENTIAL / (CLOCKS_OF_AN_EXPONENTIAL + instructions)
+
+
 def ceilings(estimated_cases: Ours, measured: Sequence[Measured]) -> Iterator[list[str]]:
     """Attention's estimates, and what was `measured` on each card, as shares of what their exponentials would take."""
     for case, ours in estimated_cases:
@@ -379,5 +427,8 @@ def tables(rounds: int | None) -> Iterator[Table]:
     yield Table("bf16, forward pass and gradients", header, list(estimates(ours, cards)))
     header = ("loss", "million exponentials", "ceiling, ms", "kernels that make them, ms", "share", "of all", *said)
     yield Table("Attention beside what its exponentials would take", header, list(ceilings(ours, cards)))
+    header = ("loss", "kernel", *CLASSES, "addresses, loop and the rest", "all", "least", "of the ceiling at most")
+    loops = [case for case in cases() if case.name in ("attention kl", "attention kl causal", "attention kl d128")]
+    yield Table("Instructions of attention's loops for an exponential", header, list(instruction_counts(loops)))
     header = ("loss", "ours, MiB", "of which the head's gradient", "eager, MiB", "share", *said)
     yield Table("Memory beside the inputs, bf16, counted", header, list(memories(cards)))

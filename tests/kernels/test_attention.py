@@ -346,6 +346,20 @@ def test_layers_are_the_single_losses_each_under_its_gate(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_with_a_mask_beside_one_without(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    """Terms are counted where a mask has a say, and known elsewhere; the gradients tell no difference."""
+    tensors = [{name: x.to(device) for name, x in Case(seed + i).tensors().items()} for i in range(2)]
+    tensors[1]["mask"] = torch.rand(tensors[1]["q_s"].shape[2], tensors[1]["k_s"].shape[2], device=device) < 0.7
+    leaves = {name: [x[name].clone().requires_grad_(name in STUDENT) for x in tensors] for name in tensors[0]}
+    masks = [None, tensors[1]["mask"]]
+    attention_map_losses(**leaves, mask=masks, kind=kind, backend=backend).sum().backward()
+    for i, arguments in enumerate(tensors):
+        _, *gradients = loss_and_gradients(attention_map_loss, arguments, kind=kind, backend=backend)
+        for name, gradient in zip(STUDENT, gradients, strict=True):
+            torch.testing.assert_close(leaves[name][i].grad, gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_second_backward_gives_the_same_gradient(kind: str, backend: str, seed: int, device: torch.device) -> None:
     tensors = {name: x.to(device).requires_grad_(name in STUDENT) for name, x in Case(seed).tensors().items()}
     loss = attention_map_loss(**tensors, kind=kind, backend=backend)

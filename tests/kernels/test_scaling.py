@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optima_kernels.shared.registration import multiply
 
 pytest.importorskip("triton")
+from optima_kernels.inspect.counts import counting
+from optima_kernels.shared.dispatch import INTERPRETED
 from optima_kernels.shared.scaling import scale_into
 
 DTYPES = [torch.float32, torch.float16]
@@ -36,6 +38,26 @@ def test_in_place_and_by_expanded_factors(device: torch.device, seed: int) -> No
     expected = [x * 2.0 for x in saved]
     scale_into(saved, saved, torch.full((), 2.0, device=device).expand(3))
     assert all(torch.equal(x, e) for x, e in zip(saved, expected, strict=True)), f"seed {seed}"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
+def test_a_factor_of_1_moves_nothing_in_place(seed: int) -> None:
+    saved = [torch.randn(2, 1001) for _ in range(2)]
+    expected = [x.clone() for x in saved]
+    with counting() as launches:
+        scale_into(saved, saved, torch.ones(2, 2))
+        scale_into(saved, saved, torch.tensor([[1.0, 1.0], [1.0, 2.0]]))
+    expected[1][1] *= 2.0
+    assert all(torch.equal(x, e) for x, e in zip(saved, expected, strict=True)), f"seed {seed}"
+    assert [launch.stored.total() for launch in launches] == [0, 4 * 1001]
+
+
+def test_a_factor_of_1_leaves_a_gradient_on_a_cpu_as_it_is(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)  # as in a last pass
+    saved = torch.randn(5, 3)
+    assert multiply(saved, torch.tensor(1.0), in_graph=False) is saved
+    expected = saved * 1.5
+    assert torch.equal(multiply(saved, torch.tensor(1.5), in_graph=False), expected), f"seed {seed}"
 
 
 class Products(TorchDispatchMode):

@@ -19,10 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima_kernels.attention.problem import Layer, Options, Solution, empty_gradients
-from optima_kernels.shared.cpu_products import add_product, is_faster, product
+from optima_kernels.attention.problem import (
+    Layer,
+    Options,
+    Solution,
+    empty_gradients,
+    gradient_factor,
+    known_terms,
+)
+from optima_kernels.shared.cpu_products import is_faster, products
 from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.gates import closed_gates
+from optima_kernels.shared.scratch import Scratch
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -62,8 +70,8 @@ def solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> lis
 def _nothing(layer: Layer, options: Options) -> Solution:
     """What a layer behind a closed gate has."""
     gradients = [x.zero_() for x in empty_gradients(layer, "blocked")] if options.with_grad else [None, None]
-    zeros = layer.q_s.new_zeros(layer.q_s.shape[0], dtype=compute_dtype(*layer[:4]))
-    return Solution(zeros, zeros, *gradients)
+    zeros, known = layer.q_s.new_zeros(layer.q_s.shape[0], dtype=compute_dtype(*layer[:4])), known_terms(layer, options)
+    return Solution(zeros, zeros if known is None else known, *gradients)
 
 
 def _solve(layer: Layer, options: Options) -> Solution:
@@ -71,7 +79,8 @@ def _solve(layer: Layer, options: Options) -> Solution:
     dtype = compute_dtype(q_s, k_s, q_t, k_t)
     batch = q_s.shape[0]
     total = q_s.new_zeros(batch, dtype=dtype)
-    count = q_s.new_zeros(batch, dtype=dtype)
+    known = known_terms(layer, options)
+    terms = q_s.new_zeros(batch, dtype=dtype) if known is None else known
     # A product that writes whole rows of M keys was measured a quarter faster than one that writes rows of d.
     grad_q, grad_k = empty_gradients(layer, "blocked") if options.with_grad else (None, None)
     if grad_k is not None:
@@ -79,7 +88,8 @@ def _solve(layer: Layer, options: Options) -> Solution:
     scratch = Scratch(q_s.device, dtype)
     compare = _compare_kl if options.kind == "kl" else _compare_mse
     compare_means = _compare_mean_kl if options.kind == "kl" else _compare_mean_mse
-    scale = layer.scale_s * (2.0 if options.kind == "mse" else 1.0)  # MSE's score gradients come halved
+    # MSE's score gradients come halved.
+    scale = layer.scale_s * (2.0 if options.kind == "mse" else 1.0) * gradient_factor(layer, options)
 
     for tile in _tiles(layer, options):
         b, h_s = tile.samples, tile.heads
@@ -99,11 +109,12 @@ def _solve(layer: Layer, options: Options) -> Solution:
         else:
             sums, grad_scores = compare(rows_s, rows_t, scratch)
         total[b] += sums
-        maps = 1 if options.mean_heads else rows_s.scores.shape[1]
-        count[b] += _count(attends, options.kind, (rows_s.scores.shape[0], maps, *rows_s.scores.shape[2:]))
+        if isinstance(terms, Tensor) and attends is not None:
+            maps = 1 if options.mean_heads else rows_s.scores.shape[1]
+            terms[b] += _count(attends, options.kind, (rows_s.scores.shape[0], maps, *rows_s.scores.shape[2:]))
         if grad_q is not None and grad_k is not None:
             _add_gradients(grad_scores, layer, tile, scale, grad_q, grad_k)
-    return Solution(total, count, grad_q, grad_k)
+    return Solution(total, terms, grad_q, grad_k)
 
 
 def _keys_of(k: Tensor, query_heads: int, tile: Tile, heads: slice) -> Tensor:
@@ -119,21 +130,6 @@ class _Rows(NamedTuple):
 
     scores: Tensor
     normalised: bool
-
-
-class Scratch:
-    """Buffers that every tile reuses, because fresh memory of this size costs a page fault per 4 KiB."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.buffers: dict[str, Tensor] = {}
-
-    def tile(self, name: str, shape: Sequence[int]) -> Tensor:
-        """An uninitialised contiguous tensor; a second one of the same name overwrites the first."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, device=self.device, dtype=self.dtype)
-        return self.buffers[name][:size].view(tuple(shape))
 
 
 def _tiles(layer: Layer, options: Options) -> Iterator[Tile]:
@@ -170,13 +166,12 @@ def _fill_scores(
         torch.baddbmm(flat, q, k.transpose(1, 2), beta=0, alpha=scale, out=flat)
     elif attends is None:
         known = None if lse is None else lse.flatten(0, 1)
-        for i, (q_map, k_map, of_map) in enumerate(zip(q * scale, k, flat, strict=True)):
-            scores = product(q_map, k_map.t())
+        for i, (scores, of_map) in enumerate(zip(products(q * scale, k.transpose(1, 2)), flat, strict=True)):
             torch.sub(scores, scores.amax(-1, keepdim=True) if known is None else known[i], out=of_map)
         return
     else:
-        for q_map, k_map, scores in zip(q * scale, k, flat, strict=True):
-            scores.copy_(product(q_map, k_map.t()))
+        for scores, of_map in zip(products(q * scale, k.transpose(1, 2)), flat, strict=True):
+            of_map.copy_(scores)
     if attends is not None:
         if bias is not None:
             out.add_(bias)
@@ -235,10 +230,8 @@ def _mask_tile(mask: Tensor, tile: Tile) -> Tensor:
     return mask
 
 
-def _count(attends: Tensor | None, kind: str, shape: Sequence[int]) -> Tensor | int:
+def _count(attends: Tensor, kind: str, shape: Sequence[int]) -> Tensor:
     """How many terms the tile has per sample: rows that attend to anything (kl) or attended elements (mse)."""
-    if attends is None:
-        return math.prod(shape[1:3]) if kind == "kl" else math.prod(shape[1:])
     per_row = attends.any(-1) if kind == "kl" else attends.expand(*attends.shape[:-1], shape[-1]).sum(-1)
     return per_row.expand(shape[:3]).sum((1, 2))
 
@@ -334,10 +327,10 @@ def _add_gradients(grad_scores: Tensor, layer: Layer, tile: Tile, scale: float, 
     out_q = grad_q.flatten(0, 1)[maps.start : maps.stop, tile.queries]
     out_k = grad_k.transpose(2, 3).flatten(0, 1)[:, :, : tile.keys]
     if is_faster(q[0].numel() * k.shape[1], q, k, grad_scores):
-        q, k = q * scale, k * scale
-        for i, map_q, q_map, k_map, scores in zip(maps, out_q, q, k, grad_scores, strict=True):
-            map_q.copy_(product(scores, k_map))
-            add_product(out_k[i // group], q_map.t(), scores)
+        for map_q, found in zip(out_q, products(grad_scores, k * scale), strict=True):
+            map_q.copy_(found)
+        for i, found in zip(maps, products((q * scale).transpose(1, 2), grad_scores), strict=True):
+            out_k[i // group].add_(found)
         return
     torch.baddbmm(out_q, grad_scores, k, beta=0, alpha=scale, out=out_q)
     if group == 1:

@@ -10,7 +10,7 @@ from optima_kernels.attention import blocked
 from optima_kernels.attention.problem import Kind, Layer, Options, Solution, empty_gradients
 from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.gates import apply_gate
-from optima_kernels.shared.registration import FusedOperator
+from optima_kernels.shared.registration import FusedOperator, all_one
 
 Tensors = Sequence[Tensor]
 MaybeTensors = Sequence[Tensor | None]
@@ -41,7 +41,8 @@ def _forward(
     [B, maps, N], sample_weight [B]; gate is [L].
     """
     layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
-    options = Options(cast(Kind, kind), mean_heads, causal, with_grad)
+    evenly = all(w is None for w in sample_weight)
+    options = Options(cast(Kind, kind), mean_heads, causal, with_grad, evenly)
     solutions = _solve(layers, options, gate, backend)
     total = _stacked([x.total for x in solutions])
     losses, factor = _weighted_means(total, [x.terms for x in solutions], sample_weight)
@@ -53,12 +54,12 @@ def _forward(
 def _weighted_means(
     total: Tensor, terms: Sequence[Tensor | float], sample_weight: MaybeTensors
 ) -> tuple[Tensor, Tensor]:
-    """Losses [L] of sums [L, B], terms [B] and weights [B], and what a layer's sums are multiplied by [L, B]."""
+    """Losses [L] of sums [L, B], terms [B] and weights [B], and what a layer's gradients are multiplied by [L, B]: that
+    of layers with a number of terms is 1 where there are no weights, see `gradient_factor`."""
     unweighted = all(w is None for w in sample_weight)
     numbers = {x for x in terms if not isinstance(x, Tensor)}
     if unweighted and len(numbers) == 1 and not any(isinstance(x, Tensor) for x in terms):
-        per_term = 1.0 / (total.shape[1] * numbers.pop())
-        return total.sum(1) * per_term, total.new_full(total.shape, per_term)
+        return total.sum(1) * (1.0 / (total.shape[1] * numbers.pop())), torch.ones_like(total)
     count = _stacked([x if isinstance(x, Tensor) else total.new_full(total.shape[1:], x) for x in terms])
     weight = torch.ones_like(total)
     if not unweighted:
@@ -67,7 +68,11 @@ def _weighted_means(
     denominator = (weight * count).sum(1)
     counted = denominator > 0
     factor = torch.where(counted[:, None], weight / torch.where(counted, denominator, 1)[:, None], 0)
-    return torch.where(counted, (factor * total).sum(1), 0), factor
+    losses = torch.where(counted, (factor * total).sum(1), 0)
+    if unweighted and numbers:
+        rows = zip(factor, terms, strict=True)
+        factor = torch.stack([row if isinstance(x, Tensor) else torch.ones_like(row) for row, x in rows])
+    return losses, factor
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
@@ -154,8 +159,9 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool)
     """
     if in_graph or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(dtype)
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor, out=out)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient if all_one(factor) else torch.mul(gradient, factor, out=gradient)
 
 
 attention_operator = FusedOperator("attention_map_losses", _forward, _fake, _setup_context, _backward)

@@ -2,7 +2,7 @@
 
 A backend is a function `solve(layers, options, gate)`. It knows nothing of sample weights, means or the incoming
 gradient: it returns, per layer and sample, the plain sum and the number of the loss's terms, and the gradient of the
-plain sum; `optima_kernels.attention.operator` does the rest.
+plain sum, or of the mean where shapes alone tell that; `optima_kernels.attention.operator` does the rest.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,17 @@ HeadMatching = Literal["match", "mean", "relation"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared. `mean_heads` compares the maps' means over heads; else head h is compared with head h."""
+    """What is compared. `mean_heads` compares the maps' means over heads; else head h is compared with head h.
+
+    `evenly` says that samples count alike: then gradients are those of the mean over samples and terms, of each layer
+    whose `known_terms` are known.
+    """
 
     kind: Kind
     mean_heads: bool
     causal: bool
     with_grad: bool
+    evenly: bool
 
 
 class Layer(NamedTuple):
@@ -44,12 +49,33 @@ class Layer(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """A layer's result; the gradients are those of `total.sum()`, and None where they were not asked for."""
+    """A layer's result; the gradients are those of `total.sum()` times `gradient_factor`, and None where they were not
+    asked for."""
 
     total: Tensor  # [B]
     terms: Tensor | float  # [B], how many, in the dtype of total; a number where the host knows that all have as many
     grad_q: Tensor | None  # [B, H, N, d], as `empty_gradients` says
     grad_k: Tensor | None  # [B, H_k, M, d]
+
+
+def known_terms(layer: Layer, options: Options) -> float | None:
+    """How many terms every sample has, where neither mask nor lengths have a say."""
+    if layer.mask is not None or layer.key_lengths is not None:
+        return None
+    (heads, queries), keys = layer.q_s.shape[1:3], layer.k_s.shape[2]
+    maps = 1 if options.mean_heads else heads
+    if options.kind == "kl":
+        return maps * queries
+    if not options.causal:
+        return maps * queries * keys
+    diagonal = min(queries, keys)
+    return maps * (diagonal * (diagonal + 1) / 2 + (queries - diagonal) * keys)
+
+
+def gradient_factor(layer: Layer, options: Options) -> float:
+    """See `Options.evenly`. An incoming gradient of 1 then leaves nothing to multiply in the backward pass."""
+    terms = known_terms(layer, options)
+    return 1.0 / (layer.q_s.shape[0] * terms) if options.evenly and terms else 1.0
 
 
 def empty_gradients(layer: Layer, backend: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,14 @@ import triton
 from torch import Tensor
 
 from optima_kernels.attention import blocked
-from optima_kernels.attention.problem import Layer, Options, Solution, empty_gradients
+from optima_kernels.attention.problem import (
+    Layer,
+    Options,
+    Solution,
+    empty_gradients,
+    gradient_factor,
+    known_terms,
+)
 from optima_kernels.attention.tiles import COUNTING, Tiles, Tiling, padded, tiles_of
 from optima_kernels.attention.triton_kernels import count_kernel, key_kernel, lse_kernel, query_kernel
 from optima_kernels.attention.triton_mean_kernels import mean_kernel, mean_key_kernel, mean_query_kernel
@@ -198,6 +205,9 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
 def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor | float:
     """How many terms the loss has: [layers, B] in float32, or a number for all of them."""
     first = layers[0]
+    known = known_terms(first, options)
+    if known is not None:
+        return known
     (batch, heads, queries, _), keys = first.q_s.shape, first.k_s.shape[2]
     maps = 1 if options.mean_heads else heads
     mse = options.kind == "mse"
@@ -210,10 +220,6 @@ def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) ->
             count=count, H=distinct, TILES=row_tiles, MSE=mse, **COUNTING.arguments(), **rules
         )
         return count.sum((2, 3)) * (maps // distinct)
-    if first.key_lengths is None:
-        diagonal = min(queries, keys)
-        causal = diagonal * (diagonal + 1) / 2 + (queries - diagonal) * keys
-        return maps * (queries if not mse else causal if options.causal else queries * keys)
     lengths = torch.stack([layer.key_lengths for layer in layers if layer.key_lengths is not None]).clamp(0, keys)
     lengths = lengths.float()
     if not mse:
@@ -243,7 +249,8 @@ def _matches(
     mse, with_grad = options.kind == "mse", options.with_grad
     grad_q, grad_k = zip(*gradients, strict=True)
     total = _rows(layers, heads, row_tiles)
-    shared = shared | teacher | {"H": heads, "MSE": mse, "GAIN": gain, "grad_scale": layers[0].scale_s / gain}
+    shared = shared | teacher | {"H": heads, "MSE": mse, "GAIN": gain}
+    shared["grad_scale"] = layers[0].scale_s / gain * gradient_factor(layers[0], options)
     shared["row_term"] = _rows(layers, heads, queries).unbind() if mse else None
 
     for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
@@ -302,7 +309,8 @@ def _means(
     if options.with_grad:
         grad_q, grad_k = zip(*gradients, strict=True)
         row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
-        shared = shared | stored | {"H": heads, "unit": gain / heads, "grad_scale": first.scale_s / gain}
+        shared = shared | stored | {"H": heads, "unit": gain / heads}
+        shared["grad_scale"] = first.scale_s / gain * gradient_factor(first, options)
         shared["row_term"] = _rows(layers, heads, queries).unbind()
         mean_query_kernel[(row_tiles * batch * heads, len(layers))](
             grad_q=grad_q, TILES=row_tiles, **tiles.query.arguments(), **shared

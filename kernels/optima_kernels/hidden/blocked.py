@@ -38,10 +38,11 @@ def _nothing(layer: Layer) -> Solution:
 
 
 def _solve(layer: Layer, normalize: str | None) -> Solution:
-    h_s, h_t, weight, bias, token_weight, (wants_state, wants_weight, wants_bias) = layer
+    h_s, h_t, weight, bias, token_weight, (wants_state, wants_weight, wants_bias), _ = layer
     (tokens, d_s), d_t = h_s.shape, h_t.shape[1]
     dtype = layer.dtype
     wide_weight, wide_bias = (None if x is None else x.to(dtype) for x in (weight, bias))
+    scaled_weight = None if wide_weight is None else wide_weight * layer.factor
     solution = layer.empty_solution()
     for sums in (solution.loss, solution.weight, solution.bias):
         sums.zero_()
@@ -61,11 +62,15 @@ def _solve(layer: Layer, normalize: str | None) -> Solution:
             continue
         gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
         if wants_state:
-            solution.state[rows] = gradient if wide_weight is None else product(gradient, wide_weight)
+            solution.state[rows] = (
+                gradient.mul_(layer.factor) if scaled_weight is None else product(gradient, scaled_weight)
+            )
         if wants_weight:
             add_product(solution.weight, gradient.t(), state)
         if wants_bias:
             solution.bias.add_(gradient.sum(0))
+    for sums in (solution.weight, solution.bias):
+        sums.mul_(layer.factor)
     return solution._replace(loss=solution.loss / max(tokens * d_t, 1))
 
 

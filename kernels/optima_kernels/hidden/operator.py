@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optima_kernels.hidden import blocked
 from optima_kernels.hidden.problem import Layer, Options, Solution
+from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.registration import FusedOperator, multiply
 
 
@@ -25,15 +26,23 @@ def _layers(
     token_weight: Sequence[Tensor | None],
     wants: Sequence[bool],
     operands: torch.dtype | None,
+    backend: str,
+    gate: Tensor | None,
 ) -> list[Layer]:
-    """What a backend gets: operands of a product in the dtype that autocast asks for, float64 excepted."""
+    """What a backend gets: operands of a product in the dtype that autocast asks for, float64 excepted.
+
+    The gradient of a bfloat16 weight is summed in its own memory where one product of the vendor's makes it.
+    """
     layers = []
     wanted = zip(wants[::3], wants[1::3], wants[2::3], strict=True)
     optional = ([x if x is None or x.numel() else None for x in xs] for xs in (weight, bias, token_weight))
     for state, teacher, w, b, counts, each in zip(h_s, h_t, *optional, wanted, strict=True):
+        sums = compute_dtype(*(x for x in (state, teacher, w, b) if x is not None))
+        one_product = backend == "triton" and gate is None and w is not None
+        narrow = one_product and state.dtype == w.dtype == torch.bfloat16
         if operands is not None and w is not None and torch.float64 not in (state.dtype, w.dtype):
             state, w = state.to(operands), w.to(operands)
-        layers.append(Layer(state, teacher, w, b, counts, each))
+        layers.append(Layer(state, teacher, w, b, counts, each, torch.bfloat16 if narrow else sums))
     return layers
 
 
@@ -50,7 +59,7 @@ def _forward(
     gate: Tensor | None,
 ) -> list[Tensor]:
     """The losses [L], not yet multiplied by the gate, and three gradients a layer."""
-    layers = _layers(h_s, h_t, weight, bias, token_weight, wants, operands)
+    layers = _layers(h_s, h_t, weight, bias, token_weight, wants, operands, backend, gate)
     with torch.autocast(h_s[0].device.type, enabled=False):
         solutions = _solver(backend)(layers, Options(normalize), gate)
     return [torch.stack([x.loss for x in solutions]), *_gradients(solutions)]
@@ -77,9 +86,11 @@ def _fake(
     token_weight: Sequence[Tensor | None],
     wants: Sequence[bool],
     operands: torch.dtype | None,
-    *_: Any,
+    normalize: str | None,
+    backend: str,
+    gate: Tensor | None,
 ) -> list[Tensor]:
-    layers = _layers(h_s, h_t, weight, bias, token_weight, wants, operands)
+    layers = _layers(h_s, h_t, weight, bias, token_weight, wants, operands, backend, gate)
     solutions = [layer.empty_solution() for layer in layers]
     return [torch.stack([x.loss for x in solutions]), *_gradients(solutions)]
 
@@ -92,7 +103,11 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     ctx.wants, ctx.backend = wants, inputs[8]
     ctx.dtypes = [None if x is None else x.dtype for x in chain.from_iterable(zip(h_s, weight, bias, strict=True))]
     ctx.given = [xs[0] is not None for xs in inputs[:5]]
-    ctx.scales = [2.0 / max(teacher.numel(), 1) for teacher in h_t]
+    stored = [state.dtype for state in output[1::3]]
+    ctx.scales = [
+        2.0 / max(teacher.numel(), 1) if dtype == torch.float16 else 1.0
+        for teacher, dtype in zip(h_t, stored, strict=True)
+    ]
 
 
 def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

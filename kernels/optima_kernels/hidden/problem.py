@@ -32,7 +32,7 @@ class Options:
 
 class Layer(NamedTuple):
     """`h_s` [T, D_s], `h_t` [T, D_t], `weight` [D_t, D_s], `bias` [D_t], `token_weight` [T] of mean 1; and which of
-    `h_s`, `weight` and `bias` want a gradient."""
+    `h_s`, `weight` and `bias` want a gradient; that of `weight` has the dtype `weight_dtype`."""
 
     h_s: Tensor
     h_t: Tensor
@@ -40,6 +40,12 @@ class Layer(NamedTuple):
     bias: Tensor | None
     token_weight: Tensor | None
     wants: tuple[bool, bool, bool]
+    weight_dtype: torch.dtype
+
+    @property
+    def factor(self) -> float:
+        """What gradients are multiplied by: see `Solution`."""
+        return 1.0 if self.h_s.dtype == torch.float16 else 2.0 / max(self.h_t.numel(), 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,17 +58,17 @@ class Layer(NamedTuple):
         return Solution(
             loss=self.h_s.new_empty((), dtype=sums),
             state=self.h_s.new_empty(self.h_s.shape if of_state else 0),
-            weight=self.h_s.new_empty((d_t, d_s) if of_weight else 0, dtype=sums),
+            weight=self.h_s.new_empty((d_t, d_s) if of_weight else 0, dtype=self.weight_dtype),
             bias=self.h_s.new_empty(d_t if of_bias else 0, dtype=sums),
         )
 
 
 class Solution(NamedTuple):
-    """A layer's loss, 0-d, and its gradients: of the student state [T, D_s], in its dtype, of weight and bias in the
-    dtype of the loss.
+    """A layer's loss, 0-d, and its gradients: of the student state [T, D_s], in its dtype, of the weight, and of the
+    bias in the dtype of the loss.
 
-    Those not wanted are empty. All lack the factor 2 / (T D_t): float16 could not hold them with it, and a loss scale,
-    which multiplies the incoming gradient, comes too late.
+    Those not wanted are empty. With a state of float16 all lack the factor 2 / (T D_t): float16 could not hold them
+    with it, and a loss scale, which multiplies the incoming gradient, comes too late.
     """
 
     loss: Tensor

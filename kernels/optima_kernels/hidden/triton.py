@@ -49,7 +49,7 @@ def _dense(layer: Layer) -> Layer:
     dense = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer[:5]]
     if dense[2] is not None:
         dense[2] = dense[2].to(layer.h_s.dtype)
-    return Layer._make((*dense, layer.wants))
+    return Layer._make((*dense, layer.wants, layer.weight_dtype))
 
 
 def _alike(layers: Sequence[Layer]) -> Iterator[list[int]]:
@@ -76,7 +76,7 @@ def _solve(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> li
         ]
 
     shape = first.weight.shape if wants_weight else 0
-    weights = [x.new_empty(shape, dtype=torch.float32) for x in h_s]
+    weights = [x.h_s.new_empty(shape, dtype=x.weight_dtype) for x in layers]
     weight = [x.weight for x in layers if x.weight is not None]
     token_weight = [x.token_weight for x in layers if x.token_weight is not None]
     projected = first.h_s.new_empty((len(layers), *first.h_t.shape)).unbind()
@@ -131,6 +131,7 @@ def _rows(
         "gradient": tuple(gradient),
         "T": tokens,
         "D": width,
+        "factor": None if first.factor == 1 else first.factor,
         "s_x": x[0].stride(0),
         "s_h_t": first.h_t.stride(0),
         "LAYERS": count,

@@ -22,13 +22,14 @@ def _normalized(b_x, m_x, D, EPS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    x, bias, h_t, token_weight, gate, gradient, loss, sums, T, D, turns, s_x, s_h_t,
+    x, bias, h_t, token_weight, gate, gradient, loss, sums, T, D, turns, factor, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr,
     EPS: tl.constexpr, STORE: tl.constexpr, OWES: tl.constexpr, SUMS: tl.constexpr, DOUBLE: tl.constexpr,
     STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The loss of whole rows x + bias [T, D], its gradient in them, which may lie where x does, and that gradient's
-    column sums: a program takes `turns` times BR rows and leaves its share of loss and sums. OWES: zeros if closed."""
+    column sums, both times `factor`: a program takes `turns` times BR rows and leaves its share of loss and sums. OWES:
+    zeros if closed."""
     i_l, i_p = tl.program_id(1), tl.program_id(0)
     i_share = i_l * tl.num_programs(0) + i_p
     o_c = tl.arange(0, BC)
@@ -71,6 +72,8 @@ def row_kernel(
             b_squares *= b_counts
             b_d *= b_counts[:, None]
         b_loss += b_squares.to(tl.float32)
+        if factor is not None:
+            b_d *= factor
         if STORE:
             if KIND == 1:
                 b_mean, b_along = tl.sum(b_d, 1) / D, tl.sum(b_d * b_x, 1) / D
@@ -109,7 +112,7 @@ def _clear(p_row, D, BC: tl.constexpr):
 
 @triton.jit
 def wide_row_kernel(
-    x, bias, h_t, token_weight, gate, gradient, loss, T, D, s_x, s_h_t,
+    x, bias, h_t, token_weight, gate, gradient, loss, T, D, factor, s_x, s_h_t,
     LAYERS: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr,
     EPS: tl.constexpr, STORE: tl.constexpr, OWES: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +167,8 @@ def wide_row_kernel(
         b_sum_d += b_d
         b_dot += b_d * b_x
     tl.store(p_loss, tl.sum(b_squares, 0) * b_count)
+    if factor is not None:
+        b_count *= factor
 
     if STORE:
         mean, along = 0.0, 0.0

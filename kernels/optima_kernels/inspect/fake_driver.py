@@ -69,11 +69,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and the programs it was launched with, along x, y and z."""
+    """A kernel and the programs it was launched with, along x, y and z. `flags`: its arguments that are True or False,
+    in their order."""
 
     compiled: Compiled
     grid: tuple[int, int, int]
     cubin: Path
+    flags: tuple[bool, ...] = ()
 
     @property
     def programs(self) -> int:
@@ -270,7 +272,8 @@ class _Launcher:
 
         active = driver.active
         assert isinstance(active, _Driver)
-        active.log.launches.append(Launch(self.compiled, (x, y, z), self.files[".cubin"]))
+        flags = tuple(argument for argument in rest if isinstance(argument, bool))
+        active.log.launches.append(Launch(self.compiled, (x, y, z), self.files[".cubin"], flags))
 
     @functools.cached_property
     def compiled(self) -> Compiled:

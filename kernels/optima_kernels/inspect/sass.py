@@ -26,20 +26,31 @@ class Instruction(NamedTuple):
 
 
 @cache
-def clocks_of_an_exponential(cubin: Path) -> float:
-    """Clocks of a scheduler for the loop with the most exponentials, of such the shortest, over those of its 32 lanes.
-
-    One for each instruction that the loop executes, and `CLOCKS_OF_AN_EXPONENTIAL`; 0 where no loop has any.
-    """
+def loop_of_exponentials(cubin: Path) -> list[Instruction]:
+    """What the loop with the most exponentials executes, of such the shortest; nothing where no loop has any."""
     code = instructions(cubin)
     loops = []
     for last in code:
         if last.target is not None and last.target < last.address:
-            body = [x for x in code if last.target <= x.address <= last.address]
-            exps = sum(x.name.startswith("MUFU.EX2") for x in body)
-            loops.append((-exps, executed(body) + CLOCKS_OF_AN_EXPONENTIAL * exps))
-    most, clocks = min(loops, default=(0, 0))
-    return clocks / (-32 * most) if most else 0.0
+            body = executed([x for x in code if last.target <= x.address <= last.address])
+            loops.append((-exponentials(body), len(body), body))
+    most, _, body = min(loops, key=lambda loop: loop[:2], default=(0, 0, []))
+    return body if most else []
+
+
+def clocks_of_an_exponential(cubin: Path) -> float:
+    """Clocks of a scheduler for `loop_of_exponentials`, over the exponentials of its 32 lanes; 0 where there is none.
+
+    One for each instruction that the loop executes, and `CLOCKS_OF_AN_EXPONENTIAL`.
+    """
+    body = loop_of_exponentials(cubin)
+    exps = exponentials(body)
+    return (len(body) / exps + CLOCKS_OF_AN_EXPONENTIAL) / 32 if exps else 0.0
+
+
+def exponentials(body: Sequence[Instruction]) -> int:
+    """How many of these there are."""
+    return sum(x.name.startswith("MUFU.EX2") for x in body)
 
 
 def instructions(cubin: Path) -> list[Instruction]:
@@ -52,13 +63,13 @@ def instructions(cubin: Path) -> list[Instruction]:
     return [Instruction(int(address, 16), name, operands) for address, name, operands in found]
 
 
-def executed(body: Sequence[Instruction]) -> int:
-    """How many instructions of a loop run but for those that a branch leaps over: what only tiles on an edge need."""
-    count, leaped = 0, 0
+def executed(body: Sequence[Instruction]) -> list[Instruction]:
+    """The instructions of a loop but for those that a branch leaps over: what only tiles on an edge need."""
+    found, leaped = [], 0
     for instruction in body:
         if instruction.address >= leaped:
-            count += 1
+            found.append(instruction)
             target = instruction.target
             if target is not None and instruction.address < target <= body[-1].address:
                 leaped = target
-    return count
+    return found

@@ -334,13 +334,15 @@ def prediction_kl(
             gate=gate,
         )
     dtype = compute_dtype(z_s, z_t)
-    weight = None
-    if sample_weight is not None:
+    rows = z_s[..., 0].numel()
+    if sample_weight is None:
+        weight = z_s.new_full((rows,), 1.0 / rows, dtype=dtype)
+    else:
         weight = sample_weight.detach().to(dtype).repeat_interleave(z_s[0, ..., 0].numel())
         total = weight.sum()
         weight = weight / torch.where(total == 0, 1, total)
-    rows = (z.to(dtype).flatten(0, -2) if z.dim() > 1 else z.to(dtype)[None] for z in (z_s, z_t.detach()))
-    loss, _ = PredictionDivergence.apply(*rows, weight, temperature, divergence, beta)  # type: ignore[no-untyped-call]
+    logits = (z.to(dtype).flatten(0, -2) if z.dim() > 1 else z.to(dtype)[None] for z in (z_s, z_t.detach()))
+    loss, _ = PredictionDivergence.apply(*logits, weight, temperature, divergence, beta)  # type: ignore[no-untyped-call]
     return apply_gate(loss, gate)
 
 

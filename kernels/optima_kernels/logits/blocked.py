@@ -11,18 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optima_kernels.logits.comparison import LOG2E, compare
+from optima_kernels.logits.comparison import CACHED_ELEMENTS, LN2, LOG2E, compare
 from optima_kernels.logits.problem import Layer, Options, Solution
 from optima_kernels.shared import cpu_products
 from optima_kernels.shared.gates import closed_gates
+from optima_kernels.shared.scratch import Scratch
 from optima_kernels.shared.tokens import token_weight
 
 # A block of tokens has about this many logits of each model (32 MB of float32), but not fewer tokens than BLOCK_TOKENS,
 # below which the products are bound by reading the heads.
 BLOCK_ELEMENTS = 2**23
 BLOCK_TOKENS = 192
-# The rows worked on together have about this many logits of each model: 2 MB of float32.
-CACHED_ELEMENTS = 2**19
 SLICE_WORDS = 4096
 # Rows of at most so many logits are compared in float64, which costs little there: in wider ones the rounding of single
 # probabilities averages out.
@@ -46,7 +45,8 @@ def _solve(layer: Layer, options: Options) -> Solution:
     labelled = None if layer.labels is None else layer.labels >= 0
     weights = [_mean_weight(layer, counts) for counts in (layer.counts, labelled)]
     head_s, head_t = layer.w_s.to(dtype), layer.w_t.to(dtype)
-    bias_s, bias_t = (None if b is None else b.to(dtype) / temperature for b in (layer.bias_s, layer.bias_t))
+    scale = LOG2E / temperature  # logits are to base 2
+    bias_s, bias_t = (None if b is None else b.to(dtype) * scale for b in (layer.bias_s, layer.bias_t))
     block = block_tokens(options.budget_bytes, vocabulary, dtype, tokens)
     scratch_s, scratch_t = (layer.h_s.new_empty((block, vocabulary), dtype=dtype) for _ in range(2))
 
@@ -54,8 +54,8 @@ def _solve(layer: Layer, options: Options) -> Solution:
         rows = slice(start, min(start + block, tokens))
         ignored = None if layer.counts is None else ~layer.counts[rows, None]
         state_s, state_t = (_counted(h[rows].to(dtype), ignored) for h in (layer.h_s, layer.h_t))
-        z_s = _logits(state_s / temperature, head_s, bias_s, scratch_s)
-        z_t = _logits(state_t / temperature, head_t, bias_t, scratch_t)
+        z_s = _logits(state_s * scale, head_s, bias_s, scratch_s)
+        z_t = _logits(state_t * scale, head_t, bias_t, scratch_t)
         _compare(layer, options, start, z_s, z_t, weights, solution.losses)
         if options.wants[0]:
             solution.state[rows] = cpu_products.product(z_s, head_s)
@@ -63,9 +63,9 @@ def _solve(layer: Layer, options: Options) -> Solution:
             _add_head_gradient(z_s, state_s, solution.head)
         if options.wants[2]:
             solution.bias.add_(z_s.sum(0))
-    solution.losses[0] *= temperature**2 / tokens
+    solution.losses[0] *= temperature
     solution.losses[1] /= tokens
-    solution.scale.fill_(temperature / tokens if layer.labels is None else 1.0)
+    solution.scale.fill_(1.0)
     return solution
 
 
@@ -90,35 +90,45 @@ def _mean_weight(layer: Layer, counts: Tensor | None) -> Tensor:
 def _compare(
     layer: Layer, options: Options, start: int, z_s: Tensor, z_t: Tensor, weights: Sequence[Tensor], sums: Tensor
 ) -> None:
-    """Adds a block's values to `sums`, and turns `z_s` into their gradient; the logits are over temperature."""
+    """Adds a block's values to `sums`, and turns `z_s` into their gradient; logits are over temperature, to base 2."""
     (rows, vocabulary), dtype, temperature = z_s.shape, z_s.dtype, options.temperature
     tokens = len(layer.h_s)
     cached = max(CACHED_ELEMENTS // vocabulary, 1)
     wide = torch.float64 if vocabulary <= NARROW else dtype
+    scratch, of_labels = Scratch(z_s.device, wide), Scratch(z_s.device, dtype)
     factors = (1.0, options.label_weight) if layer.factors is None else layer.factors.unbind()
 
     for first in range(0, rows, cached):
         part = slice(first, min(first + cached, rows))
         of_all = slice(start + part.start, start + part.stop)
         weight, label_weight = (of_tokens[of_all] for of_tokens in weights)
-        x_s, x_t = (_below_maximum(z[part].to(wide)) for z in (z_s, z_t))
-        value, gradient = compare(x_s, x_t, options.divergence, options.beta)
-        sums[0] += value.to(dtype).dot(weight)
+        x = scratch.tile("logits", (2, *z_s[part].shape))
+        for x_of, z in zip(x, (z_s[part].to(wide), z_t[part].to(wide)), strict=True):
+            torch.sub(z, z.amax(-1, keepdim=True), out=x_of)
+        in_place = z_s[part] if layer.labels is None and wide == dtype else None
+        weight = (weight * (temperature / tokens)).to(wide)
+        value, gradient = compare(x, weight, options.divergence, options.beta, scratch, in_place)
+        sums[0] += value.sum()
         if layer.labels is None:
-            torch.mul(gradient, weight[:, None], out=z_s[part])
+            if in_place is None:
+                z_s[part] = gradient
             continue
-        gradient = gradient.to(dtype).mul_((weight * (factors[0] * (temperature / tokens)))[:, None])
         labels = layer.labels[of_all].clamp(min=0)[:, None]
-        log_p = (z_s[part] * temperature).log_softmax(-1)
-        sums[1] -= log_p.gather(1, labels)[:, 0].dot(label_weight)
-        label_weight = label_weight * (factors[1] / tokens)
-        extra = log_p.exp_().mul_(label_weight[:, None])
-        z_s[part] = gradient.add_(extra.scatter_add_(1, labels, -label_weight[:, None]))
+        losses, p = _cross_entropy(z_s[part], labels, temperature, of_labels)
+        sums[1] += losses.dot(label_weight)
+        label_weight = (label_weight * (factors[1] / tokens))[:, None]
+        p.mul_(label_weight).scatter_add_(1, labels, -label_weight)
+        torch.add(p, gradient.to(dtype).mul_(factors[0]), out=z_s[part])
 
 
-def _below_maximum(z: Tensor) -> Tensor:
-    """See `compare`; the difference comes first, so that the digits of large logits are kept."""
-    return z.sub(z.amax(-1, keepdim=True)).mul_(LOG2E)
+def _cross_entropy(z: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """A value a row [R], and the probabilities [R, V] at temperature 1, of logits as `_compare` takes them."""
+    x = torch.sub(z, z.amax(-1, keepdim=True), out=scratch.tile("logits", z.shape)).mul_(temperature)
+    of_label = x.gather(1, labels)
+    p = x.exp2_()
+    total = p.sum(-1, keepdim=True)
+    losses = total.log2().sub_(of_label).mul_(LN2)[:, 0]
+    return losses, p.div_(total)
 
 
 def _logits(state: Tensor, head: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _padded(bias: Tensor | None, columns: int) -> Tensor | None:
 
 def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a value counts in the mean of divergence and cross entropy, [2]; and with labels, what the gradients of both
-    are to be multiplied by in a row, the larger of them 1. Sets `scale` to what they lack then."""
+    are to be multiplied by in a row, in float16 the larger of them by 1. Sets `scale` to what they lack then."""
     tokens = len(layer.h_s)
     share = scale.new_zeros(2)
     if layer.counts is None:
@@ -164,7 +164,10 @@ def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tens
         share[0] = layer.counts.sum().clamp(min=1).reciprocal()
     unscaled = 1.0 / NARROW_SCALE if layer.h_s.dtype == torch.float16 else 1.0
     if layer.labels is None:
-        torch.mul(share[0], options.temperature * unscaled, out=scale)
+        if _shared_evenly(layer):
+            scale.fill_(1.0)
+        else:
+            torch.mul(share[0], options.temperature * unscaled, out=scale)
         return share, None
     share[1] = (layer.labels >= 0).sum().clamp(min=1).reciprocal()
     factors = share.clone()
@@ -173,8 +176,16 @@ def _shares(layer: Layer, options: Options, scale: Tensor) -> tuple[Tensor, Tens
         factors[1] *= options.label_weight
     else:
         factors *= layer.factors
+    if unscaled == 1.0:
+        scale.fill_(1.0)
+        return share, factors
     torch.mul(factors.abs().amax(), unscaled, out=scale)
     return share, factors / torch.where(scale == 0, 1, scale / unscaled)
+
+
+def _shared_evenly(layer: Layer) -> bool:
+    """Whether every row counts as much as any other, by a number that the host knows and the stored dtype can bear."""
+    return layer.counts is None and layer.labels is None and layer.h_s.dtype != torch.float16
 
 
 def _compare(
@@ -204,7 +215,7 @@ def _compare(
         gradient=gradient,
         inverse_temperature=1.0 / options.temperature,
         beta=options.beta,
-        part=NARROW_SCALE if narrow else 1.0,
+        part=NARROW_SCALE if narrow else options.temperature / values.shape[1] if _shared_evenly(layer) else 1.0,
         T=values.shape[1],
         V=vocabulary,
         S=columns,

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 Outputs = Sequence[Tensor]
@@ -107,7 +108,7 @@ def multiply(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype |
 
     It is made in the memory of `saved` where the dtype is the same, unless a second backward pass may come to read it.
     Of that autograd alone knows; AOTAutograd asks it by the same call before it donates buffers. `saved` is an output
-    that never leaves this package, so that nobody else sees it change.
+    that never leaves this package, so that nobody else sees it change. A factor of 1 on a CPU leaves nothing to do.
     """
     dtype = saved.dtype if dtype is None else dtype
     if saved.dim() > 0:
@@ -115,5 +116,11 @@ def multiply(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype |
     if in_graph:
         return (saved * factor).to(dtype)
     may_be_read_again = torch._C._autograd._get_current_graph_task_keep_graph()
-    out = torch.empty_like(saved, dtype=dtype) if may_be_read_again or dtype != saved.dtype else saved
-    return torch.mul(saved, factor, out=out)
+    if may_be_read_again or dtype != saved.dtype:
+        return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
+    return saved if all_one(factor) else torch.mul(saved, factor, out=saved)
+
+
+def all_one(factor: Tensor) -> bool:
+    """Whether factors are 1, as far as that can be seen without waiting: on a CPU, and not in a trace."""
+    return factor.device.type == "cpu" and not isinstance(factor, FakeTensor) and bool((factor == 1).all())

@@ -18,9 +18,12 @@ BLOCK = 4096
 
 
 @triton.jit
-def scale_kernel(saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(
+    saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr
+):  # fmt: skip
     """out [PARTS, SIZE] = saved [PARTS, SIZE] * factors [LAYERS, PARTS] * scale, rounded once; a factor of 0 gives 0,
-    whatever was saved. Parts may be many: their programs lie along x, where a grid has room for 2^31."""
+    whatever was saved, and one of 1 IN_PLACE, where `out` is `saved`, moves nothing. Parts may be many: their programs
+    lie along x, where a grid has room for 2^31."""
     tiles = tl.cdiv(SIZE, BLOCK)
     i_p, i_l = tl.program_id(0) // tiles, tl.program_id(1)
     o_x = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -28,6 +31,9 @@ def scale_kernel(saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, 
     o_part = i_p.to(tl.int64) * SIZE
     p_out = of_layer(out, i_l, LAYERS) + o_part + o_x
     factor = tl.load(factors + i_l * PARTS + i_p).to(tl.float32) * scale
+    if IN_PLACE:  # noqa: SIM102
+        if factor == 1:
+            return
     if factor == 0:
         tl.store(p_out, tl.zeros((BLOCK,), tl.float32).to(out[0].dtype.element_ty), mask=m_x)
         return
@@ -54,6 +60,7 @@ def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, 
             PARTS=parts,
             LAYERS=layers,
             BLOCK=BLOCK,
+            IN_PLACE=all(x is y for x, y in zip(saved, out, strict=True)),
         )
 
 
