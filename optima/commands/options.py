@@ -20,6 +20,7 @@ Method = Literal[
     "all_modules_at_10",
     "all_modules_at_30",
     "all_modules_at_100",
+    "all_modules_evenly",
     "only_image_encoder",
     "only_text_decoder",
     "only_multimodal_decoder",
@@ -279,9 +280,10 @@ class CompareConfig(ComparisonConfig):
     Attributes:
         task: The tasks; by default all four, or the one that distill.data serves.
         method: task_loss and task_loss_and_logits distil no layers; all_modules_at_* every module in every round with
-            that weight in place of balanced ones; only_* one and *_and_* two modules in every round; round_robin one
-            after the other, uniform a random one, uniform_subset a random set; discounted_ucb, discounted_thompson and
-            linear_thompson are bandits. optima runs the settings under `distill` as they are. All by default.
+            that weight in place of balanced ones, all_modules_evenly balanced, but as strongly at the end as at first;
+            only_* one and *_and_* two modules in every round; round_robin one after the other, uniform a random one,
+            uniform_subset a random set; discounted_ucb, discounted_thompson and linear_thompson are bandits. optima
+            runs the settings under `distill` as they are. All by default.
         split: Where the student is scored. Choose settings by "validation", whose last point of the learning curve
             counts (distill.evaluate_items); report "test" once.
         distill: Settings that all runs share; task, run, seed, resume and quiet are the comparison's.

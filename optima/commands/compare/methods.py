@@ -43,6 +43,7 @@ def _subset(*modules: str) -> dict[str, Any]:
 
 
 METHODS = methods_of(MODULES) | {
+    "all_modules_evenly": {"engine.strength_first": 1.0, "engine.strength_last": 1.0},
     "all_modules_at_3": _policy("all_modules") | _at(3),
     "image_and_text": _subset("image_encoder", "text_decoder"),
     "image_and_multimodal": _subset("image_encoder", "multimodal_decoder"),
