@@ -37,6 +37,9 @@ MAX_DECODED_BYTES = 2**28
 MIN_SIDE = 8
 """Pixels of the shortest side that is taken; what is smaller is a tracking pixel or a rule, not an image."""
 
+MAX_SOUND_SAMPLES = 2**26
+"""Numbers in a sound's file, of all its channels together: 23 minutes of the two of a CD."""
+
 MAX_TAR_NAME_BYTES = 2**16
 """Bytes of a member's name in an extension header of a tar."""
 

@@ -28,6 +28,26 @@ def make_tokenizer(template: bool = False) -> Any:
     return tokenizer
 
 
+def make_listener() -> Any:
+    """The processor of a Whisper that hears a second of sound and spells words letter by letter."""
+    marks = ["endoftext", "startoftranscript", "en", "transcribe", "translate", "startoflm", "startofprev"]
+    marks = [f"<|{mark}|>" for mark in [*marks, "nocaptions", "notimestamps"]]
+    letters = {letter: i for i, letter in enumerate([*"abcdefghijklmnopqrstuvwxyz", "\u0120", *marks])}
+    tokenizer = hf.WhisperTokenizer(vocab=letters, merges=[])
+    return hf.WhisperProcessor(hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1), tokenizer)
+
+
+def make_whisper(layers: int) -> Any:
+    """Of that processor's sounds and letters."""
+    tokenizer = make_listener().tokenizer
+    sides = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in
+             (("layers", layers), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+    ids = {"pad_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    ids |= {"eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 28}
+    sizes = {"d_model": 16, "vocab_size": len(tokenizer), "num_mel_bins": 8, "max_source_positions": 50}
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**sides, **sizes, **ids, max_target_positions=64))
+
+
 def write_llama(folder: Path, layers: int, template: bool = False, weights: bool = True) -> str:
     config = hf.LlamaConfig(
         **SIZES, num_hidden_layers=layers, num_key_value_heads=1, vocab_size=len(WORDS), pad_token_id=0,

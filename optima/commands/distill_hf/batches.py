@@ -1,6 +1,7 @@
 """Rows as the keyword arguments of a model: what its processor makes of them, and labels for what is to be said."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -30,9 +31,9 @@ class Batches:
         rows: Training rows and held ones.
         processor: The teacher's processor or tokenizer.
         model: The student, which says what kind of arguments are needed: a causal language model with or without
-            images gets labels; an encoder with a decoder reads what is asked and gets labels; a model of image and text
-            (CLIP's kin) is asked for its own loss; any other model gets its inputs alone, and is distilled without
-            labels.
+            images gets labels; an encoder with a decoder reads what is asked or, of Whisper's kin, hears, and gets
+            labels; a model of image and text (CLIP's kin) is asked for its own loss; any other model gets its inputs
+            alone, and is distilled without labels.
         size: Rows a batch, of which this rank takes a slice.
         ranks: The processes of the run.
     """
@@ -45,7 +46,7 @@ class Batches:
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._max_length = max_length
+        self._cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
         self.held = rows.held
         """How many rows are held out."""
         self._contrasts = _contrasts(model)
@@ -78,10 +79,14 @@ class Batches:
     def _kind(self, model: Any) -> Callable[[Sequence[Row]], dict[str, Any]]:
         """How the model's arguments are made."""
         if model.config.is_encoder_decoder:
+            windows = hasattr(getattr(self._processor, "feature_extractor", None), "chunk_length")
+            if model.main_input_name == "input_features" and windows:
+                return partial(self._heard_and_said, start=model.config.decoder_start_token_id)
             if model.main_input_name != "input_ids":
                 raise OptimaError(
                     f"{type(model).__name__} reads {model.main_input_name}, and rows are made for encoders that read "
-                    "input_ids; take optima_core.integrations.huggingface with batches of your own"
+                    "input_ids, or sound as Whisper's does; take optima_core.integrations.huggingface with batches of "
+                    "your own"
                 )
             return self._read_and_said
         if not model.can_generate():
@@ -122,29 +127,43 @@ class Batches:
                 "an encoder with a decoder reads a question and says an answer: rows of question and answer, or "
                 "messages, are needed, without images"
             )
-        found = self._processed([_words(row.asked) for row in rows], rows)
-        said = self._processed([row.answer for row in rows], rows, as_target=True)
+        return self._processed([_words(row.asked) for row in rows], rows) | self._targets(rows)
+
+    def _heard_and_said(self, rows: Sequence[Row], start: int) -> dict[str, Any]:
+        """Sounds as spectrograms of one length, and what a decoder is to say, behind the token `start`."""
+        extractor = self._processor.feature_extractor
+        sounds = [_heard(row, extractor.sampling_rate, extractor.chunk_length) for row in rows]
+        found = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        said = self._targets(rows)
+        if bool((said["labels"][:, 0] == start).all()):  # which the model puts before the labels itself
+            said = {name: value[:, 1:] for name, value in said.items()}
+        return {"input_features": found["input_features"], **said}
+
+    def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The labels of a decoder, and which of them count."""
+        said = self._written([row.answer for row in rows], as_target=True)
         valid = said["attention_mask"]
-        return found | {"labels": said["input_ids"].masked_fill(valid == 0, IGNORED), "decoder_attention_mask": valid}
+        return {"labels": said["input_ids"].masked_fill(valid == 0, IGNORED), "decoder_attention_mask": valid}
 
     def _lengths(self, texts: list[str]) -> torch.Tensor:
         """Words of each text, as they are written: int64 [rows]."""
         return torch.tensor([len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]])
 
-    def _processed(
-        self, texts: list[str], rows: Sequence[Row], one_image: bool = False, as_target: bool = False, **more: Any
-    ) -> dict[str, Any]:
-        options = {"padding": True, "truncation": True, "max_length": self._max_length, "return_tensors": "pt"} | more
+    def _processed(self, texts: list[str], rows: Sequence[Row], one_image: bool = False, **more: Any) -> dict[str, Any]:
+        if any(row.sound is not None for row in rows):
+            raise OptimaError("rows have audio, which the model does not hear")
         images = [list(row.images) for row in rows]
         if not any(images):
-            return dict(self._tokenizer(**{"text_target" if as_target else "text": texts}, **options))
+            return self._written(texts, **more)
         if not all(images):
             raise OptimaError("some rows have images and others have none; a batch must be of one kind")
         if one_image:
-            return dict(self._processor(images=[image for (image,) in images], text=texts, **options))
+            return dict(self._processor(images=[image for (image,) in images], text=texts, **self._cut, **more))
         # Cutting a row could cut its image's tokens, which processors refuse.
-        options = {name: x for name, x in options.items() if name not in ("truncation", "max_length")}
-        return dict(self._processor(images=images, text=texts, **options))
+        return dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt", **more))
+
+    def _written(self, texts: list[str], as_target: bool = False, **more: Any) -> dict[str, Any]:
+        return dict(self._tokenizer(**{"text_target" if as_target else "text": texts}, **self._cut, **more))
 
     def _asked(self, row: Row) -> str:
         """What comes before the answer, as text."""
@@ -155,6 +174,18 @@ class Batches:
         image = getattr(self._processor, "image_token", "")
         parts = [part for message in row.asked for part in message["content"]]
         return start + "".join(image if part["type"] == "image" else f"{part['text']}\n" for part in parts)
+
+
+def _heard(row: Row, rate: int, seconds: int) -> Any:
+    """The samples of a row's sound. Raises OptimaError if it has none, of another rate, or more than the seconds."""
+    if row.sound is None or row.asked:
+        raise OptimaError("a model that hears says what was said: rows of audio and text are needed")
+    samples, found = row.sound
+    if found != rate:
+        raise OptimaError(f"audio of {found} samples a second, and the model hears {rate}; resample the files")
+    if len(samples) > seconds * rate:
+        raise OptimaError(f"audio of {len(samples) / rate:.1f} s, and the model hears {seconds} s; cut it into parts")
+    return samples
 
 
 def _as_text(message: Message) -> Message:

@@ -16,7 +16,7 @@ class DistillHfConfig:
 
     Needs the extra `hf`. Both models read what the teacher's processor (or tokenizer) makes of a row. Rows have one of
     these shapes: messages (a chat whose last message is the assistant's), question and answer, caption, text; each with
-    an image beside it, or without.
+    an image beside it, or without. A model that hears (Whisper's kin) reads audio and text.
 
     Attributes:
         teacher: Folder or name on the Hub of the teacher, with its processor.

@@ -152,7 +152,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path, *, streaming: bool) -> Any:
-    """The data set, whose images stay as they are in the files until a row is read."""
+    """The data set, whose images and sounds stay as they are in the files until a row is read."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -160,8 +160,8 @@ def _open(path: Path, *, streaming: bool) -> Any:
     with _told(path):
         found = datasets.load_dataset(kind, split="train", streaming=streaming, **given)
         for name, feature in (found.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                found = found.cast_column(name, datasets.Image(decode=False))
+            if isinstance(feature, datasets.Image | datasets.Audio):
+                found = found.cast_column(name, type(feature)(decode=False))
     return found
 
 

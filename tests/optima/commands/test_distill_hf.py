@@ -17,7 +17,17 @@ from PIL import Image
 hf = pytest.importorskip("transformers", reason="pip install 'optima-distill[hf]'")
 pytest.importorskip("datasets", reason="pip install 'optima-distill[hf]'")
 
-from tiny_hf import SIZES, WORDS, labelled, make_tokenizer, question, write_llama, write_rows  # noqa: E402
+from tiny_hf import (  # noqa: E402
+    SIZES,
+    WORDS,
+    labelled,
+    make_listener,
+    make_tokenizer,
+    make_whisper,
+    question,
+    write_llama,
+    write_rows,
+)
 
 from optima.commands.distill_hf.batches import Batches  # noqa: E402
 from optima.commands.distill_hf.config import DistillHfConfig  # noqa: E402
@@ -294,6 +304,29 @@ def test_an_encoder_with_a_decoder_learns_answers_to_questions(tmp_path: Path) -
     assert {"logits", "hidden/encoder", "attention/encoder", "hidden/decoder", "attention/decoder"} <= set(
         scores["after"]
     )
+
+
+def test_a_model_that_hears_learns_what_was_said(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile", reason="pip install soundfile")
+    torch.manual_seed(0)
+    for i in range(20):
+        tone = torch.sin(torch.arange(4000 + 500 * i) * (0.1 + 0.3 * (i % 2)))
+        soundfile.write(tmp_path / f"{i}.wav", tone.numpy(), 16000)
+    data = write_rows(
+        tmp_path / "rows.jsonl", lambda i: {"audio": f"{i}.wav", "text": ("a low tone", "high")[i % 2]}, 20
+    )
+    for name, layers in (("teacher", 2), ("student", 1)):
+        make_whisper(layers).save_pretrained(tmp_path / name)
+    make_listener().save_pretrained(tmp_path / "teacher")
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    scores = run(config(tmp_path, data=data, **models)).scores
+    assert scores["after"]["task"] < scores["before"]["task"]
+    assert {"logits", "hidden/encoder", "attention/encoder", "hidden/decoder", "attention/decoder"} <= set(
+        scores["after"]
+    )
+    read = hf.WhisperForConditionalGeneration.from_pretrained(tmp_path / "run" / "student")
+    assert len(read.model.encoder.layers) == 1
+    assert hf.AutoProcessor.from_pretrained(tmp_path / "run" / "student").feature_extractor.chunk_length == 1
 
 
 def test_mistakes_are_told_in_a_line(tmp_path: Path, llamas: dict[str, str]) -> None:
