@@ -163,6 +163,12 @@ class CheckpointStore:
         if unfinished is not None:
             unfinished.result()
 
+    def tidy(self) -> None:
+        """Drops the checkpoints beyond `keep` at a run's end: a kill in its last save may have left more than that."""
+        self.wait()
+        if self.ranks.first:
+            self._tidy()
+
     def close(self) -> None:
         """Waits, and lets the thread go; errors are told by `wait`, which is to be called before."""
         if self._thread is not None:
@@ -277,7 +283,7 @@ class CheckpointStore:
                 raise found
         return outcomes
 
-    def _tidy(self, current: Path) -> None:
+    def _tidy(self, current: Path | None = None) -> None:
         """Drops the checkpoints beyond `keep`, and what killed or failed runs left of others than the current one."""
         kept = {*self.paths()[-self.keep :], current}
         for folder in self.directory.glob("step-*"):

@@ -300,7 +300,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved
             if stopping:
                 job.checkpoints.wait()
                 raise KeyboardInterrupt
-        job.checkpoints.wait()
+        job.checkpoints.tidy()
     return progress
 
 

@@ -181,7 +181,7 @@ class _Job:
                 if stopping:
                     self.checkpoints.wait()
                     raise KeyboardInterrupt
-            self.checkpoints.wait()
+            self.checkpoints.tidy()
         return done
 
     def score(self) -> None:
