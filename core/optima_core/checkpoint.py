@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 _FORMAT = "optima checkpoint 2"
 _PIECE = 2**24
 _MAX_MANIFEST_BYTES = 2**30
-"""Some 60 are needed for a tensor on a rank."""
+"""The pieces of ten thousand tensors on a thousand ranks take a third of that."""
 _NAME = re.compile(r"step-(\d{9})")
 
 
@@ -163,6 +163,12 @@ class CheckpointStore:
         if unfinished is not None:
             unfinished.result()
 
+    def tidy(self) -> None:
+        """Drops the checkpoints beyond `keep` at a run's end: a kill in its last save may have left more than that."""
+        self.wait()
+        if self.ranks.first:
+            self._tidy()
+
     def close(self) -> None:
         """Waits, and lets the thread go; errors are told by `wait`, which is to be called before."""
         if self._thread is not None:
@@ -277,7 +283,7 @@ class CheckpointStore:
                 raise found
         return outcomes
 
-    def _tidy(self, current: Path) -> None:
+    def _tidy(self, current: Path | None = None) -> None:
         """Drops the checkpoints beyond `keep`, and what killed or failed runs left of others than the current one."""
         kept = {*self.paths()[-self.keep :], current}
         for folder in self.directory.glob("step-*"):

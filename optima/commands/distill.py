@@ -97,10 +97,7 @@ def distill(config: DistillConfig) -> Summary | None:
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        # The rounds of a GPU go on while a checkpoint is written; those of a CPU would only get slower.
-        checkpoints = CheckpointStore(
-            config.run / CHECKPOINTS, config.keep, ranks, asynchronous=ranks.device.type == "cuda"
-        )
+        checkpoints = CheckpointStore(config.run / CHECKPOINTS, config.keep, ranks, asynchronous=True)
         stack.enter_context(contextlib.closing(checkpoints))
         saved = checkpoints.newest(STATE)
         if directory is not None and saved is not None:
@@ -303,7 +300,7 @@ def _train(job: _Job, distiller: Distiller[TaskBatch], whole: CoCa | None, saved
             if stopping:
                 job.checkpoints.wait()
                 raise KeyboardInterrupt
-        job.checkpoints.wait()
+        job.checkpoints.tidy()
     return progress
 
 

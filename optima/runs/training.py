@@ -108,3 +108,4 @@ def train(
             if stop.made:
                 raise KeyboardInterrupt
             after_step(step)
+    directory.checkpoints.tidy()

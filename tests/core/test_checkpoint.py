@@ -47,6 +47,16 @@ def test_the_newest_is_loaded_and_the_oldest_are_dropped(tmp_path: Path) -> None
     assert torch.equal(state["weights"], torch.full((50,), 500.0))
 
 
+def test_what_a_kill_left_beyond_those_that_are_kept_goes_at_the_end(tmp_path: Path) -> None:
+    store_with(tmp_path, [1, 2, 3, 4], keep=4)
+    (tmp_path / "step-000000005").mkdir()
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.load() is not None
+    assert len(list(tmp_path.iterdir())) == 5, "who reads drops nothing"
+    store.tidy()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000003", "step-000000004"]
+
+
 def test_every_value_comes_back_as_it_was(tmp_path: Path, seed: int) -> None:
     whole = torch.randn(7, 6)
     state = {

@@ -69,9 +69,7 @@ def distill_hf(config: DistillHfConfig) -> Summary | None:
         directory = None
         if ranks.first:
             directory = stack.enter_context(RunDirectory(config.run, resume=config.resume, keep=config.keep))
-        checkpoints = CheckpointStore(
-            config.run / CHECKPOINTS, config.keep, ranks, asynchronous=ranks.device.type == "cuda"
-        )
+        checkpoints = CheckpointStore(config.run / CHECKPOINTS, config.keep, ranks, asynchronous=True)
         stack.enter_context(contextlib.closing(checkpoints))
         saved = checkpoints.newest(STATE)
         if directory is not None and saved is not None:
@@ -183,7 +181,7 @@ class _Job:
                 if stopping:
                     self.checkpoints.wait()
                     raise KeyboardInterrupt
-            self.checkpoints.wait()
+            self.checkpoints.tidy()
         return done
 
     def score(self) -> None:

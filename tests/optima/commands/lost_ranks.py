@@ -86,8 +86,11 @@ def is_saving(run: Path) -> bool:
 
 
 def kill_one(agent: int, ranks: int, run: Path, draws: random.Random, while_saving: bool) -> bool:
-    """Kills a random rank after some rounds, or as soon as a checkpoint is being written; whether one was."""
-    until = len(rows_of(run)) + draws.randint(2, 4)
+    """Kills a random rank after some rounds, or as soon as a checkpoint is being written; whether one was.
+
+    A round's checkpoint is waited for by the next one's, so that of the first is there by the third row.
+    """
+    until = len(rows_of(run)) + draws.randint(3, 5)
     while len(rows_of(run)) < until or len(ranks_of(agent)) < ranks:
         if os.waitpid(agent, os.WNOHANG) != (0, 0):
             raise SystemExit("the run was over before the last kill")
