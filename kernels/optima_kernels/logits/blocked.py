@@ -21,7 +21,7 @@ from optima_kernels.shared.tokens import token_weight
 # A block of tokens has about this many logits of each model (32 MB of float32), but not fewer tokens than BLOCK_TOKENS,
 # below which the products are bound by reading the heads.
 BLOCK_ELEMENTS = 2**23
-BLOCK_TOKENS = 192
+BLOCK_TOKENS = 256
 SLICE_WORDS = 4096
 # Rows of at most so many logits are compared in float64, which costs little there: in wider ones the rounding of single
 # probabilities averages out.

@@ -3,7 +3,8 @@
 torch hands float32 products to MKL, which runs AVX2 code on CPUs that are not Intel's. oneDNN, which every build of
 torch for x86 brings along for its compiler, uses AVX-512 on any. Measured on one core of an AMD EPYC (Zen 5): MKL 110
 GFLOP/s at every size, oneDNN 200 to 250 from 10 MFLOP up and as fast as MKL at 2; below, its call costs more than it
-saves. Both sum in float32, and the same input gives the same bits.
+saves. Where both are told to use AVX2 alone, MKL reaches 90 to 100 in the layers of the shipped models, and oneDNN
+takes 0.9 to 1.2 of its time. Both sum in float32, and the same input gives the same bits.
 """
 
 from collections.abc import Callable, Iterator
