@@ -7,6 +7,7 @@ weights; ours are read off: the running geometric mean of `Pull.ratio` at weight
 tune and no unit, so that one strength serves every task, student and teacher.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,4 +56,4 @@ def led_by_layers(first: float, last: float, number: int, rounds: int) -> float:
     Of a single round their geometric mean; after the last round, `last`.
     """
     progress = min(1.0, number / (rounds - 1)) if rounds > 1 else 0.5
-    return first ** (1 - progress) * last**progress
+    return math.exp((1 - progress) * math.log(first) + progress * math.log(last))
