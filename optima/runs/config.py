@@ -105,7 +105,7 @@ class DistillConfig:
         seed: Seed of the data stream, the projections and the bandit.
         threads: CPU threads; 0 takes what torch chooses.
         resume: Continue the run in the run directory, with the options that its config.yaml holds. More engine.rounds
-            may be asked for where the schedule of the learning rate permits it.
+            may be asked for where the learning rate and the strength of layer losses do not change over the rounds.
         quiet: Show nothing but the final table.
         parallel: How the processes that torchrun starts, one a device, share the work: "ddp" keeps a whole student on
             each, "fsdp" (FSDP2) spreads the parameters of both models over all of them, "hsdp" over groups of them, of

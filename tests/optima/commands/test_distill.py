@@ -255,7 +255,8 @@ def test_a_directory_that_does_not_exist_is_not_resumed(
 def test_a_run_is_made_longer_where_that_changes_nothing_that_was_done(
     brief: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    constant = [*brief, "--engine.optimiser.schedule", "constant", "--engine.optimiser.warmup", "0"]
+    falling = [*brief, "--engine.optimiser.schedule", "constant", "--engine.optimiser.warmup", "0"]
+    constant = [*falling, "--engine.strength_first", "2", "--engine.strength_last", "2"]
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     assert main([*constant, "--run", str(whole), "--engine.rounds", "6"]) == 0
     assert main([*constant, "--run", str(longer), "--engine.rounds", "4"]) == 0
@@ -268,6 +269,9 @@ def test_a_run_is_made_longer_where_that_changes_nothing_that_was_done(
     assert "engine.rounds was 6 there and is 5 now" in capsys.readouterr().err
     assert main(["--run", str(finished), "--resume", "--engine.rounds", "6"]) == 2
     assert "the learning rate follows a cosine over all rounds" in capsys.readouterr().err
+    assert main([*falling, "--run", str(tmp_path / "falling"), "--engine.rounds", "1"]) == 0
+    assert main(["--run", str(tmp_path / "falling"), "--resume", "--engine.rounds", "2"]) == 2
+    assert "layer losses goes from 30 to 0.1 over all rounds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["deleted", "bad row"])
