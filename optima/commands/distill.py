@@ -217,8 +217,8 @@ def _refuse_other_run(config: DistillConfig, directory: RunDirectory, state: dic
         if engine.balance == "gradient" and engine.strength_first != engine.strength_last:
             raise OptimaError(
                 f"{asked}: the strength of layer losses goes from {engine.strength_first:g} to "
-                f"{engine.strength_last:g} over all rounds, so this is another run; give a new directory with --run (a run with equal "
-                "--engine.strength_first and --engine.strength_last can go on)"
+                f"{engine.strength_last:g} over all rounds, so this is another run; give a new directory with --run "
+                "(a run with equal --engine.strength_first and --engine.strength_last can go on)"
             )
         warmup = engine.optimiser.warmup * engine.rounds * engine.steps_per_round
         if state["distiller"]["step"] < warmup:
