@@ -203,9 +203,9 @@ class DistillerConfig:
         balance: "gradient" measures the objective's weights hidden and attention by how hard the prediction losses
             pull at the student: 1 is a gradient of the same norm, looked at in the first step of every round; "none"
             takes them as factors of the losses.
-        strength_first, strength_last: What a balanced weight of 1 counts in the first round and in the last, with equal
-            ratios between rounds: if it falls, the layers lead at first and the predictions at the end. Both above 0;
-            without a balance of no effect.
+        strength_first: What a balanced weight of 1 counts in the first round, above 0. Without a balance of no effect.
+        strength_last: The same in the last round, with equal ratios between rounds: where it is the smaller, the layers
+            lead at first and the predictions at the end.
     """
 
     rounds: int = 60
