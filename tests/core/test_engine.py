@@ -452,10 +452,12 @@ def test_two_plain_models_are_distilled_in_a_few_lines() -> None:
     assert records[-1].probe["task"] < start["task"]
 
 
-def test_an_objectives_weight_is_how_hard_a_part_pulls_beside_the_predictions(seed: int) -> None:
+@pytest.mark.parametrize("first", [1.0, 7.0])
+def test_an_objectives_weight_is_how_hard_a_part_pulls_beside_the_predictions(first: float, seed: int) -> None:
     """Gradients of the first step, by autograd, at the weights that the round's record tells."""
     asked = {"hidden": 0.3, "attention": 2.5}
     config = replace(CONFIG, bandit=BanditConfig("all_modules"), objective=ObjectiveConfig(**asked), steps_per_round=1)
+    config = replace(config, strength_first=first, strength_last=0.2)
     distiller = make_distiller(config, seed)
     fresh = make_distiller(config, seed).training
     record = distiller.run_round()
@@ -472,4 +474,4 @@ def test_an_objectives_weight_is_how_hard_a_part_pulls_beside_the_predictions(se
     for group in parts:
         alone = norm(losses[group].mean())
         weight = record.weights[f"{group.kind}/{group.module}"]
-        assert weight * alone == pytest.approx(asked[group.kind] * predictions, rel=1e-3)
+        assert weight * alone == pytest.approx(first * asked[group.kind] * predictions, rel=1e-3)
