@@ -10,7 +10,7 @@ from optima_kernels.attention import blocked
 from optima_kernels.attention.problem import Kind, Layer, Options, Solution, empty_gradients
 from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.gates import apply_gate
-from optima_kernels.shared.registration import FusedOperator, all_one
+from optima_kernels.shared.registration import FusedOperator, multiply
 
 Tensors = Sequence[Tensor]
 MaybeTensors = Sequence[Tensor | None]
@@ -133,7 +133,7 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
         return *_scale_together(gradients, d_losses[:, None] * factor, ctx.dtypes), *ctx.without_gradient[2:]
     per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
     scaled = [
-        _times(gradient, per_sample[i // 2], dtype, in_graph)
+        multiply(gradient, per_sample[i // 2], in_graph, dtype)
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
     ]
     return scaled[::2], scaled[1::2], *ctx.without_gradient[2:]
@@ -149,19 +149,6 @@ def _scale_together(
     layers, scales = range(len(factors)), [1.0] * len(factors)
     q, k = (scaled(gradients[i::2], layers, factors, scales, dtypes[i::2], keep) for i in range(2))
     return q, k
-
-
-def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_graph: bool) -> Tensor:
-    """`gradient * factor` in `dtype`, read and written once.
-
-    In the memory of `gradient` where dtypes agree, unless a second backward pass may come to read it. Of that autograd
-    alone knows; AOTAutograd asks it by the same call before it donates buffers.
-    """
-    if in_graph or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * factor).to(dtype)
-    if gradient.dtype != dtype:
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    return gradient if all_one(factor) else torch.mul(gradient, factor, out=gradient)
 
 
 attention_operator = FusedOperator("attention_map_losses", _forward, _fake, _setup_context, _backward)

@@ -104,23 +104,23 @@ def _nested(sizes: Sizes, flat: Sequence[Any]) -> list[Any]:
 
 
 def multiply(saved: Tensor, factor: Tensor, in_graph: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """`saved * factor`, factor being 0-d, in `dtype` or else that of `saved`.
+    """`saved * factor` in `dtype` or else that of `saved`; `factor` is 0-d, or has the dimensions of `saved`.
 
     It is made in the memory of `saved` where the dtype is the same, unless a second backward pass may come to read it.
     Of that autograd alone knows; AOTAutograd asks it by the same call before it donates buffers. `saved` is an output
     that never leaves this package, so that nobody else sees it change. A factor of 1 on a CPU leaves nothing to do.
     """
     dtype = saved.dtype if dtype is None else dtype
-    if saved.dim() > 0:
+    if saved.dim() > 0 and factor.dim() == 0:
         factor = factor.reshape(1)  # a 0-d factor would first be rounded to the dtype of `saved`
     if in_graph:
         return (saved * factor).to(dtype)
     may_be_read_again = torch._C._autograd._get_current_graph_task_keep_graph()
     if may_be_read_again or dtype != saved.dtype:
         return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
-    return saved if all_one(factor) else torch.mul(saved, factor, out=saved)
+    return saved if _all_one(factor) else torch.mul(saved, factor, out=saved)
 
 
-def all_one(factor: Tensor) -> bool:
+def _all_one(factor: Tensor) -> bool:
     """Whether factors are 1, as far as that can be seen without waiting: on a CPU, and not in a trace."""
     return factor.device.type == "cpu" and not isinstance(factor, FakeTensor) and bool((factor == 1).all())
