@@ -120,7 +120,7 @@ def make_fake_distiller(config: DistillerConfig) -> Distiller[TaskBatch]:
         module_pairs(student, teacher, single_layer_maps=True),
         lambda step: random_batch(),
         random_batch(),
-        config,
+        replace(config, teacher_ahead=False),  # of CPUs alone, and fake tensors are those of one thread
     )
 
 
