@@ -139,7 +139,7 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Saves the state of a step, then drops the checkpoints beyond `keep`.
 
-        What is no tensor is saved as the first rank has it. No more than some 50 MiB are needed beside the tensors,
+        What is no tensor is saved as the first rank has it. No more than some 30 MiB are needed beside the tensors,
         however large they are and wherever.
 
         Raises OptimaError if it cannot be written, or the one before, ended meanwhile, could not. ValueError if the

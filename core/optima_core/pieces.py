@@ -30,8 +30,8 @@ _KINDS = {
 }  # fmt: skip
 """What safetensors calls types."""
 
-_AT_ONCE = 2**24
-"""Bytes that are copied and written at once."""
+_AT_ONCE = 2**23
+"""Bytes that are copied and written at once; three such copies are there at the most: made, written, and digested."""
 
 _TYPES = {kind: dtype for dtype, kind in _KINDS.items()}
 
