@@ -32,6 +32,8 @@ PACKAGES = (
     "mabwiser",
     "SMPyBandits",
 )
+TOLD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+"""What keeps torch and oneDNN to fewer instructions than the CPU has."""
 CLOCKS = {"wall": "wall-clock seconds", "cpu": "CPU seconds, since other work shared the machine"}
 HEADER = ("what", "who", "time", "time, ratio", "extra memory", "extra, ratio", "process peak", "peak, ratio")
 
@@ -40,7 +42,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The machine, the versions, the commit and the date."""
     about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor() + _told(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -89,6 +91,12 @@ def _processor() -> str:
         if "model name" in names:
             return f"{names['model name']} (family {names.get('cpu family', '?')})"
     return platform.processor() or "CPU"
+
+
+def _told() -> str:
+    """Which instructions libraries were told to keep to, so that those results do not take the place of others."""
+    told = [f"{name}={os.environ[name]}" for name in TOLD if name in os.environ]
+    return f" told {', '.join(told)}" if told else ""
 
 
 def write(suite: str, about: Mapping[str, Any], folder: Path = RESULTS, **found: list[Any]) -> Path:

@@ -159,6 +159,14 @@ def test_results_are_written_per_machine_and_rendered(tmp_path: Path) -> None:
     assert stored["about"]["date"][:10] in text
 
 
+def test_a_cpu_told_to_use_fewer_instructions_has_results_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in report.TOLD:
+        monkeypatch.delenv(name, raising=False)
+    whole = report.describe(CPU)["device"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert report.describe(CPU)["device"] == f"{whole} told ONEDNN_MAX_CPU_ISA=AVX2"
+
+
 def test_a_studys_page_says_how_it_was_made_and_keeps_what_people_added() -> None:
     about = report.describe(CPU) | {"clock": "wall", "commit": "abc1234"}
     tables = [Table("200 steps", ("start", "score"), [["scratch", "1.0"]])]
