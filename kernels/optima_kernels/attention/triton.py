@@ -173,6 +173,15 @@ def _rows(layers: Sequence[Layer], heads: int, extent: int) -> Tensor:
     return q_s.new_empty((len(layers), q_s.shape[0], heads, extent), dtype=torch.float32)
 
 
+def _whole_rows(queries: int, tiles: Tiles) -> int:
+    """Queries, and more for whole tiles of every kernel that writes or reads something of each."""
+    return _up_to(queries, max(tiles.query.queries, tiles.key.queries))
+
+
+def _up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[str, Any]) -> tuple[Tensor, ...]:
     """Each layer's log-sum-exps [B, H, N], those handed in or new ones."""
     given = _pointers(layers, f"lse_{side}")
@@ -245,13 +254,17 @@ def _matches(
     """Sums of terms [layers, B], head by head; `gradients` are filled."""
     batch, heads, queries, _ = layers[0].q_s.shape
     heads_k, keys = layers[0].k_s.shape[1:3]
-    row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
+    whole = _whole_rows(queries, tiles)
+    row_tiles, key_tiles = whole // tiles.query.queries, triton.cdiv(keys, tiles.key.keys)
     mse, with_grad = options.kind == "mse", options.with_grad
     grad_q, grad_k = zip(*gradients, strict=True)
     total = _rows(layers, heads, row_tiles)
-    shared = shared | teacher | {"H": heads, "MSE": mse, "GAIN": gain}
+    lse = {"lse_s": shared.pop("lse_s"), "lse_t": teacher.pop("lse_t")}
+    shared = shared | teacher | {"H": heads, "N_WHOLE": whole, "MSE": mse, "GAIN": gain}
     shared["grad_scale"] = layers[0].scale_s / gain * gradient_factor(layers[0], options)
-    shared["row_term"] = _rows(layers, heads, queries).unbind() if mse else None
+    shared["row_term"] = _rows(layers, heads, whole).unbind() if mse else None
+    for side in ("sums_s", "sums_t"):
+        shared[side] = _rows(layers, heads, whole).unbind() if with_grad else None
 
     for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
         query_kernel[(row_tiles * batch * heads, len(layers))](
@@ -261,6 +274,7 @@ def _matches(
             LOSS=loss,
             GRAD=grad,
             **tiles.query.arguments(),
+            **lse,
             **shared,
         )
     if with_grad:

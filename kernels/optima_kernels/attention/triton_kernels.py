@@ -14,9 +14,9 @@ gradient. A walk costs two exps per map element, in base 2, with log2(e) folded 
 
 A walk looks at indices only on the edge: at the end of the keys and on the diagonal of a causal map. `lse_kernel` has a
 loop of its own there, the others a branch: two loops around a product that takes its left side from registers are what
-ptxas serialises (C7515). Queries past the end need no look at all: their rows of q and of the log-sum-exps are read as
-zeros, so that both maps are the same there and cancel. Nor does a rule about keys alone in `key_kernel`: it sets whole
-rows of the gradient to zero at the end.
+ptxas serialises (C7515). Rows past the end repeat the last one, so that no load has a mask. In `key_kernel` they are
+queries, and need no look at all: their log-sum-exps are infinite, both maps 0. Nor does a rule about keys alone there:
+it sets whole rows of the gradient to zero at the end.
 
 `key_kernel` makes its tile transposed, keys by queries, which is how its second product reads it. Transposing the
 accumulator of a product for the next one is what compilers for Hopper have been seen to do wrong.
@@ -40,7 +40,9 @@ from optima_kernels.attention.triton_parts import (
     head,
     length_of,
     log_sums,
+    next_rows,
     rows,
+    sum_within_lanes,
     where_am_i,
 )
 from optima_kernels.shared.pointers import of_layer
@@ -155,7 +157,7 @@ def score_gradient(b_p_s, b_p_t, b_row_term, MSE: tl.constexpr, GAIN: tl.constex
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q_s, k_s, q_t, k_t, s_q_s, s_k_s, s_q_t, s_k_t, mask, s_mask, key_lengths, gate, lse_s, lse_t,
-    row_term, total, grad_q, H, N, M, TILES, scale_s, scale_t, grad_scale,
+    sums_s, sums_t, row_term, total, grad_q, H, N, M, N_WHOLE, TILES, scale_s, scale_t, grad_scale,
     LAYERS: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, MSE: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
@@ -164,8 +166,9 @@ def query_kernel(
 ):  # fmt: skip
     """The loss's sum of terms into total [LAYERS, B, H, TILES], and grad_q [B, H, N, D_S] a layer.
 
-    With LOSS it stores sums and, for MSE, the row terms [B, H, N] a layer; with GRAD the gradient, for MSE from row
-    terms that were stored before.
+    With LOSS it stores sums and, for MSE, the row terms [B, H, N_WHOLE] a layer; with GRAD the gradient, for MSE from
+    row terms that were stored before, and what `key_kernel` reads: log-sum-exps to base 2, infinite beyond the queries,
+    sums_s and sums_t [B, H, N_WHOLE] a layer.
     """
     i_l, i_b, i_h, i_lbh, i_0 = where_am_i(H, TILES, BI)
     o_i = i_0 + tl.arange(0, BI)
@@ -195,19 +198,24 @@ def query_kernel(
     b_q_t = rows(q_t, i_0, s_q_t[2], m_i, BI, D_T, BD_T, WIDEN, True)  # [BI, BD_T]
     lse_s, lse_t = of_layer(lse_s, i_l, LAYERS) + o_rows, of_layer(lse_t, i_l, LAYERS) + o_rows
     b_lse_s, b_lse_t = log_sums(lse_s, i_0, N, BI), log_sums(lse_t, i_0, N, BI)
+    o_whole = (i_b * H + i_h) * N_WHOLE + o_i
+    if GRAD:
+        tl.store(of_layer(sums_s, i_l, LAYERS) + o_whole, tl.where(m_i, b_lse_s, float("inf")))
+        tl.store(of_layer(sums_t, i_l, LAYERS) + o_whole, tl.where(m_i, b_lse_t, float("inf")))
 
     b_row_term = tl.zeros([BI], tl.float32)
     if MSE:
-        p_row_term = of_layer(row_term, i_l, LAYERS) + o_rows + o_i
+        p_row_term = of_layer(row_term, i_l, LAYERS) + o_whole
         if GRAD:
-            b_row_term = tl.load(p_row_term, mask=m_i, other=0.0)
-    b_total = tl.zeros([BI], tl.float32)
+            b_row_term = tl.load(p_row_term)
+    b_total = tl.zeros([BI, 8], tl.float32)
+    b_row_total = tl.zeros([BI, 8], tl.float32)
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
-        b_k_t = rows(k_t, j_0, s_k_t[2], o_j < length, BJ, D_T, BD_T, WIDEN, True)  # [BJ, BD_T]
+        b_k_s = next_rows(k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_k_t = next_rows(k_t, s_k_t[2], length - j_0, BJ, D_T, BD_T, WIDEN)  # [BJ, BD_T]
         b_log_s = dot(b_q_s, tl.trans(b_k_s)) * scale_s - b_lse_s[:, None]  # [BI, BJ]
         b_log_t = dot(b_q_t, tl.trans(b_k_t)) * scale_t - b_lse_t[:, None]
         if j_0 >= whole:
@@ -222,34 +230,37 @@ def query_kernel(
         if LOSS:
             if MSE:
                 b_difference = b_p_s - b_p_t
-                b_total += tl.sum(b_difference * b_difference, 1)
-                b_row_term += tl.sum(2.0 * b_difference * b_p_s, 1)
+                b_total += sum_within_lanes(b_difference * b_difference, BI, BJ)
+                b_row_total += sum_within_lanes(b_difference * b_p_s, BI, BJ)
             else:
-                b_total += tl.sum(b_p_t * (b_log_t - b_log_s), 1)
+                b_total += sum_within_lanes(b_p_t * (b_log_t - b_log_s), BI, BJ)
         if GRAD:
             b_grad_scores = score_gradient(b_p_s, b_p_t, b_row_term[:, None], MSE, GAIN)
             b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
+        k_s += BJ * s_k_s[2]
+        k_t += BJ * s_k_t[2]
 
     if LOSS:
         unit = 1.0 if MSE else 0.6931471805599453
-        tl.store(total + i_lbh * TILES + i_0 // BI, tl.sum(tl.where(m_i, b_total, 0.0), 0) * unit)
+        tl.store(total + i_lbh * TILES + i_0 // BI, tl.sum(tl.where(m_i[:, None], b_total, 0.0)) * unit)
         if MSE:
-            tl.store(p_row_term, b_row_term, mask=m_i)
+            tl.store(p_row_term, 2.0 * tl.sum(b_row_total, 1))
     if GRAD:
         tl.store(p_grad_q, (b_grad_q * grad_scale).to(p_grad_q.dtype.element_ty), mask=m_grad_q)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
-    q_s, k_s, q_t, k_t, s_q_s, s_k_s, s_q_t, s_k_t, mask, s_mask, key_lengths, gate, lse_s, lse_t,
-    row_term, grad_k, H, N, M, TILES, scale_s, scale_t, grad_scale,
+    q_s, k_s, q_t, k_t, s_q_s, s_k_s, s_q_t, s_k_t, mask, s_mask, key_lengths, gate, sums_s, sums_t,
+    row_term, grad_k, H, N, M, N_WHOLE, TILES, scale_s, scale_t, grad_scale,
     LAYERS: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, MSE: tl.constexpr, GAIN: tl.constexpr,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr,
     LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """grad_k [B, H / GROUP_S, M, D_S] a layer, contiguous; keys that nobody attends to get zeros."""
+    """grad_k [B, H / GROUP_S, M, D_S] a layer, contiguous, from what `query_kernel` left in sums_s, sums_t and row_term
+    [B, H, N_WHOLE]; keys that nobody attends to get zeros."""
     i_l, i_b, i_h_k, _, j_0 = where_am_i(H // GROUP_S, TILES, BJ)
     o_j = j_0 + tl.arange(0, BJ)
     o_d = tl.arange(0, BD_S)
@@ -266,7 +277,7 @@ def key_kernel(
     q_s = of_layer(q_s, i_l, LAYERS) + i_b * s_q_s[0]
     q_t = of_layer(q_t, i_l, LAYERS) + i_b * s_q_t[0]
     k_t = of_layer(k_t, i_l, LAYERS) + i_b * s_k_t[0]
-    lse_s, lse_t = of_layer(lse_s, i_l, LAYERS), of_layer(lse_t, i_l, LAYERS)
+    sums_s, sums_t = of_layer(sums_s, i_l, LAYERS), of_layer(sums_t, i_l, LAYERS)
     if MSE:
         row_term = of_layer(row_term, i_l, LAYERS)
     end = N
@@ -292,9 +303,11 @@ def key_kernel(
     b_grad_k = tl.zeros([BJ, BD_S], tl.float32)
     for i_g in range(GROUP_S):
         i_h = i_h_k * GROUP_S + i_g
-        o_rows = (i_b * H + i_h) * N
+        o_rows = (i_b * H + i_h) * N_WHOLE
         b_k_t = rows(k_t + (i_h // GROUP_T) * s_k_t[1], j_0, s_k_t[2], m_j, BJ, D_T, BD_T, WIDEN, True)  # [BJ, BD_T]
-        head_q_s, head_q_t, head_mask = q_s + i_h * s_q_s[1], q_t + i_h * s_q_t[1], mask
+        next_q_s = q_s + i_h * s_q_s[1] + tl.cast(start, tl.int64) * s_q_s[2]
+        next_q_t = q_t + i_h * s_q_t[1] + tl.cast(start, tl.int64) * s_q_t[2]
+        head_mask = mask
         if MASK != 0 and PER_ELEMENT:
             head_mask = mask + i_h * s_mask[1]
         head_row_term = row_term
@@ -302,10 +315,10 @@ def key_kernel(
             head_row_term = row_term + o_rows
         for i_0 in range(start, end, BI):
             o_i = i_0 + tl.arange(0, BI)
-            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
-            b_q_t = rows(head_q_t, i_0, s_q_t[2], o_i < N, BI, D_T, BD_T, WIDEN, True)  # [BI, BD_T]
-            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
-            b_log_t = dot(b_k_t, tl.trans(b_q_t)) * scale_t - log_sums(lse_t + o_rows, i_0, N, BI)[None, :]
+            b_q_s = next_rows(next_q_s, s_q_s[2], N - i_0, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
+            b_q_t = next_rows(next_q_t, s_q_t[2], N - i_0, BI, D_T, BD_T, WIDEN)  # [BI, BD_T]
+            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - tl.load(sums_s + o_rows + o_i)[None, :]  # [BJ, BI]
+            b_log_t = dot(b_k_t, tl.trans(b_q_t)) * scale_t - tl.load(sums_t + o_rows + o_i)[None, :]
             if MASK == 2 and not PER_ELEMENT:
                 b_log_s += b_bias_j[:, None]
                 b_log_t += b_bias_j[:, None]
@@ -322,9 +335,11 @@ def key_kernel(
                 b_log_t = tl.where(m_ji, b_log_t + b_bias, -1e30)
             b_row_term = tl.zeros([BI], tl.float32)
             if MSE:
-                b_row_term = tl.load(head_row_term + o_i, mask=o_i < N, other=0.0)
+                b_row_term = tl.load(head_row_term + o_i)
             b_grad_scores = score_gradient(tl.exp2(b_log_s), tl.exp2(b_log_t), b_row_term[None, :], MSE, GAIN)
             b_grad_k = tl.dot(b_grad_scores.to(b_q_s.dtype), b_q_s, b_grad_k, input_precision="ieee")
+            next_q_s += BI * s_q_s[2]
+            next_q_t += BI * s_q_t[2]
 
     b_grad_k = tl.where(m_j[:, None], b_grad_k * grad_scale, 0.0)
     tl.store(p_grad_k, b_grad_k.to(p_grad_k.dtype.element_ty), mask=m_grad_k)

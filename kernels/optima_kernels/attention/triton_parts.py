@@ -10,7 +10,7 @@ import triton.language as tl
 from optima_kernels.shared.pointers import of_layer
 
 # No variant for a size of 1 or a multiple of 16: more variants compile, and one key breaks the compiler on sm_100.
-SIZES = ["H", "N", "M", "TILES"]
+SIZES = ["H", "N", "M", "TILES", "N_WHOLE"]
 
 
 @triton.jit
@@ -38,6 +38,35 @@ def rows(
     if WIDEN:
         b_x = b_x.to(tl.float32)
     return b_x
+
+
+@triton.jit
+def next_rows(base, s_row, left, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
+    """BR rows of D elements each from `base` on, of which `left` are there; in the place of others stands the last:
+    [BR, BD].
+
+    For a loop that moves its base on: that no row needs a mask, and none the product of its number and a 64-bit stride,
+    is worth a tenth of what such a loop executes.
+    """
+    o_d = tl.arange(0, BD)
+    o_r = tl.minimum(tl.arange(0, BR), left - 1)
+    pointers = base + (o_r[:, None] * tl.cast(s_row, tl.int32) + o_d[None, :])
+    if D < BD:
+        b_x = tl.load(pointers, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(pointers)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def sum_within_lanes(b_x, BI: tl.constexpr, BJ: tl.constexpr):
+    """Rows summed as far as a lane has their elements where a product left them: [BI, BJ] to [BI, 8].
+
+    What is left waits for the end of a walk, and with it the lanes for one another.
+    """
+    return tl.sum(tl.reshape(b_x, [BI, BJ // 8, 8]), 1)
 
 
 @triton.jit
