@@ -49,6 +49,7 @@ import torch
 from bench.gpu.shapes import eager_linear_kl
 from bench.harness.measure import RESULTS
 from bench.harness.study import Table
+from optima_kernels.attention.tiles import Tiling, padded, tiles_of
 from optima_kernels.inspect.chips import CHIPS
 from optima_kernels.inspect.fake_driver import Launch, VendorProduct, launches_on
 from optima_kernels.inspect.memory import peak_bytes
@@ -57,7 +58,7 @@ from optima_kernels.inspect.sass import (
     CLOCKS_OF_AN_EXPONENTIAL,
     clocks_of_an_exponential,
     exponentials,
-    loop_of_exponentials,
+    loops_of_exponentials,
 )
 from optima_kernels.shared.scaling import BLOCK
 
@@ -92,7 +93,7 @@ class Machine:
 
 
 MACHINE = Machine()
-LEAST = {"lse_kernel": 4.0, "query_kernel": 3.75, "key_kernel": 2.75}
+LEAST = {"lse_kernel": 3.0, "online_kernel": 5.0, "query_kernel": 3.75, "key_kernel": 2.75}
 """Instructions of an exponential that the KL of maps cannot do without, by the kernel that makes it."""
 CLASSES = {
     "exponential": ("MUFU.EX2",),
@@ -106,11 +107,12 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch has to do."""
+    """What one launch has to do; its exponentials in as many `walks`, each a loop of its own."""
 
     flops: float = 0.0
     exps: float = 0.0
     bytes: float = 0.0
+    walks: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ WorkOf = Callable[[Launch], Work | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A call; `work` of its launches, the passes of others: (name, bytes, flops, launches), and of attention the fewest
-    exponentials that a walk for each gradient takes."""
+    """A call; `work` of its launches, the passes of others: (name, bytes, flops, launches), and of attention the
+    exponentials of a walk for log-sum-exps that are not given and one for each gradient."""
 
     name: str
     call: Callable[[], None]
@@ -181,7 +183,7 @@ def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]
     """What bounds it, and seconds."""
     needs = {
         "tensor cores": work.flops / machine.flops,
-        "schedulers": work.exps * clocks_of_an_exponential(launch.cubin) / machine.slots,
+        "schedulers": work.exps * clocks_of_an_exponential(launch.cubin, work.walks) / machine.slots,
         "memory": work.bytes / machine.bytes,
     }
     name = max(needs, key=lambda need: needs[need])
@@ -217,22 +219,35 @@ def attention(name: str, call: Attention) -> Case:
     (heads_s, heads_t), (d_s, d_t) = call.heads, call.widths
     of_head = call.layers * call.batch * call.queries * call.keys * share
     maps_s, maps_t = of_head * heads_s, of_head * heads_t
-    padding = math.prod(math.ceil(size / 64) * 64 / size for size in (call.queries, call.keys))
     states = 2.0 * call.layers * call.batch * (call.queries + call.keys)
+    means = call.matching == "mean"
+    tiles = tiles_of(TARGET, padded(max(call.widths)), torch.bfloat16, reads_maps=means, grouped=False)
+    assert tiles is not None
+
+    def in_tiles(tiling: Tiling | None, owner: str) -> float:
+        """Elements of a head's maps in the tiles that its programs visit."""
+        assert tiling is not None
+        return float(call.layers * call.batch * visited(call.queries, call.keys, tiling, owner, call.causal))
 
     def work(launch: Launch) -> Work | None:
-        kernel = launch.compiled.kernel
+        kernel, heads = launch.compiled.kernel, heads_s + heads_t
         both = 2 * (maps_s * d_s + maps_t * d_t)
         moved = states * (heads_s * d_s + heads_t * d_t)
         if kernel == "lse_kernel":
-            return Work(both / 2, padding * (maps_s + maps_t) / 2, moved / 2)
-        if kernel in ("query_kernel", "key_kernel"):
-            return Work(both + 2 * maps_s * d_s, padding * (maps_s + maps_t), 1.5 * moved)
+            return Work(both / 2, in_tiles(tiles.lse, "queries") * heads / 2, moved / 2)
+        if kernel == "online_kernel":
+            return Work(both + 4 * maps_s * d_s, in_tiles(tiles.online, "queries") * heads, 1.5 * moved)
+        if kernel == "query_kernel":
+            return Work(both + 2 * maps_s * d_s, in_tiles(tiles.query, "queries") * heads, 1.5 * moved)
+        if kernel == "key_kernel":
+            return Work(both + 2 * maps_s * d_s, in_tiles(tiles.key, "keys") * heads, 1.5 * moved)
         if kernel == "mean_kernel":
-            return Work(both, padding * (maps_s + maps_t), moved + 2 * of_head * 2)
-        if kernel in ("mean_query_kernel", "mean_key_kernel"):
-            walks = 2 if kernel == "mean_query_kernel" else 1
-            return Work(4 * walks * maps_s * d_s, walks * padding * maps_s, moved + 2 * walks * of_head)
+            return Work(both, in_tiles(tiles.mean, "queries") * heads, moved + 2 * of_head * 2)
+        if kernel == "mean_query_kernel":
+            exps = 2 * in_tiles(tiles.query, "queries") * heads_s
+            return Work(8 * maps_s * d_s, exps, moved + 4 * of_head, walks=2)
+        if kernel == "mean_key_kernel":
+            return Work(4 * maps_s * d_s, in_tiles(tiles.key, "keys") * heads_s, moved + 2 * of_head)
         return None
 
     maps = (maps_s + maps_t) / 2
@@ -240,6 +255,15 @@ def attention(name: str, call: Attention) -> Case:
     others = (("eager", 160.0 * maps, products, 24), ("compiled eager", 40.0 * maps, products, 9))
     exps = (maps_s + maps_t) * (2 if call.lse else 3) if call.matching == "match" and call.kind == "kl" else 0.0
     return Case(f"attention {name}", call, work, products, others, exps)
+
+
+def visited(queries: int, keys: int, tiling: Tiling, owner: str, causal: bool) -> int:
+    """Elements of the tiles of a map that programs which own "queries" or "keys" walk over."""
+    if owner == "queries":
+        ends = (min(keys, i + tiling.queries) if causal else keys for i in range(0, queries, tiling.queries))
+        return sum(math.ceil(end / tiling.keys) for end in ends) * tiling.queries * tiling.keys
+    starts = (j // tiling.queries * tiling.queries if causal else 0 for j in range(0, keys, tiling.keys))
+    return sum(math.ceil(max(queries - start, 0) / tiling.queries) for start in starts) * tiling.queries * tiling.keys
 
 
 def hidden(name: str, call: Hidden) -> Case:
@@ -316,6 +340,7 @@ VOCABULARIES = {
 }
 NAMES = {"eager": "eager", "compiled eager": "compiled", "Liger, compiled chunks": "Liger compiled"}
 NAMES["vendor chunks of 2048"] = "vendor chunks"
+LOOPS = ("attention kl", "attention kl lse", "attention kl causal", "attention kl d128")
 
 
 def of_passes(moved: float, flops: float, launches: int, machine: Machine = MACHINE) -> float:
@@ -367,7 +392,7 @@ def instruction_counts(chosen: Sequence[Case]) -> Iterator[list[str]]:
         with launches_on(TARGET) as log:
             case.call()
         for launch in {x.compiled.kernel: x for x in log.launches if x.compiled.kernel in LEAST}.values():
-            kernel, body = launch.compiled.kernel, loop_of_exponentials(launch.cubin)
+            kernel, body = launch.compiled.kernel, loops_of_exponentials(launch.cubin)[0]
             exps = exponentials(body)
             counted = {name: sum(x.name.startswith(begins) for x in body) for name, begins in CLASSES.items()}
             counted["addresses, loop and the rest"] = len(body) - sum(counted.values())
@@ -428,7 +453,7 @@ def tables(rounds: int | None) -> Iterator[Table]:
     header = ("loss", "million exponentials", "ceiling, ms", "kernels that make them, ms", "share", "of all", *said)
     yield Table("Attention beside what its exponentials would take", header, list(ceilings(ours, cards)))
     header = ("loss", "kernel", *CLASSES, "addresses, loop and the rest", "all", "least", "of the ceiling at most")
-    loops = [case for case in cases() if case.name in ("attention kl", "attention kl causal", "attention kl d128")]
+    loops = [case for case in cases() if case.name in LOOPS]
     yield Table("Instructions of attention's loops for an exponential", header, list(instruction_counts(loops)))
     header = ("loss", "ours, MiB", "of which the head's gradient", "eager, MiB", "share", *said)
     yield Table("Memory beside the inputs, bf16, counted", header, list(memories(cards)))

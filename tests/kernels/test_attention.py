@@ -297,6 +297,58 @@ def test_large_scores_stay_finite(kind: str, backend: str, seed: int, device: to
         assert_close(ours.cpu(), theirs, 1e-2, name, floor=floor)  # float32 scores of some thousands
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("grows", ["student", "teacher", "both", "against each other"])
+def test_scores_may_grow_along_the_keys(
+    grows: str, causal: bool, backend: str, seed: int, device: torch.device
+) -> None:
+    """By 90 powers of two and more, so that what was summed over the first keys is nothing beside what comes later."""
+    case = Case(seed, queries=70, keys=150, options={"kind": "kl", "causal": causal})
+    tensors = case.tensors(torch.float64)
+    slopes = {"student": (1, 0), "teacher": (0, 1), "both": (1, 1), "against each other": (1, -1)}[grows]
+    for side, slope in zip("st", slopes, strict=True):
+        q, k = tensors[f"q_{side}"], tensors[f"k_{side}"]
+        q[..., 0] = q.shape[3] ** 0.5
+        k[..., 0] += slope * torch.linspace(0, 64, 150)
+    exact = loss_and_gradients(reference.attention_map_loss, tensors, **case.options)
+    rounded = {name: x.float().to(device) for name, x in tensors.items()}
+    actual = loss_and_gradients(attention_map_loss, rounded, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, exact, strict=True):
+        assert_close(ours.cpu(), theirs, 1e-4, name)  # scores of 64 in float32 are off by some 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_may_hide_the_first_keys(kind: str, backend: str, seed: int, device: torch.device) -> None:
+    """As of sequences that are padded on the left, one of them whole."""
+    case = Case(seed, batch=3, queries=70, keys=150, options={"kind": kind})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    hidden = torch.tensor([0, 100, 150])
+    tensors["mask"] = (torch.arange(150) >= hidden[:, None])[:, None, None, :].to(device)
+    double = {name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in tensors.items()}
+    exact = loss_and_gradients(reference.attention_map_loss, double, **case.options)
+    actual = loss_and_gradients(attention_map_loss, tensors, backend=backend, **case.options)
+    for name, ours, theirs in zip(NAMES, actual, exact, strict=True):
+        assert_close(ours.cpu(), theirs, 1e-5, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [16, 80])
+def test_kernels_do_not_read_what_lies_beyond_a_samples_keys(
+    kind: str, width: int, seed: int, device: torch.device
+) -> None:
+    """Not even where it is no number; and the gradient there is 0."""
+    case = Case(seed, batch=2, queries=33, keys=70, width_s=width, width_t=width, options={"kind": kind})
+    tensors = {name: x.to(device) for name, x in case.tensors().items()}
+    tensors["key_lengths"] = torch.tensor([41, 64], device=device)
+    clean = loss_and_gradients(attention_map_loss, tensors, backend="triton", **case.options)
+    for name in ("k_s", "k_t"):
+        tensors[name][0, :, 41:] = tensors[name][1, :, 64:] = torch.nan
+    for ours, theirs in zip(
+        loss_and_gradients(attention_map_loss, tensors, backend="triton", **case.options), clean, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("heads", ["match", "mean"])
 def test_scores_may_be_turned_around(heads: str, backend: str, seed: int, device: torch.device) -> None:
     """By scales below 0, where the largest score is the smallest product."""

@@ -1,5 +1,6 @@
 """What every kernel reads, writes and computes, counted in the interpreter and held to the floors of its loss."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,8 @@ def of(launches: list[Launch], kernel: str) -> list[Launch]:
 
 def test_every_kernel_is_counted(counted: dict[str, list[Launch]]) -> None:
     kernels = {launch.kernel for launches in counted.values() for launch in launches}
-    attention, hidden = {"lse_kernel", "query_kernel", "key_kernel"}, {"row_kernel", "join_rows_kernel", "scale_kernel"}
+    attention = {"lse_kernel", "query_kernel", "online_kernel", "key_kernel"}
+    hidden = {"row_kernel", "join_rows_kernel", "scale_kernel"}
     assert kernels == attention | hidden  # rows of logits have a kernel of the same name as rows of states
 
 
@@ -89,14 +91,29 @@ def test_no_access_is_outside_of_an_argument(counted: dict[str, list[Launch]]) -
             assert OUTSIDE not in launch.loaded | launch.stored, f"{name}, {launch.kernel}"
 
 
-@pytest.mark.parametrize(("kind", "walks"), [("kl", 2), ("mse", 3)])
-def test_two_exps_per_map_element_and_walk(kind: str, walks: int, counted: dict[str, list[Launch]]) -> None:
+def test_two_exps_per_map_element_and_walk(counted: dict[str, list[Launch]]) -> None:
     elements = 2 * N * N
-    launches = counted[f"attention {kind}"]
-    passes = of(launches, "query_kernel") + of(launches, "key_kernel")
-    assert [launch.exps for launch in passes] == [2 * elements] * walks
+    kl, mse = ([x for x in counted[f"attention {kind}"] if x.kernel != "scale_kernel"] for kind in ("kl", "mse"))
+    assert [(launch.kernel, launch.exps) for launch in kl] == [
+        ("online_kernel", 2 * elements),
+        ("key_kernel", 2 * elements),
+    ]
+    assert [launch.exps for launch in of(mse, "query_kernel") + of(mse, "key_kernel")] == [2 * elements] * 3
     # One an element, and one a row and key tile.
-    assert [launch.exps for launch in of(launches, "lse_kernel")] == [pytest.approx(elements, rel=0.05)] * 2
+    assert [launch.exps for launch in of(mse, "lse_kernel")] == [pytest.approx(elements, rel=0.05)] * 2
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_walk_begins_anew_only_where_scores_outgrow_those_of_its_first_tile(side: str) -> None:
+    """By 60 powers of two, at one query of one head."""
+    elements = 2 * N * N
+    for growth, walked in ((50, elements), (70, elements + 32 * N)):
+        tensors = [torch.zeros(1, 2, N, WIDTH) for _ in range(4)]
+        q, k = tensors[:2] if side == "student" else tensors[2:]
+        q[0, 1, 40, 3], k[0, 1, 50, 3] = 1.0, growth * math.log(2) * WIDTH**0.5
+        with counting() as launches:
+            attention_map_loss(*tensors, kind="kl", backend="triton")
+        assert [(launch.kernel, launch.exps) for launch in launches] == [("online_kernel", 2 * walked)]
 
 
 def test_known_log_sums_save_their_passes() -> None:
@@ -106,19 +123,24 @@ def test_known_log_sums_save_their_passes() -> None:
     assert [launch.kernel for launch in launches] == ["query_kernel", "key_kernel"]
 
 
-@pytest.mark.parametrize(("kind", "products"), [("kl", [3, 3]), ("mse", [2, 3, 3])])
-def test_attention_makes_two_products_of_scores_and_one_of_gradients_a_walk(
-    kind: str, products: list[int], counted: dict[str, list[Launch]]
+def test_attention_makes_two_products_of_scores_a_walk_and_one_of_gradients(
+    counted: dict[str, list[Launch]],
 ) -> None:
-    launches = counted[f"attention {kind}"]
-    passes = of(launches, "query_kernel") + of(launches, "key_kernel")
-    assert [launch.flops for launch in passes] == [x * 2 * 2 * N * N * WIDTH for x in products]
+    product = 2 * 2 * N * N * WIDTH
+    mse = counted["attention mse"]
+    assert [launch.flops / product for launch in of(mse, "query_kernel") + of(mse, "key_kernel")] == [2, 3, 3]
+    (online,), (key,) = (of(counted["attention kl"], kernel) for kernel in ("online_kernel", "key_kernel"))
+    # References are another look at the scores of the first of two tiles; the teacher's powers are multiplied, too.
+    assert [online.flops / product, key.flops / product] == [4 + 2 / 2, 3]
 
 
 def test_a_query_walk_reads_queries_once_and_keys_once_a_tile(counted: dict[str, list[Launch]]) -> None:
-    (walk,) = of(counted["attention kl"], "query_kernel")
     size = 2 * N * WIDTH * FLOAT
-    assert [walk.loaded[name] for name in ("q_s", "q_t", "k_s", "k_t")] == [size, size, 2 * size, 2 * size]
+    names = ("q_s", "q_t", "k_s", "k_t")
+    walk, _ = of(counted["attention mse"], "query_kernel")
+    assert [walk.loaded[name] for name in names] == [size, size, 2 * size, 2 * size]
+    (walk,) = of(counted["attention kl"], "online_kernel")
+    assert [walk.loaded[name] for name in names] == [size, size, 3 * size, 3 * size]  # the first of two tiles twice
     assert walk.read["k_s"] == walk.written["grad_q"] == walk.stored["grad_q"] == size
 
 
@@ -226,5 +248,5 @@ def test_a_planted_exponential_and_a_read_past_the_end_are_caught(monkeypatch: p
 def test_launches_are_cut_as_on_the_named_gpu() -> None:
     with tilings_of("sm_90"), counting() as launches:
         attention("kl", torch.bfloat16)
-    assert [launch.programs for launch in launches] == [2 * N // 64] * 4
-    assert of(launches, "query_kernel")[0].loaded["q_s"] == 2 * N * WIDTH * 2
+    assert [launch.programs for launch in launches] == [2 * N // 64] * 2
+    assert of(launches, "online_kernel")[0].loaded["q_s"] == 2 * N * WIDTH * 2

@@ -20,12 +20,16 @@ class Tiling(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A tiling for each kernel; those of means take the queries' and the keys'."""
+    """A tiling for each kernel; those of means take the queries' and the keys'.
+
+    None where a kernel does not fit: those of means, and `online_kernel` where it is asked for gradients.
+    """
 
     lse: Tiling
     query: Tiling
     key: Tiling
-    mean: Tiling | None  # None where kernels of means do not fit
+    mean: Tiling | None
+    online: Tiling | None
 
 
 # Of `count_kernel`, on every chip: it has no product.
@@ -48,7 +52,8 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
 
     Where nothing was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
-    bytes to stay below 64 or 128. Not a `key_kernel` of `mma.sync` that loads ahead, which spills if it is told so.
+    bytes to stay below 64 or 128. But `online_kernel`, and a `key_kernel` of `mma.sync` that loads ahead, spill if they
+    are told so.
     """
     tiles = _cut(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
     measured = target.startswith("sm_9") and dtype != torch.float32
@@ -57,35 +62,40 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     lse, query, key = (tiling._replace(registers=REGISTERS) for tiling in tiles[:3])
     mean = None if tiles.mean is None else tiles.mean._replace(registers=REGISTERS)
     chooses = tiles.key.stages > 1 and not target.startswith("sm_10")
-    return Tiles(lse, query, tiles.key if chooses else key, mean)
+    return Tiles(lse, query, tiles.key if chooses else key, mean, tiles.online)
 
 
 def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
     if target == "interpreter":
-        return Tiles(*(Tiling(32, 32, 4, 1),) * 4)
+        return Tiles(*(Tiling(32, 32, 4, 1),) * 5)
     if dtype == torch.float32:
         if width > 128:
             return None
         # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
         square, low = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1)
         if width <= 64:
-            return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square)
-        return Tiles(low, Tiling(32, 16, 8, 1), low if target.startswith("sm_12") else square, None)
+            return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square, None)
+        return Tiles(low, Tiling(32, 16, 8, 1), Tiling(16, 32, 4, 1), None, None)
     if width > 256:
         return None
     if target.startswith("gfx"):
-        return Tiles(*(Tiling(32, 64 if width <= 128 else 32, 4, 1),) * 4)
+        return Tiles(*(Tiling(32, 64 if width <= 128 else 32, 4, 1),) * 4, None)
     # Where a warp group's products do not read their left side from shared memory, it takes registers.
     roomy = target.startswith("sm_9")
     if width > 128:
-        query = Tiling(64 if roomy and not reads_maps else 32, 16, 4, 1)
-        return Tiles(Tiling(64, 32, 4, 1), query, Tiling(16, 32, 4, 1), Tiling(32, 32, 4, 1))
+        query = Tiling(64 if roomy and not reads_maps else 32, 16, 4, 1, REGISTERS)
+        key = Tiling(16, 16 if reads_maps and target.startswith("sm_10") else 32, 4, 1)
+        return Tiles(Tiling(64, 32, 4, 1), query, key, Tiling(32, 32, 4, 1), None)
     if width > 64 and reads_maps and not roomy:
         key = Tiling(16, 64, 4, 1) if target.startswith("sm_10") else Tiling(32, 32, 4, 1)
-        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1))
+        return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1), None)
     ahead = 1 if reads_maps else 3
     key = _key_tiling(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
-    return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), key, Tiling(64, 64, 4, 2))
+    # Two sums of products: on Hopper a third block fits a multiprocessor if it is told to, of wider heads only there two.
+    online = None
+    if not reads_maps and (roomy or width <= 64):
+        online = Tiling(64, 32, 4, 3, 168 if roomy and width <= 64 else 0)
+    return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), key, Tiling(64, 64, 4, 2), online)
 
 
 def _key_tiling(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiling:
@@ -97,7 +107,7 @@ def _key_tiling(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool
         return Tiling(32, 32, 4, 1)
     # On Hopper the gains of float16, multiplied between products, make those that loads are made ahead for wait, too.
     waits = reads_maps or (grouped and (width > 64 or not roomy)) or (roomy and dtype == torch.float16)
-    return Tiling(32, 64, 4, 1 if waits else 3)
+    return Tiling(32, 64, 4, 1 if waits else 3 if roomy or tensor_memory else 2)
 
 
 def padded(width: int) -> int:

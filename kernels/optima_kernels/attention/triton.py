@@ -20,6 +20,7 @@ from optima_kernels.attention.problem import (
 from optima_kernels.attention.tiles import COUNTING, Tiles, Tiling, padded, tiles_of
 from optima_kernels.attention.triton_kernels import count_kernel, key_kernel, lse_kernel, query_kernel
 from optima_kernels.attention.triton_mean_kernels import mean_kernel, mean_key_kernel, mean_query_kernel
+from optima_kernels.attention.triton_online_kernel import online_kernel
 from optima_kernels.shared.dispatch import INTERPRETED
 from optima_kernels.shared.pointers import MOST_LAYERS_PER_LAUNCH
 from optima_kernels.shared.target import target_of
@@ -122,7 +123,7 @@ def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tenso
     """Layers of one look; `gate` has an entry for each of them."""
     first = layers[0]
     gain = FLOAT16_GAIN if first.q_s.dtype == torch.float16 else 1
-    shared: dict[str, Any] = {
+    rules: dict[str, Any] = {
         "key_lengths": _pointers(layers, "key_lengths"),
         "gate": gate,
         "N": first.q_s.shape[2],
@@ -134,13 +135,10 @@ def _launch(layers: Sequence[Layer], options: Options, tiles: Tiles, gate: Tenso
         "WIDEN": INTERPRETED,  # its bf16 products are wrong
         **_mask_arguments(first.mask, _pointers(layers, "mask")),
     }
-    counts = _terms(layers, options, shared)
-    lse_s, lse_t = (_log_sums(layers, side, tiles.lse, shared) for side in ("s", "t"))
-    shared |= {"lse_s": lse_s, **_side(layers, "s")}
-    teacher = {"lse_t": lse_t, **_side(layers, "t")}
+    counts = _terms(layers, options, rules)
     gradients = [empty_gradients(layer, "triton") if options.with_grad else (None, None) for layer in layers]
     solve_layers = _means if options.mean_heads else _matches
-    totals = solve_layers(layers, options, tiles, shared, teacher, gain, gradients)
+    totals = solve_layers(layers, options, tiles, rules, gain, gradients)
     each: Sequence[Tensor | float] = counts.unbind() if isinstance(counts, Tensor) else [counts] * len(layers)
     return [
         Solution(total, terms, *grads) for total, terms, grads in zip(totals.unbind(), each, gradients, strict=True)
@@ -173,16 +171,11 @@ def _rows(layers: Sequence[Layer], heads: int, extent: int) -> Tensor:
     return q_s.new_empty((len(layers), q_s.shape[0], heads, extent), dtype=torch.float32)
 
 
-def _whole_rows(queries: int, tiles: Tiles) -> int:
-    """Queries, and more for whole tiles of every kernel that writes or reads something of each."""
-    return _up_to(queries, max(tiles.query.queries, tiles.key.queries))
-
-
 def _up_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[str, Any]) -> tuple[Tensor, ...]:
+def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, rules: dict[str, Any]) -> tuple[Tensor, ...]:
     """Each layer's log-sum-exps [B, H, N], those handed in or new ones."""
     given = _pointers(layers, f"lse_{side}")
     if given is not None:
@@ -206,12 +199,12 @@ def _log_sums(layers: Sequence[Layer], side: str, tiling: Tiling, shared: dict[s
         D=width,
         BD=padded(width),
         **tiling.arguments(),
-        **shared,
+        **rules,
     )
     return lse.unbind()
 
 
-def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) -> Tensor | float:
+def _terms(layers: Sequence[Layer], options: Options, rules: dict[str, Any]) -> Tensor | float:
     """How many terms the loss has: [layers, B] in float32, or a number for all of them."""
     first = layers[0]
     known = known_terms(first, options)
@@ -224,7 +217,7 @@ def _terms(layers: Sequence[Layer], options: Options, shared: dict[str, Any]) ->
         distinct = first.mask.shape[1]
         row_tiles = triton.cdiv(queries, COUNTING.queries)
         count = _rows(layers, distinct, row_tiles)
-        rules = {name: x for name, x in shared.items() if name != "WIDEN"}
+        rules = {name: x for name, x in rules.items() if name != "WIDEN"}
         count_kernel[(row_tiles * batch * distinct, len(layers))](
             count=count, H=distinct, TILES=row_tiles, MSE=mse, **COUNTING.arguments(), **rules
         )
@@ -243,62 +236,54 @@ Gradients = Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
 
 
 def _matches(
-    layers: Sequence[Layer],
-    options: Options,
-    tiles: Tiles,
-    shared: dict[str, Any],
-    teacher: dict[str, Any],
-    gain: int,
-    gradients: Gradients,
+    layers: Sequence[Layer], options: Options, tiles: Tiles, rules: dict[str, Any], gain: int, gradients: Gradients
 ) -> Tensor:
     """Sums of terms [layers, B], head by head; `gradients` are filled."""
-    batch, heads, queries, _ = layers[0].q_s.shape
-    heads_k, keys = layers[0].k_s.shape[1:3]
-    whole = _whole_rows(queries, tiles)
-    row_tiles, key_tiles = whole // tiles.query.queries, triton.cdiv(keys, tiles.key.keys)
-    mse, with_grad = options.kind == "mse", options.with_grad
+    first, mse, with_grad = layers[0], options.kind == "mse", options.with_grad
+    (batch, heads, queries, _), (heads_k, keys) = first.q_s.shape, first.k_s.shape[1:3]
+    online = None
+    if not mse and (first.lse_s is None or first.lse_t is None):
+        online = tiles.query if not with_grad else tiles.online if gain == 1 else None
+    query = online or tiles.query
+    whole = _up_to(queries, max(query.queries, tiles.key.queries))
+    row_tiles, key_tiles = whole // query.queries, triton.cdiv(keys, tiles.key.keys)
     grad_q, grad_k = zip(*gradients, strict=True)
     total = _rows(layers, heads, row_tiles)
-    lse = {"lse_s": shared.pop("lse_s"), "lse_t": teacher.pop("lse_t")}
-    shared = shared | teacher | {"H": heads, "N_WHOLE": whole, "MSE": mse, "GAIN": gain}
-    shared["grad_scale"] = layers[0].scale_s / gain * gradient_factor(layers[0], options)
-    shared["row_term"] = _rows(layers, heads, whole).unbind() if mse else None
+    shared = rules | _side(layers, "s") | _side(layers, "t") | {"H": heads, "N_WHOLE": whole}
+    shared["grad_scale"] = first.scale_s / gain * gradient_factor(first, options)
     for side in ("sums_s", "sums_t"):
         shared[side] = _rows(layers, heads, whole).unbind() if with_grad else None
 
-    for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
-        query_kernel[(row_tiles * batch * heads, len(layers))](
-            total=total if loss else None,
-            grad_q=grad_q if grad else None,
-            TILES=row_tiles,
-            LOSS=loss,
-            GRAD=grad,
-            **tiles.query.arguments(),
-            **lse,
-            **shared,
-        )
+    by_query: dict[str, Any] = {"total": total, "TILES": row_tiles, **query.arguments()}
+    grid = (row_tiles * batch * heads, len(layers))
+    if online is not None:
+        online_kernel[grid](grad_q=grad_q if with_grad else None, GRAD=with_grad, **by_query, **shared)
+        told = {"row_term": None, "MSE": False, "GAIN": gain}
+    else:
+        lse = {f"lse_{side}": _log_sums(layers, side, tiles.lse, rules) for side in ("s", "t")}
+        told = {"row_term": _rows(layers, heads, whole).unbind() if mse else None, "MSE": mse, "GAIN": gain}
+        for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
+            query_kernel[grid](
+                grad_q=grad_q if grad else None, LOSS=loss, GRAD=grad, **by_query, **lse, **told, **shared
+            )
     if with_grad:
         key_kernel[(key_tiles * batch * heads_k, len(layers))](
-            grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared
+            grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **told, **shared
         )
     return total.sum((2, 3))
 
 
 def _means(
-    layers: Sequence[Layer],
-    options: Options,
-    tiles: Tiles,
-    shared: dict[str, Any],
-    teacher: dict[str, Any],
-    gain: int,
-    gradients: Gradients,
+    layers: Sequence[Layer], options: Options, tiles: Tiles, rules: dict[str, Any], gain: int, gradients: Gradients
 ) -> Tensor:
     """Sums of terms [layers, B] of means over heads; `gradients` are filled."""
     first = layers[0]
+    lse_s, lse_t = (_log_sums(layers, side, tiles.lse, rules) for side in ("s", "t"))
+    shared = rules | _side(layers, "s")
     batch, heads, queries, _ = first.q_s.shape
     heads_k, keys = first.k_s.shape[1:3]
     assert tiles.mean is not None
-    padded_queries, padded_keys = (triton.cdiv(size, WHOLE_TILES) * WHOLE_TILES for size in (queries, keys))
+    padded_queries, padded_keys = (_up_to(size, WHOLE_TILES) for size in (queries, keys))
     row_tiles, key_tiles = padded_queries // tiles.mean.queries, padded_keys // tiles.mean.keys
     total = _rows(layers, 1, row_tiles * key_tiles)
     quotients = None
@@ -318,16 +303,19 @@ def _means(
         **tiles.mean.arguments(),
         **stored,
         **shared,
-        **teacher,
+        **_side(layers, "t"),
+        lse_s=lse_s,
+        lse_t=lse_t,
     )
     if options.with_grad:
         grad_q, grad_k = zip(*gradients, strict=True)
-        row_tiles, key_tiles = triton.cdiv(queries, tiles.query.queries), triton.cdiv(keys, tiles.key.keys)
-        shared = shared | stored | {"H": heads, "unit": gain / heads}
+        whole = _up_to(queries, max(tiles.query.queries, tiles.key.queries))
+        row_tiles, key_tiles = whole // tiles.query.queries, triton.cdiv(keys, tiles.key.keys)
+        shared = shared | stored | {"H": heads, "N_WHOLE": whole, "unit": gain / heads}
         shared["grad_scale"] = first.scale_s / gain * gradient_factor(first, options)
-        shared["row_term"] = _rows(layers, heads, queries).unbind()
+        shared["row_term"], shared["sums_s"] = (_rows(layers, heads, whole).unbind() for _ in range(2))
         mean_query_kernel[(row_tiles * batch * heads, len(layers))](
-            grad_q=grad_q, TILES=row_tiles, **tiles.query.arguments(), **shared
+            grad_q=grad_q, lse_s=lse_s, TILES=row_tiles, **tiles.query.arguments(), **shared
         )
         mean_key_kernel[(key_tiles * batch * heads_k, len(layers))](
             grad_k=grad_k, TILES=key_tiles, **tiles.key.arguments(), **shared

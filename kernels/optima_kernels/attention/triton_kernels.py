@@ -35,6 +35,7 @@ import triton.language as tl
 from optima_kernels.attention.triton_parts import (
     SIZES,
     allowed,
+    allowed_keys,
     dot,
     ends,
     head,
@@ -52,22 +53,17 @@ from optima_kernels.shared.pointers import of_layer
 def lse_tile(
     b_q, k, s_k, mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
     D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr, EDGE: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the sums of rows [BI], which are relative to their maxima so far."""
     o_j = j_0 + tl.arange(0, BJ)
-    b_k = rows(k, j_0, s_k, o_j < length if EDGE else o_j >= 0, BJ, D, BD, WIDEN, EDGE)  # [BJ, BD]
-    b_scores = dot(b_q, tl.trans(b_k))  # [BI, BJ]
-    if EDGE:
-        m_ij, b_bias = allowed(
-            mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
-        )  # fmt: skip
-        b_scores = tl.where(m_ij, b_scores * scale + b_bias, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-        b_powers = tl.exp2(b_scores - b_new_max[:, None])
-    else:  # the scale is not negative, so that it can wait for the maximum and take one instruction with it
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
-        b_powers = tl.exp2(b_scores * scale - b_new_max[:, None])
+    b_k = rows(k, j_0, s_k, o_j < length, BJ, D, BD, WIDEN, True)  # [BJ, BD]
+    m_ij, b_bias = allowed(
+        mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+    )  # fmt: skip
+    b_scores = tl.where(m_ij, dot(b_q, tl.trans(b_k)) * scale + b_bias, -float("inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+    b_powers = tl.exp2(b_scores - b_new_max[:, None])
     return b_new_max, b_sum * tl.exp2(b_max - b_new_max) + tl.sum(b_powers, 1)
 
 
@@ -97,19 +93,30 @@ def lse_kernel(
     b_max = tl.full([BI], -1e30, tl.float32)
     b_sum = tl.zeros([BI], tl.float32)
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
-    if MASK != 0:
-        whole = 0
-    else:
-        for j_0 in range(0, whole, BJ):
-            b_max, b_sum = lse_tile(
-                b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
-                D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN, False,
-            )  # fmt: skip
-    for j_0 in range(whole, end, BJ):
+    first = end
+    if MASK == 0:
+        first = tl.minimum(end, BJ)
+    for j_0 in range(0, first, BJ):
         b_max, b_sum = lse_tile(
             b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
-            D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN, True,
+            D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
         )  # fmt: skip
+    if MASK == 0:
+        b_powers = tl.zeros([BI, 4], tl.float32)
+        next_k = k + BJ * s_k[2]
+        for _j_0 in range(BJ, whole, BJ):
+            b_k = rows(next_k, 0, s_k[2], o_i >= 0, BJ, D, BD, WIDEN, False)  # [BJ, BD]
+            b_powers += sum_within_lanes(tl.exp2(dot(b_q, tl.trans(b_k)) * scale - b_max[:, None]), BI, BJ)
+            next_k += BJ * s_k[2]
+        b_sum += tl.sum(b_powers, 1)
+        again = tl.max(tl.where(b_sum < 2.0**60, 0, 1)) > 0  # of NaN, too
+        b_max = tl.where(again, -1e30, b_max)
+        b_sum = tl.where(again, 0.0, b_sum)
+        for j_0 in range(tl.where(again, 0, tl.maximum(first, whole)), end, BJ):
+            b_max, b_sum = lse_tile(
+                b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
+                D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
+            )  # fmt: skip
 
     m_any = b_sum > 0
     b_lse = tl.where(m_any, b_max + tl.log2(tl.where(m_any, b_sum, 1.0)), 0.0) * 0.6931471805599453
@@ -208,8 +215,8 @@ def query_kernel(
         p_row_term = of_layer(row_term, i_l, LAYERS) + o_whole
         if GRAD:
             b_row_term = tl.load(p_row_term)
-    b_total = tl.zeros([BI, 8], tl.float32)
-    b_row_total = tl.zeros([BI, 8], tl.float32)
+    b_total = tl.zeros([BI, 4], tl.float32)
+    b_row_total = tl.zeros([BI, 4], tl.float32)
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
     for j_0 in range(0, end, BJ):
@@ -290,12 +297,7 @@ def key_kernel(
         mask = of_layer(mask, i_l, LAYERS) + i_b * s_mask[0]
     b_bias_j = tl.zeros([BJ], tl.float32)
     if MASK != 0 and not PER_ELEMENT:
-        m_kept, b_kept = allowed(
-            mask, s_mask, 0, tl.arange(0, 1)[None, :], o_j[:, None], N, length, False, MASK, False, LOWEST
-        )  # fmt: skip
-        m_j = tl.reshape(m_kept, [BJ])
-        if MASK == 2:
-            b_bias_j = tl.reshape(b_kept, [BJ])
+        m_j, b_bias_j = allowed_keys(mask, s_mask, o_j, N, length, BJ, MASK, LOWEST)
     b_k_s = rows(
         head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS), j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN, True
     )  # [BJ, BD_S]
@@ -304,7 +306,9 @@ def key_kernel(
     for i_g in range(GROUP_S):
         i_h = i_h_k * GROUP_S + i_g
         o_rows = (i_b * H + i_h) * N_WHOLE
-        b_k_t = rows(k_t + (i_h // GROUP_T) * s_k_t[1], j_0, s_k_t[2], m_j, BJ, D_T, BD_T, WIDEN, True)  # [BJ, BD_T]
+        b_k_t = rows(
+            k_t + (i_h // GROUP_T) * s_k_t[1], j_0, s_k_t[2], o_j < length, BJ, D_T, BD_T, WIDEN, True
+        )  # [BJ, BD_T]
         next_q_s = q_s + i_h * s_q_s[1] + tl.cast(start, tl.int64) * s_q_s[2]
         next_q_t = q_t + i_h * s_q_t[1] + tl.cast(start, tl.int64) * s_q_t[2]
         head_mask = mask

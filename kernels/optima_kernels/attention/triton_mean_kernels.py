@@ -19,12 +19,15 @@ import triton.language as tl
 from optima_kernels.attention.triton_parts import (
     SIZES,
     allowed,
+    allowed_keys,
     dot,
     ends,
     head,
     length_of,
     log_sums,
+    next_rows,
     rows,
+    sum_within_lanes,
     where_am_i,
 )
 from optima_kernels.shared.pointers import of_layer
@@ -151,13 +154,15 @@ def map_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def mean_query_kernel(
-    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, row_term, grad_q,
-    H, N, M, TILES, scale_s, unit, grad_scale,
+    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, sums_s, row_term,
+    grad_q, H, N, M, N_WHOLE, TILES, scale_s, unit, grad_scale,
     LAYERS: tl.constexpr, GROUP_S: tl.constexpr, D_S: tl.constexpr, BD_S: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Row terms [B, H, N] and grad_q [B, H, N, D_S] a layer; `unit` times a score's gradient is what is rounded."""
+    """grad_q [B, H, N, D_S] a layer, and what `mean_key_kernel` reads: row terms times `unit`, and log-sum-exps to base
+    2, infinite beyond the queries, row_term and sums_s [B, H, N_WHOLE] a layer. A score's gradient is rounded times
+    `unit`."""
     i_l, i_b, i_h, _, i_0 = where_am_i(H, TILES, BI)
     o_i, o_d = i_0 + tl.arange(0, BI), tl.arange(0, BD_S)
     m_i = o_i < N
@@ -177,44 +182,52 @@ def mean_query_kernel(
     k_s = head(k_s, i_l, i_b, i_h // GROUP_S, s_k_s, LAYERS)
     b_q_s = rows(head(q_s, i_l, i_b, i_h, s_q_s, LAYERS), i_0, s_q_s[2], m_i, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
     b_lse_s = log_sums(of_layer(lse_s, i_l, LAYERS) + o_rows, i_0, N, BI)
+    o_whole = (i_b * H + i_h) * N_WHOLE + o_i
+    tl.store(of_layer(sums_s, i_l, LAYERS) + o_whole, tl.where(m_i, b_lse_s, float("inf")))
     r_i = tl.arange(0, BI)[:, None]
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
 
-    b_row_term = tl.zeros([BI], tl.float32)
+    b_row_total = tl.zeros([BI, 4], tl.float32)
+    next_k_s = k_s
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
+        b_k_s = next_rows(next_k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
         b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
         )  # fmt: skip
-        b_row_term += tl.sum(b_p * b_g, 1)
-    tl.store(of_layer(row_term, i_l, LAYERS) + o_rows + o_i, b_row_term, mask=m_i)
+        b_row_total += sum_within_lanes(b_p * b_g, BI, BJ)
+        next_k_s += BJ * s_k_s[2]
+    b_row_term = tl.sum(b_row_total, 1) * unit
+    tl.store(of_layer(row_term, i_l, LAYERS) + o_whole, b_row_term)
 
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
+    next_k_s = k_s
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = rows(k_s, j_0, s_k_s[2], o_j < length, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
+        b_k_s = next_rows(next_k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
         b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
         b_p = map_tile(
             b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
             BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
         )  # fmt: skip
-        b_grad_scores = b_p * (b_g * unit - b_row_term[:, None] * unit)
+        b_grad_scores = b_p * (b_g * unit - b_row_term[:, None])
         b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
+        next_k_s += BJ * s_k_s[2]
     tl.store(p_grad_q, (b_grad_q * grad_scale).to(p_grad_q.dtype.element_ty), mask=m_grad_q)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mean_key_kernel(
-    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, row_term, grad_k,
-    H, N, M, TILES, scale_s, unit, grad_scale,
+    q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, sums_s, quotients, s_quotients, row_term, grad_k,
+    H, N, M, N_WHOLE, TILES, scale_s, unit, grad_scale,
     LAYERS: tl.constexpr, GROUP_S: tl.constexpr, D_S: tl.constexpr, BD_S: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, MASK: tl.constexpr,
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, GATED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """grad_k [B, H / GROUP_S, M, D_S] a layer; keys that nobody attends to get zeros. Tiles of maps are [BJ, BI]."""
+    """grad_k [B, H / GROUP_S, M, D_S] a layer, from what `mean_query_kernel` left; keys that nobody attends to get
+    zeros. Tiles of maps are [BJ, BI]."""
     i_l, i_b, i_h_k, _, j_0 = where_am_i(H // GROUP_S, TILES, BJ)
     o_j, o_d = j_0 + tl.arange(0, BJ), tl.arange(0, BD_S)
     grad_k = of_layer(grad_k, i_l, LAYERS) + ((i_b * (H // GROUP_S) + i_h_k) * M + j_0) * D_S
@@ -231,36 +244,44 @@ def mean_key_kernel(
         mask = head(mask, i_l, i_b, 0, s_mask, LAYERS)
     quotients = of_layer(quotients, i_l, LAYERS) + i_b * s_quotients[0]
     q_s = of_layer(q_s, i_l, LAYERS) + i_b * s_q_s[0]
-    lse_s, row_term = of_layer(lse_s, i_l, LAYERS), of_layer(row_term, i_l, LAYERS)
+    sums_s, row_term = of_layer(sums_s, i_l, LAYERS), of_layer(row_term, i_l, LAYERS)
     k_s = head(k_s, i_l, i_b, i_h_k, s_k_s, LAYERS)
     b_k_s = rows(k_s, j_0, s_k_s[2], m_j, BJ, D_S, BD_S, WIDEN, True)  # [BJ, BD_S]
-    # The first query that attends to a key of this tile, and the first from which on all attend to all for sure.
-    start, whole, end = 0, tl.where(j_0 + BJ > length, N, 0), N
-    if CAUSAL:
-        start, whole = j_0 // BI * BI, tl.maximum(whole, j_0 + BJ - 1)
-    if MASK != 0:
-        whole = N + BI
+    end = N
     if LENGTHS:
         end = tl.where(j_0 < length, N, 0)
+    start, whole = 0, 0
+    if CAUSAL:  # the first query that attends to a key of this tile, and the first from which on all attend to all
+        start, whole = j_0 // BI * BI, j_0 + BJ - 1
+    b_bias_j = tl.zeros([BJ], tl.float32)
+    if MASK != 0 and not PER_ELEMENT:
+        m_j, b_bias_j = allowed_keys(mask, s_mask, o_j, N, length, BJ, MASK, LOWEST)
 
     b_grad_k = tl.zeros([BJ, BD_S], tl.float32)
     for i_g in range(GROUP_S):
         i_h = i_h_k * GROUP_S + i_g
-        o_rows = (i_b * H + i_h) * N
-        head_q_s = q_s + i_h * s_q_s[1]
+        o_rows = (i_b * H + i_h) * N_WHOLE
+        next_q_s = q_s + i_h * s_q_s[1] + tl.cast(start, tl.int64) * s_q_s[2]
         for i_0 in range(start, end, BI):
             o_i = i_0 + tl.arange(0, BI)
             r_i = tl.arange(0, BI)[None, :]
-            b_q_s = rows(head_q_s, i_0, s_q_s[2], o_i < N, BI, D_S, BD_S, WIDEN, True)  # [BI, BD_S]
+            b_q_s = next_rows(next_q_s, s_q_s[2], N - i_0, BI, D_S, BD_S, WIDEN)  # [BI, BD_S]
             b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[:, None])
-            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - log_sums(lse_s + o_rows, i_0, N, BI)[None, :]  # [BJ, BI]
-            if i_0 < whole:
+            b_log_s = dot(b_k_s, tl.trans(b_q_s)) * scale_s - tl.load(sums_s + o_rows + o_i)[None, :]  # [BJ, BI]
+            if MASK == 2 and not PER_ELEMENT:
+                b_log_s += b_bias_j[:, None]
+            looks = PER_ELEMENT
+            if CAUSAL and not PER_ELEMENT:
+                looks = i_0 < whole
+            if looks:
                 m_ji, b_bias = allowed(
-                    mask, s_mask, i_0, r_i, o_j[:, None], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+                    mask, s_mask, i_0, r_i, o_j[:, None], N, length,
+                    CAUSAL, MASK if PER_ELEMENT else 0, PER_ELEMENT, LOWEST,
                 )  # fmt: skip
                 b_log_s = tl.where(m_ji, b_log_s + b_bias, -1e30)
             b_p = tl.exp2(b_log_s)
-            b_row_term = tl.load(row_term + o_rows + o_i, mask=o_i < N, other=0.0) * unit
-            b_grad_scores = b_p * (b_g * unit - b_row_term[None, :])
+            b_grad_scores = b_p * (b_g * unit - tl.load(row_term + o_rows + o_i)[None, :])
             b_grad_k = tl.dot(b_grad_scores.to(b_q_s.dtype), b_q_s, b_grad_k, input_precision="ieee")
-    tl.store(p_grad_k, (b_grad_k * grad_scale).to(p_grad_k.dtype.element_ty), mask=m_grad_k)
+            next_q_s += BI * s_q_s[2]
+    b_grad_k = tl.where(m_j[:, None], b_grad_k * grad_scale, 0.0)
+    tl.store(p_grad_k, b_grad_k.to(p_grad_k.dtype.element_ty), mask=m_grad_k)

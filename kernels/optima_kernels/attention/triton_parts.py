@@ -42,17 +42,23 @@ def rows(
 
 @triton.jit
 def next_rows(base, s_row, left, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
-    """BR rows of D elements each from `base` on, of which `left` are there; in the place of others stands the last:
-    [BR, BD].
+    """BR rows of D elements each from `base` on, of which `left` are there; the others hold finite numbers: [BR, BD].
 
-    For a loop that moves its base on: that no row needs a mask, and none the product of its number and a 64-bit stride,
-    is worth a tenth of what such a loop executes.
+    For a loop that moves its base on, so that no row's number meets a 64-bit stride. Rows that are not there repeat the
+    last one: without a mask, a load is a tenth of what such a loop executes cheaper. But pointers that do not follow
+    from one another take registers, and where rows are wide none are left: then those rows are zeros.
     """
     o_d = tl.arange(0, BD)
-    o_r = tl.minimum(tl.arange(0, BR), left - 1)
+    o_r = tl.arange(0, BR)
+    repeats: tl.constexpr = BD * base.dtype.element_ty.primitive_bitwidth <= 2048
+    if repeats:
+        o_r = tl.minimum(o_r, left - 1)
     pointers = base + (o_r[:, None] * tl.cast(s_row, tl.int32) + o_d[None, :])
-    if D < BD:
-        b_x = tl.load(pointers, mask=(o_d < D)[None, :], other=0.0)
+    m_d = (o_d < D)[None, :]
+    if not repeats:
+        b_x = tl.load(pointers, mask=(o_r < left)[:, None] & m_d, other=0.0)
+    elif D < BD:
+        b_x = tl.load(pointers, mask=m_d, other=0.0)
     else:
         b_x = tl.load(pointers)
     if WIDEN:
@@ -61,12 +67,22 @@ def next_rows(base, s_row, left, BR: tl.constexpr, D: tl.constexpr, BD: tl.const
 
 
 @triton.jit
-def sum_within_lanes(b_x, BI: tl.constexpr, BJ: tl.constexpr):
-    """Rows summed as far as a lane has their elements where a product left them: [BI, BJ] to [BI, 8].
+def store_rows(base, i_0, m_row, b_x, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """b_x [BR, BD] to rows of D elements that lie one after the other, from row i_0 on, where m_row is."""
+    o_d = tl.arange(0, BD)
+    pointers = base + i_0 * D + (tl.arange(0, BR)[:, None] * D + o_d[None, :])
+    tl.store(pointers, b_x.to(base.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
 
-    What is left waits for the end of a walk, and with it the lanes for one another.
+
+@triton.jit
+def sum_within_lanes(b_x, BI: tl.constexpr, BJ: tl.constexpr):
+    """Rows summed as far as a lane has their elements where a product left them: [BI, BJ] to [BI, 4].
+
+    A lane has two neighbours of every eight columns. What is left waits for the end of a walk, and with it the lanes
+    for one another.
     """
-    return tl.sum(tl.reshape(b_x, [BI, BJ // 8, 8]), 1)
+    b_of_pairs = tl.sum(tl.reshape(b_x, [BI, BJ // 8, 8]), 1)
+    return tl.sum(tl.reshape(b_of_pairs, [BI, 4, 2]), 2)
 
 
 @triton.jit
@@ -110,6 +126,19 @@ def allowed(
             m_ij = m_ij & (b_mask > LOWEST)
             b_bias = tl.where(b_mask > LOWEST, b_mask, 0.0) * 1.4426950408889634
     return m_ij, b_bias
+
+
+@triton.jit
+def allowed_keys(mask, s_mask, o_j, N, length, BJ: tl.constexpr, MASK: tl.constexpr, LOWEST: tl.constexpr):
+    """The same of keys o_j, where a mask knows nothing of queries: both [BJ]."""
+    m_j, b_bias = allowed(
+        mask, s_mask, 0, tl.arange(0, 1)[None, :], o_j[:, None], N, length, False, MASK, False, LOWEST
+    )
+    m_j = tl.reshape(m_j, [BJ])
+    b_bias_j = tl.zeros([BJ], tl.float32)
+    if MASK == 2:
+        b_bias_j = tl.reshape(b_bias, [BJ])
+    return m_j, b_bias_j
 
 
 @triton.jit
