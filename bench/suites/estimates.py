@@ -58,7 +58,7 @@ from optima_kernels.inspect.sass import (
     CLOCKS_OF_AN_EXPONENTIAL,
     clocks_of_an_exponential,
     exponentials,
-    loops_of_exponentials,
+    loop_of_exponentials,
 )
 from optima_kernels.shared.scaling import BLOCK
 
@@ -107,12 +107,11 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch has to do; its exponentials in as many `walks`, each a loop of its own."""
+    """What one launch has to do."""
 
     flops: float = 0.0
     exps: float = 0.0
     bytes: float = 0.0
-    walks: int = 1
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def of_launch(launch: Launch, work: Work, machine: Machine) -> tuple[str, float]
     """What bounds it, and seconds."""
     needs = {
         "tensor cores": work.flops / machine.flops,
-        "schedulers": work.exps * clocks_of_an_exponential(launch.cubin, work.walks) / machine.slots,
+        "schedulers": work.exps * clocks_of_an_exponential(launch.cubin) / machine.slots,
         "memory": work.bytes / machine.bytes,
     }
     name = max(needs, key=lambda need: needs[need])
@@ -244,8 +243,7 @@ def attention(name: str, call: Attention) -> Case:
         if kernel == "mean_kernel":
             return Work(both, in_tiles(tiles.mean, "queries") * heads, moved + 2 * of_head * 2)
         if kernel == "mean_query_kernel":
-            exps = 2 * in_tiles(tiles.query, "queries") * heads_s
-            return Work(8 * maps_s * d_s, exps, moved + 4 * of_head, walks=2)
+            return Work(6 * maps_s * d_s, in_tiles(tiles.query, "queries") * heads_s, moved + 2 * of_head)
         if kernel == "mean_key_kernel":
             return Work(4 * maps_s * d_s, in_tiles(tiles.key, "keys") * heads_s, moved + 2 * of_head)
         return None
@@ -392,7 +390,7 @@ def instruction_counts(chosen: Sequence[Case]) -> Iterator[list[str]]:
         with launches_on(TARGET) as log:
             case.call()
         for launch in {x.compiled.kernel: x for x in log.launches if x.compiled.kernel in LEAST}.values():
-            kernel, body = launch.compiled.kernel, loops_of_exponentials(launch.cubin)[0]
+            kernel, body = launch.compiled.kernel, loop_of_exponentials(launch.cubin)
             exps = exponentials(body)
             counted = {name: sum(x.name.startswith(begins) for x in body) for name, begins in CLASSES.items()}
             counted["addresses, loop and the rest"] = len(body) - sum(counted.values())

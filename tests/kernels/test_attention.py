@@ -297,13 +297,14 @@ def test_large_scores_stay_finite(kind: str, backend: str, seed: int, device: to
         assert_close(ours.cpu(), theirs, 1e-2, name, floor=floor)  # float32 scores of some thousands
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grows", ["student", "teacher", "both", "against each other"])
 def test_scores_may_grow_along_the_keys(
-    grows: str, causal: bool, backend: str, seed: int, device: torch.device
+    grows: str, causal: bool, kind: str, backend: str, seed: int, device: torch.device
 ) -> None:
     """By 90 powers of two and more, so that what was summed over the first keys is nothing beside what comes later."""
-    case = Case(seed, queries=70, keys=150, options={"kind": "kl", "causal": causal})
+    case = Case(seed, queries=70, keys=150, options={"kind": kind, "causal": causal})
     tensors = case.tensors(torch.float64)
     slopes = {"student": (1, 0), "teacher": (0, 1), "both": (1, 1), "against each other": (1, -1)}[grows]
     for side, slope in zip("st", slopes, strict=True):
@@ -313,8 +314,11 @@ def test_scores_may_grow_along_the_keys(
     exact = loss_and_gradients(reference.attention_map_loss, tensors, **case.options)
     rounded = {name: x.float().to(device) for name, x in tensors.items()}
     actual = loss_and_gradients(attention_map_loss, rounded, backend=backend, **case.options)
+    # Scores of 64 are off by some 1e-5 in float32, and with them maps; MSE has a factor 1 - P in its gradients, of maps
+    # that are all but 1 as small as that.
+    tolerance = 1e-4 if kind == "kl" else 1e-3
     for name, ours, theirs in zip(NAMES, actual, exact, strict=True):
-        assert_close(ours.cpu(), theirs, 1e-4, name)  # scores of 64 in float32 are off by some 1e-5
+        assert_close(ours.cpu(), theirs, tolerance, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

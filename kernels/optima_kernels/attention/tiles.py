@@ -74,7 +74,7 @@ def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, group
         # Multiply-adds, whose operands are in registers: no warp group's products to wait for.
         square, low = Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1)
         if width <= 64:
-            return Tiles(square, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square, None)
+            return Tiles(low, Tiling(16, 16, 4, 1) if target.startswith("sm_10") else low, square, square, None)
         return Tiles(low, Tiling(32, 16, 8, 1), Tiling(16, 32, 4, 1), None, None)
     if width > 256:
         return None
@@ -91,7 +91,7 @@ def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, group
         return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1), None)
     ahead = 1 if reads_maps else 3
     key = _key_tiling(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
-    # Two sums of products: on Hopper a third block fits a multiprocessor if it is told to, of wider heads only there two.
+    # Two sums of products: only on Hopper do those of wider heads fit, and of others a third block a multiprocessor.
     online = None
     if not reads_maps and (roomy or width <= 64):
         online = Tiling(64, 32, 4, 3, 168 if roomy and width <= 64 else 0)

@@ -254,14 +254,17 @@ def _matches(
     for side in ("sums_s", "sums_t"):
         shared[side] = _rows(layers, heads, whole).unbind() if with_grad else None
 
+    told: dict[str, Any] = {
+        "MSE": mse,
+        "GAIN": gain,
+        "row_term": _rows(layers, heads, whole).unbind() if mse else None,
+    }
     by_query: dict[str, Any] = {"total": total, "TILES": row_tiles, **query.arguments()}
     grid = (row_tiles * batch * heads, len(layers))
     if online is not None:
         online_kernel[grid](grad_q=grad_q if with_grad else None, GRAD=with_grad, **by_query, **shared)
-        told = {"row_term": None, "MSE": False, "GAIN": gain}
     else:
         lse = {f"lse_{side}": _log_sums(layers, side, tiles.lse, rules) for side in ("s", "t")}
-        told = {"row_term": _rows(layers, heads, whole).unbind() if mse else None, "MSE": mse, "GAIN": gain}
         for loss, grad in [(True, False), (False, True)] if mse and with_grad else [(True, with_grad)]:
             query_kernel[grid](
                 grad_q=grad_q if grad else None, LOSS=loss, GRAD=grad, **by_query, **lse, **told, **shared

@@ -2,7 +2,8 @@
 
 Four kernels, none with an atomic, so that the same input gives the same bits:
 
-- `lse_kernel` (rows): log-sum-exp of one side's scores; skipped where the caller hands the rows in.
+- `lse_kernel` (rows): log-sum-exp of one side's scores; skipped where the caller hands the rows in, and where
+  `triton_online_kernel` makes them on the way.
 - `count_kernel` (rows): how many terms a mask leaves, once for all heads that share it.
 - `query_kernel` (query-major): the loss, and the gradient of q. A program owns some queries and walks over keys.
 - `key_kernel` (key-major): the gradient of k. A program owns some keys and walks over the queries of every head that
@@ -14,9 +15,11 @@ gradient. A walk costs two exps per map element, in base 2, with log2(e) folded 
 
 A walk looks at indices only on the edge: at the end of the keys and on the diagonal of a causal map. `lse_kernel` has a
 loop of its own there, the others a branch: two loops around a product that takes its left side from registers are what
-ptxas serialises (C7515). Rows past the end repeat the last one, so that no load has a mask. In `key_kernel` they are
-queries, and need no look at all: their log-sum-exps are infinite, both maps 0. Nor does a rule about keys alone there:
-it sets whole rows of the gradient to zero at the end.
+ptxas serialises (C7515). Only there does `lse_kernel` look for larger scores, too: within the map its sums are relative
+to the largest of the first tile, and the loop of edges takes all tiles where a sum outgrows that. Rows past the end
+repeat the last one, so that no load has a mask. In `key_kernel` they are queries, and need no look at all: their
+log-sum-exps are infinite, both maps 0. Nor does a rule about keys alone there: it sets whole rows of the gradient to
+zero at the end.
 
 `key_kernel` makes its tile transposed, keys by queries, which is how its second product reads it. Transposing the
 accumulator of a product for the next one is what compilers for Hopper have been seen to do wrong.
@@ -33,6 +36,7 @@ import triton
 import triton.language as tl
 
 from optima_kernels.attention.triton_parts import (
+    LARGEST_SUM,
     SIZES,
     allowed,
     allowed_keys,
@@ -93,23 +97,25 @@ def lse_kernel(
     b_max = tl.full([BI], -1e30, tl.float32)
     b_sum = tl.zeros([BI], tl.float32)
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
+    # Tiles within the map, if rows leave registers for a loop of them.
+    within: tl.constexpr = MASK == 0 and BD * q.dtype.element_ty.primitive_bitwidth <= 2048
     first = end
-    if MASK == 0:
+    if within:
         first = tl.minimum(end, BJ)
     for j_0 in range(0, first, BJ):
         b_max, b_sum = lse_tile(
             b_q, k, s_k[2], mask, s_mask, i_0, j_0, N, length, scale, b_max, b_sum,
             D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
         )  # fmt: skip
-    if MASK == 0:
+    if within:
         b_powers = tl.zeros([BI, 4], tl.float32)
         next_k = k + BJ * s_k[2]
         for _j_0 in range(BJ, whole, BJ):
-            b_k = rows(next_k, 0, s_k[2], o_i >= 0, BJ, D, BD, WIDEN, False)  # [BJ, BD]
+            b_k = rows(next_k, 0, s_k[2], None, BJ, D, BD, WIDEN, False)  # [BJ, BD]
             b_powers += sum_within_lanes(tl.exp2(dot(b_q, tl.trans(b_k)) * scale - b_max[:, None]), BI, BJ)
             next_k += BJ * s_k[2]
         b_sum += tl.sum(b_powers, 1)
-        again = tl.max(tl.where(b_sum < 2.0**60, 0, 1)) > 0  # of NaN, too
+        again = tl.max(tl.where(b_sum < LARGEST_SUM, 0, 1)) > 0  # of NaN, too
         b_max = tl.where(again, -1e30, b_max)
         b_sum = tl.where(again, 0.0, b_sum)
         for j_0 in range(tl.where(again, 0, tl.maximum(first, whole)), end, BJ):

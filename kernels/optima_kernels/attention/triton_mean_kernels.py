@@ -3,7 +3,9 @@
 The loss looks at the means, so its gradient to every head's map is the same up to a factor 1 / H: that to the mean, G.
 
 - `mean_kernel` owns a tile of queries and keys, walks over the heads of both sides, and leaves the loss and G.
-- `mean_query_kernel` owns queries of a head: the row terms r = sum_j P G, then the gradient of q from P (G - r).
+- `mean_query_kernel` owns queries of a head: the row terms r = sum_j P G, and the gradient of q from P (G - r). r is
+  known when the walk ends, so every tile takes it from the sum so far, its own share included, and corrects what was
+  summed with another r by their difference times sum_j P k_j, as `online_kernel` does.
 - `mean_key_kernel` owns keys and walks over the queries of every head that reads them.
 
 A constant added to a row of G changes nothing, r takes it away. So KL's -mean_t / mean_s is stored as
@@ -27,7 +29,6 @@ from optima_kernels.attention.triton_parts import (
     log_sums,
     next_rows,
     rows,
-    sum_within_lanes,
     where_am_i,
 )
 from optima_kernels.shared.pointers import of_layer
@@ -135,23 +136,6 @@ def quotient_tile(quotients, s_row, i_0, r_i, o_j):
     return tl.load(quotients + tl.cast(i_0, tl.int64) * s_row + (r_i * s_row + o_j)).to(tl.float32)
 
 
-@triton.jit
-def map_tile(
-    b_q, b_k, b_lse, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale,
-    BI: tl.constexpr, BJ: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr,
-):  # fmt: skip
-    """The student's map: [BI, BJ]."""
-    b_log = dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None]
-    if j_0 + BJ > whole:
-        m_ij, b_bias = allowed(
-            mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length,
-            CAUSAL, MASK, PER_ELEMENT, LOWEST,
-        )  # fmt: skip
-        b_log = tl.where(m_ij, b_log + b_bias, -1e30)
-    return tl.exp2(b_log)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def mean_query_kernel(
     q_s, k_s, s_q_s, s_k_s, mask, s_mask, key_lengths, gate, lse_s, quotients, s_quotients, sums_s, row_term,
@@ -187,34 +171,29 @@ def mean_query_kernel(
     r_i = tl.arange(0, BI)[:, None]
     whole, end = ends(i_0, N, length, BI, BJ, CAUSAL, MASK)
 
-    b_row_total = tl.zeros([BI, 4], tl.float32)
-    next_k_s = k_s
-    for j_0 in range(0, end, BJ):
-        o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = next_rows(next_k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
-        b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
-        b_p = map_tile(
-            b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
-            BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
-        )  # fmt: skip
-        b_row_total += sum_within_lanes(b_p * b_g, BI, BJ)
-        next_k_s += BJ * s_k_s[2]
-    b_row_term = tl.sum(b_row_total, 1) * unit
-    tl.store(of_layer(row_term, i_l, LAYERS) + o_whole, b_row_term)
-
+    b_row_term = tl.zeros([BI], tl.float32)
+    b_products = tl.zeros([BI, BD_S], tl.float32)
     b_grad_q = tl.zeros([BI, BD_S], tl.float32)
-    next_k_s = k_s
     for j_0 in range(0, end, BJ):
         o_j = j_0 + tl.arange(0, BJ)
-        b_k_s = next_rows(next_k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
+        b_k_s = next_rows(k_s, s_k_s[2], length - j_0, BJ, D_S, BD_S, WIDEN)  # [BJ, BD_S]
         b_g = quotient_tile(quotients, s_quotients[1], i_0, r_i, o_j[None, :])
-        b_p = map_tile(
-            b_q_s, b_k_s, b_lse_s, mask, s_mask, i_0, j_0, whole, o_j, N, length, scale_s,
-            BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST,
-        )  # fmt: skip
-        b_grad_scores = b_p * (b_g * unit - b_row_term[:, None])
+        b_log_s = dot(b_q_s, tl.trans(b_k_s)) * scale_s - b_lse_s[:, None]  # [BI, BJ]
+        if j_0 + BJ > whole:
+            m_ij, b_bias = allowed(
+                mask, s_mask, i_0, r_i, o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+            )  # fmt: skip
+            b_log_s = tl.where(m_ij, b_log_s + b_bias, -1e30)
+        b_p = tl.exp2(b_log_s)
+        b_next_term = b_row_term + tl.sum(b_p * b_g, 1)
+        b_grad_q += (b_row_term - b_next_term)[:, None] * b_products
+        b_row_term = b_next_term
+        b_p = b_p * unit
+        b_grad_scores = b_p * (b_g - b_row_term[:, None])
         b_grad_q = tl.dot(b_grad_scores.to(b_k_s.dtype), b_k_s, b_grad_q, input_precision="ieee")
-        next_k_s += BJ * s_k_s[2]
+        b_products = tl.dot(b_p.to(b_k_s.dtype), b_k_s, b_products, input_precision="ieee")
+        k_s += BJ * s_k_s[2]
+    tl.store(of_layer(row_term, i_l, LAYERS) + o_whole, b_row_term * unit)
     tl.store(p_grad_q, (b_grad_q * grad_scale).to(p_grad_q.dtype.element_ty), mask=m_grad_q)
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from optima_kernels.attention.triton_parts import (
+    LARGEST_SUM,
     SIZES,
     allowed,
     dot,
@@ -39,8 +40,6 @@ from optima_kernels.shared.pointers import of_layer
 
 # Below every score, and finite, so that two of them do not differ.
 LEAST = tl.constexpr(-1e30)
-# Of a row's powers of two; there is room for its square in float32.
-LARGEST_SUM = tl.constexpr(2.0**60)
 
 
 @triton.jit

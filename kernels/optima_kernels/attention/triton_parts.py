@@ -12,6 +12,9 @@ from optima_kernels.shared.pointers import of_layer
 # No variant for a size of 1 or a multiple of 16: more variants compile, and one key breaks the compiler on sm_100.
 SIZES = ["H", "N", "M", "TILES", "N_WHOLE"]
 
+# Of a row's powers of two; there is room for its square in float32.
+LARGEST_SUM = tl.constexpr(2.0**60)
+
 
 @triton.jit
 def head(pointers, i_l, i_b, i_h, strides, LAYERS: tl.constexpr):

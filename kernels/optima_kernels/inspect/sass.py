@@ -26,32 +26,30 @@ class Instruction(NamedTuple):
 
 
 @cache
-def loops_of_exponentials(cubin: Path) -> list[list[Instruction]]:
-    """What each loop with the most exponentials executes, the shortest first; nothing where no loop has any.
+def loop_of_exponentials(cubin: Path) -> list[Instruction]:
+    """What the loop with the most exponentials executes, of such the shortest; nothing where no loop has any.
 
-    If any of them loads from global into shared memory ahead, only those that do: others are beside the way.
+    If any of them loads into shared memory ahead, only those that do: others are beside the way.
     """
     code = instructions(cubin)
-    found = []
+    loops = []
     for last in code:
         if last.target is not None and last.target < last.address:
             body = executed([x for x in code if last.target <= x.address <= last.address])
             if exponentials(body):
-                found.append(body)
-    ahead = [body for body in found if any(x.name.startswith("LDGSTS") for x in body)] or found
-    most = max((exponentials(body) for body in ahead), default=0)
-    return sorted((body for body in ahead if exponentials(body) == most), key=len)
+                ahead = any(x.name.startswith("LDGSTS") for x in body)
+                loops.append((not ahead, -exponentials(body), len(body), body))
+    return min(loops, key=lambda loop: loop[:3], default=(True, 0, 0, []))[3]
 
 
-def clocks_of_an_exponential(cubin: Path, walks: int = 1) -> float:
-    """Clocks of a scheduler for the first `walks` of `loops_of_exponentials`, over the exponentials of their 32 lanes;
-    0 where there is none.
+def clocks_of_an_exponential(cubin: Path) -> float:
+    """Clocks of a scheduler for `loop_of_exponentials`, over the exponentials of its 32 lanes; 0 where there is none.
 
-    One for each instruction that the loops execute, and `CLOCKS_OF_AN_EXPONENTIAL`.
+    One for each instruction that the loop executes, and `CLOCKS_OF_AN_EXPONENTIAL`.
     """
-    bodies = loops_of_exponentials(cubin)[:walks]
-    exps = sum(exponentials(body) for body in bodies)
-    return (sum(len(body) for body in bodies) / exps + CLOCKS_OF_AN_EXPONENTIAL) / 32 if exps else 0.0
+    body = loop_of_exponentials(cubin)
+    exps = exponentials(body)
+    return (len(body) / exps + CLOCKS_OF_AN_EXPONENTIAL) / 32 if exps else 0.0
 
 
 def exponentials(body: Sequence[Instruction]) -> int:
