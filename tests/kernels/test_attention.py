@@ -487,10 +487,10 @@ def test_compiles_as_one_graph(kind: str, backend: str, seed: int, device: torch
 def test_operator_passes_opcheck(backend: str, seed: int, device: torch.device) -> None:
     tensors = {name: x.to(device).requires_grad_(name in STUDENT) for name, x in Case(seed, gate=1.0).tensors().items()}
     qk = [[tensors[name]] for name in ("q_s", "k_s", "q_t", "k_t")]
-    for heads_mean in (False, True):
+    for heads_mean, gate in ((False, tensors["gate"][None]), (True, tensors["gate"][None]), (False, None)):
         torch.library.opcheck(
             torch.ops.optima_kernels.attention_map_losses.default,
-            (*qk, *[[None]] * 5, tensors["gate"][None], [0.25], [0.25], "kl", heads_mean, False, backend, True),
+            (*qk, *[[None]] * 5, gate, [0.25], [0.25], "kl", heads_mean, False, backend, True),
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optima_kernels.attention import blocked
-from optima_kernels.attention.problem import Kind, Layer, Options, Solution, empty_gradients
+from optima_kernels.attention.problem import Kind, Layer, Options, Solution, empty_gradients, known_terms
 from optima_kernels.shared.dispatch import compute_dtype
 from optima_kernels.shared.gates import apply_gate
 from optima_kernels.shared.registration import FusedOperator, multiply
@@ -35,7 +35,8 @@ def _forward(
     backend: str,
     with_grad: bool,
 ) -> list[Tensor]:
-    """Losses [L], the factor [L, B] to multiply gradients by, and those of plain sums (q and k of every layer).
+    """Losses [L], the factor to multiply gradients by, and those (q and k of every layer): [L, B], or, where they are
+    those of the losses and it would be 1, [L, 0].
 
     Lists have one entry a layer: q and k [B, H, tokens, d], mask [B or 1, maps or 1, N or 1, M], key_lengths [B], lse
     [B, maps, N], sample_weight [B]; gate is [L].
@@ -44,11 +45,25 @@ def _forward(
     evenly = all(w is None for w in sample_weight)
     options = Options(cast(Kind, kind), mean_heads, causal, with_grad, evenly)
     solutions = _solve(layers, options, gate, backend)
-    total = _stacked([x.total for x in solutions])
-    losses, factor = _weighted_means(total, [x.terms for x in solutions], sample_weight)
-    losses = apply_gate(losses, gate)
-    factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
+    total, terms = _stacked([x.total for x in solutions]), [x.terms for x in solutions]
+    if _are_final(layers, options, gate):
+        losses, factor = (
+            total.sum(1) * (1.0 / (total.shape[1] * cast(float, terms[0]))),
+            total.new_empty((len(total), 0)),
+        )
+    else:
+        losses, factor = _weighted_means(total, terms, sample_weight)
+        losses = apply_gate(losses, gate)
+        factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
     return [losses, factor, *(x for layer in solutions for x in (layer.grad_q, layer.grad_k) if x is not None)]
+
+
+def _are_final(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> bool:
+    """Whether a backend's gradients are those of the losses: without gates and weights, of layers of as many terms."""
+    if gate is not None or not options.evenly:
+        return False
+    first, *others = (known_terms(layer, options) for layer in layers)
+    return first is not None and all(terms == first for terms in others)  # symbols have no hash
 
 
 def _weighted_means(
@@ -57,9 +72,7 @@ def _weighted_means(
     """Losses [L] of sums [L, B], terms [B] and weights [B], and what a layer's gradients are multiplied by [L, B]: that
     of layers with a number of terms is 1 where there are no weights, see `gradient_factor`."""
     unweighted = all(w is None for w in sample_weight)
-    numbers = {x for x in terms if not isinstance(x, Tensor)}
-    if unweighted and len(numbers) == 1 and not any(isinstance(x, Tensor) for x in terms):
-        return total.sum(1) * (1.0 / (total.shape[1] * numbers.pop())), torch.ones_like(total)
+    numbers = [x for x in terms if not isinstance(x, Tensor)]
     count = _stacked([x if isinstance(x, Tensor) else total.new_full(total.shape[1:], x) for x in terms])
     weight = torch.ones_like(total)
     if not unweighted:
@@ -107,8 +120,10 @@ def _fake(
     with_grad: bool,
 ) -> list[Tensor]:
     layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
+    options = Options(cast(Kind, kind), mean_heads, causal, with_grad, all(w is None for w in sample_weight))
     dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
-    factor = q_s[0].new_empty((len(layers), q_s[0].shape[0]), dtype=dtype)
+    samples = 0 if _are_final(layers, options, gate) else q_s[0].shape[0]
+    factor = q_s[0].new_empty((len(layers), samples), dtype=dtype)
     gradients = [x for layer in layers for x in empty_gradients(layer, backend)] if with_grad else []
     return [factor.new_empty(len(layers)), factor, *gradients]
 
@@ -129,11 +144,13 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
     if d_losses is None:
         return tuple(ctx.without_gradient)
     factor, *gradients = ctx.saved_tensors
+    factors = d_losses[:, None] * factor if factor.shape[1] else d_losses
     if ctx.backend == "triton" and not in_graph and torch._C._functorch.maybe_get_level(d_losses) < 0:
-        return *_scale_together(gradients, d_losses[:, None] * factor, ctx.dtypes), *ctx.without_gradient[2:]
-    per_sample = (d_losses[:, None] * factor)[:, :, None, None, None]
+        return *_scale_together(gradients, factors, ctx.dtypes), *ctx.without_gradient[2:]
+    if factor.shape[1]:
+        factors = factors[:, :, None, None, None]
     scaled = [
-        multiply(gradient, per_sample[i // 2], in_graph, dtype)
+        multiply(gradient, factors[i // 2], in_graph, dtype)
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True))
     ]
     return scaled[::2], scaled[1::2], *ctx.without_gradient[2:]
@@ -142,7 +159,7 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
 def _scale_together(
     gradients: Sequence[Tensor], factors: Tensor, dtypes: Sequence[torch.dtype]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of q and of k, q and k in turn, times a factor a layer and sample [L, B]."""
+    """The gradients of q and of k, q and k in turn, times a factor a layer [L], or a layer and sample [L, B]."""
     from optima_kernels.shared.scaling import scaled
 
     keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another backward pass may come to read them

@@ -19,9 +19,9 @@ BLOCK = 4096
 
 @triton.jit
 def scale_kernel(
-    saved, out, factors, scale, SIZE, PARTS, LAYERS: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr
+    saved, out, factors, s_factors, scale, SIZE, LAYERS: tl.constexpr, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr
 ):  # fmt: skip
-    """out [PARTS, SIZE] = saved [PARTS, SIZE] * factors [LAYERS, PARTS] * scale, rounded once; a factor of 0 gives 0,
+    """out [parts, SIZE] = saved [parts, SIZE] * factors [LAYERS, parts] * scale, rounded once; a factor of 0 gives 0,
     whatever was saved, and one of 1 IN_PLACE, where `out` is `saved`, moves nothing. Parts may be many: their programs
     lie along x, where a grid has room for 2^31."""
     tiles = tl.cdiv(SIZE, BLOCK)
@@ -30,7 +30,7 @@ def scale_kernel(
     m_x = o_x < SIZE
     o_part = i_p.to(tl.int64) * SIZE
     p_out = of_layer(out, i_l, LAYERS) + o_part + o_x
-    factor = tl.load(factors + i_l * PARTS + i_p).to(tl.float32) * scale
+    factor = tl.load(factors + i_l * s_factors[0] + i_p * s_factors[1]).to(tl.float32) * scale
     if IN_PLACE:  # noqa: SIM102
         if factor == 1:
             return
@@ -54,10 +54,10 @@ def scale_into(out: Sequence[Tensor], saved: Sequence[Tensor], factors: Tensor, 
         scale_kernel[(triton.cdiv(size, BLOCK) * parts, layers)](
             saved=tuple(saved),
             out=tuple(out),
-            factors=factors.contiguous(),
+            factors=factors,
+            s_factors=(factors.stride(0), factors.stride(1) if factors.dim() == 2 else 0),
             scale=scale,
             SIZE=size,
-            PARTS=parts,
             LAYERS=layers,
             BLOCK=BLOCK,
             IN_PLACE=all(x is y for x, y in zip(saved, out, strict=True)),
