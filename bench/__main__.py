@@ -109,7 +109,7 @@ def compete(
             contests.append(found)
             for row in report.rows_of(found):
                 table.add_row(*row)
-            lines += report.bars_of(found)
+            lines += [*report.bars_of(found), *report.ahead_of(found)]
             right &= not any(failed(row.get("note", "")) for row in found["rows"].values())
             if write:
                 report.write(name, about, contests=contests, growth=sweeps)

@@ -144,6 +144,15 @@ def bars_of(contest: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def ahead_of(contest: Mapping[str, Any]) -> Iterable[str]:
+    """One line for each of the others that takes less time than we do for the same work."""
+    ours = contest["rows"].get("optima", {}).get("seconds")
+    for name, row in contest["rows"].items() if ours else ():
+        other = name not in contest.get("unequal", ()) and "optima" not in name
+        if other and row.get("seconds", ours) < ours:
+            yield f"AHEAD OF US: {contest['name']}: {name} takes {row['seconds'] / ours:.3f} of our time"
+
+
 def growth_of(found: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     """Rows: what, axis and sizes, who, exponent of time, exponent of extra memory."""
     for name, exponents in found["exponents"].items():
@@ -201,9 +210,9 @@ def _section(found: Mapping[str, Any]) -> list[str]:
     rows = [row for contest in found["contests"] for row in rows_of(contest)]
     if rows:
         parts.append(_table(HEADER, rows))
-    bars = [line for contest in found["contests"] for line in bars_of(contest)]
-    if bars:
-        parts.append("\n".join(f"- {line}" for line in bars))
+    summary = [line for contest in found["contests"] for line in (*bars_of(contest), *ahead_of(contest))]
+    if summary:
+        parts.append("\n".join(f"- {line}" for line in summary))
     rates = [
         "- {name}: ours runs at {flops:.0f} GFLOP/s, {exps:.1f} Gexp/s, {bytes:.1f} GB/s".format(
             name=contest["name"], **contest["rates"]

@@ -169,6 +169,7 @@ def measure(
     return {
         "name": contest.name,
         "rows": {name: rows[name] for name in contest.contenders},
+        "unequal": list(contest.unequal),
         "bars": bars,
         "rates": rates,
     }

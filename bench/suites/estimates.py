@@ -6,9 +6,11 @@ run. A launch takes as long as the slowest of three resources needs, times what 
 
 - tensor cores, at the rate that the vendor's own products of such sizes reach (measured, or a data sheet's share);
 - schedulers, four an SM: a clock for each instruction of the loop of the compiled SASS that a tile within the map
-  executes (what a branch leaps over there is for edges), and eight for each exponential of a warp. That they add up,
-  and do not overlap, is what an H100 said of maps of 4096 tokens: `lse_kernel` took 0.93 of it, `query_kernel` 1.00 and
-  `key_kernel` 1.14. Maps are padded to 64 queries and keys;
+  executes (what a branch leaps over there is for edges), and eight for each exponential of a warp, in all tiles that
+  programs visit. That they add up, and do not overlap, is what an H100 said of maps of 4096 tokens, by the kernels of
+  commit b63acce: `lse_kernel` took 0.93 of it, `query_kernel` 1.00 and `key_kernel` 1.14. Those had four and more
+  blocks an SM; of `online_kernel`, which has three, or two with heads of 128, no GPU has said how well they hide one
+  another's waits. Not counted is its look at the scores of the first tile of keys;
 - memory, at the measured bandwidth: every tensor once, and once more where a GEMM reads it again per tile of the other
   factor and it exceeds the L2 cache.
 
@@ -22,19 +24,19 @@ reached. Sizes: attention 16 x 12 heads of 577 tokens, width 64, if not said oth
 and 3584.
 
 The ceiling of attention is what its exponentials alone would take at 16 a clock and SM: two maps in each of two walks,
-and one more of each where no log-sum-exps are given. What bounds it below is that every exponential comes with the
-instructions of its element. The least that the algorithm can do with, an exponential, itself among them:
+and one more of each where no log-sum-exps are given. `online_kernel` makes two of those three walks in one, with two
+thirds of the exponentials in all, and is held to the same ceiling. What bounds a kernel is that every exponential comes
+with the instructions of its element. The least that it can do with, an exponential, itself among them:
 
-- `lse_kernel` 4: scale and maximum in a multiply-add, the running maximum, the exponential, the sum;
+- `lse_kernel` 3: scale and reference in a multiply-add, the exponential, the sum;
+- `online_kernel` 5: that for each of two maps; for both together a multiply-add for their difference, half a conversion
+  of a pair to 16 bits for it and for the teacher's, and a subtraction and a multiply-add for the loss;
 - `query_kernel` 3.75: a multiply-add and an exponential for each of two maps; for both together their difference, half
   a conversion of a pair to 16 bits, and a subtraction and a multiply-add for the loss;
 - `key_kernel` 2.75: the same without the loss.
 
 Loads, addresses, products and the loop itself would come for nothing. A sum of a row by the tensor cores would round
-its terms to 16 bits, a bound in place of a running maximum may let every term underflow, a score scaled before its
-product would be rounded as the states are, and the logarithms of the maps differ by numbers of the first order, so that
-a row's constant cannot wait for the end of a sum of the second. At the four schedulers' clocks that are counted here,
-80 % of the ceiling would leave two instructions for each exponential: by this algorithm it cannot be reached.
+its terms to 16 bits, and a score scaled before its product would be rounded as the states are.
 """
 
 import json
@@ -400,7 +402,7 @@ def instruction_counts(chosen: Sequence[Case]) -> Iterator[list[str]]:
 
 
 def _at_most(instructions: float) -> float:
-    """Of the exponentials' ceiling."""
+    """How much of a kernel's time its own exponentials would be."""
     return CLOCKS_OF_AN_EXPONENTIAL / (CLOCKS_OF_AN_EXPONENTIAL + instructions)
 
 
@@ -450,7 +452,15 @@ def tables(rounds: int | None) -> Iterator[Table]:
     yield Table("bf16, forward pass and gradients", header, list(estimates(ours, cards)))
     header = ("loss", "million exponentials", "ceiling, ms", "kernels that make them, ms", "share", "of all", *said)
     yield Table("Attention beside what its exponentials would take", header, list(ceilings(ours, cards)))
-    header = ("loss", "kernel", *CLASSES, "addresses, loop and the rest", "all", "least", "of the ceiling at most")
+    header = (
+        "loss",
+        "kernel",
+        *CLASSES,
+        "addresses, loop and the rest",
+        "all",
+        "least",
+        "of its exponentials' time at most",
+    )
     loops = [case for case in cases() if case.name in LOOPS]
     yield Table("Instructions of attention's loops for an exponential", header, list(instruction_counts(loops)))
     header = ("loss", "ours, MiB", "of which the head's gradient", "eager, MiB", "share", *said)

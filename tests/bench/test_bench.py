@@ -76,6 +76,14 @@ def test_a_missing_package_is_named_and_the_others_are_measured() -> None:
     assert list(report.bars_of(found)) == []
 
 
+def test_who_takes_less_time_for_the_same_work_is_named() -> None:
+    seconds = {"eager": 2.0, "optima": 1.0, "optima, compiled": 0.5, "peer": 0.75, "less work": 0.1}
+    rows: dict[str, dict[str, object]] = {name: {"seconds": x} for name, x in seconds.items()}
+    found = {"name": "made up", "rows": rows | {"absent": {"note": "not installed"}}, "unequal": ["less work"]}
+    assert list(report.ahead_of(found)) == ["AHEAD OF US: made up: peer takes 0.750 of our time"]
+    assert list(report.ahead_of({"name": "made up", "rows": {"peer": {"seconds": 1.0}}})) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_extra_memory_is_what_the_work_needs_beside_its_inputs() -> None:
     inputs = torch.ones(2**23)  # 32 MiB

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench.suites import estimates
+from optima_kernels.attention.tiles import Tiling
+from optima_kernels.inspect import sass
 from optima_kernels.inspect.fake_driver import Compiled, Launch, VendorProduct
 from optima_kernels.inspect.sass import Instruction, executed
 
@@ -45,6 +47,33 @@ def test_a_loop_counts_what_its_tiles_execute() -> None:
     body = [Instruction(16 * i, name, " 0x50" if name == "BRA" else "") for i, name in enumerate(names)]
     assert [x.name for x in executed(body)] == ["MUFU.EX2", "FADD", "BRA", "FFMA"]
     assert len(executed([*body, Instruction(96, "BRA", " 0x0")])) == 5
+
+
+def test_a_loop_that_loads_ahead_is_the_way_and_of_such_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = (["MUFU.EX2"], ["MUFU.EX2", "LDGSTS.E", "FADD"], ["LDGSTS.E", "MUFU.EX2"], ["LDGSTS.E"])
+    code: list[Instruction] = []
+    for body in bodies:
+        start = 16 * len(code)
+        code += [Instruction(start + 16 * i, name, "") for i, name in enumerate(body)]
+        code.append(Instruction(16 * len(code), "BRA", f" {start:#x}"))
+    monkeypatch.setattr(sass, "instructions", lambda cubin: code)
+    body = sass.loop_of_exponentials(Path("of this test.cubin"))
+    assert [x.name for x in body] == ["LDGSTS.E", "MUFU.EX2", "BRA"]
+    assert sass.clocks_of_an_exponential(Path("of this test.cubin")) == pytest.approx((3 / 1 + 8) / 32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("owner", ["queries", "keys"])
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (100, 70), (130, 257)])
+def test_tiles_that_are_visited_have_an_element_that_counts(queries: int, keys: int, owner: str, causal: bool) -> None:
+    """Every such tile, and of those that programs of keys walk over all behind the first."""
+    tiling = Tiling(32, 64, 4, 1)
+    found = 0
+    for i in range(0, queries, tiling.queries):
+        for j in range(0, keys, tiling.keys):
+            last = min(i + tiling.queries, queries) - 1
+            found += not causal or (last >= j if owner == "queries" else i + tiling.queries > j)
+    assert estimates.visited(queries, keys, tiling, owner, causal) == found * tiling.queries * tiling.keys
 
 
 def test_passes_run_one_after_the_other() -> None:
