@@ -186,7 +186,24 @@ def _attention(rng: random.Random, context: Context, dtype: torch.dtype) -> Call
     words += [str(options), *masks, *(name for name in ("lse_s", "gate", "sample_weight") if name in tensors)]
     rows = batch * maps * queries * (1 if kind == "kl" else keys)
     tensors |= masks
+    plain = kind == "kl" and matching == "match" and "lse_s" not in tensors and dtype != torch.float32
+    if plain and rng.random() < 0.3:
+        slopes = rng.choice([(1, 0), (0, 1), (1, 1), (1, -1)])
+        words.append(f"slopes {slopes}")
+        for name, slope in zip("st", slopes, strict=True):
+            pairs = zip(tensors[f"q_{name}"], tensors[f"k_{name}"], strict=True)
+            tensors[f"q_{name}"], tensors[f"k_{name}"] = map(
+                list, zip(*(_steep(*x, slope) for x in pairs), strict=True)
+            )
     return Call(", ".join(words), "attention_map_losses", tensors, ("q_s", "k_s"), options, dtype, 3e-6 / rows)
+
+
+def _steep(q: Tensor, k: Tensor, slope: int) -> tuple[Tensor, Tensor]:
+    """Scores that grow along the keys by 64 and more, so that sums over the first are nothing beside the last."""
+    q, k = q.clone(), k.clone()
+    q[..., 0] = q.shape[-1] ** 0.5
+    k[..., 0] += slope * torch.linspace(0, 64, k.shape[2], device=k.device)
+    return q, k
 
 
 def _lse(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
