@@ -453,8 +453,11 @@ def test_queries_and_keys_may_differ_in_dtype(narrow: str, backend: str, seed: i
         assert_close(ours.cpu(), theirs, tolerance, name)
 
 
-def test_without_student_gradient_none_is_computed(backend: str, seed: int, device: torch.device) -> None:
-    case = Case(seed)
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_without_student_gradient_none_is_computed(
+    mask: str | None, backend: str, seed: int, device: torch.device
+) -> None:
+    case = Case(seed, queries=70, keys=75, mask=mask)
     loss = attention_map_loss(**{name: x.to(device) for name, x in case.tensors().items()}, backend=backend)
     assert not loss.requires_grad
     assert_close(loss.cpu(), expected(case)[0], 1e-5, "loss")

@@ -33,6 +33,8 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 # 1 / keys, and the gradient of MSE smaller still, where float16 has few bits or none. They are at most 1.
 FLOAT16_GAIN = 2**14
 
+# Of queries, bytes that leave registers for two walks of `online_kernel`, even without gradients.
+WIDEST_ROW = 256
 
 # Quotients are stored for as many queries and keys as whole tiles of every kernel of means have.
 WHOLE_TILES = 64
@@ -243,7 +245,10 @@ def _matches(
     (batch, heads, queries, _), (heads_k, keys) = first.q_s.shape, first.k_s.shape[1:3]
     online = None
     if not mse and (first.lse_s is None or first.lse_t is None):
-        online = tiles.query if not with_grad else tiles.online if gain == 1 else None
+        if with_grad:
+            online = tiles.online if gain == 1 else None
+        elif max(q.shape[3] * q.element_size() for q in (first.q_s, first.q_t)) <= WIDEST_ROW:
+            online = tiles.query
     query = online or tiles.query
     whole = _up_to(queries, max(query.queries, tiles.key.queries))
     row_tiles, key_tiles = whole // query.queries, triton.cdiv(keys, tiles.key.keys)

@@ -218,6 +218,10 @@ def _attention() -> Iterator[Problem]:
         yield problem(f"{kind} float32 keys", Attention(kind=kind, key_dtype=FLOAT32), may_refuse=True)
     yield problem("kl without gate d64", Attention(gated=False), fills_chip=True)
     yield problem("kl without gradients d64", Attention(trained=False), fills_chip=True)
+    yield problem("kl bool without gradients d64", Attention(trained=False, mask="bool"), fills_chip=True)
+    yield problem(
+        "kl float32 without gradients d128", Attention(trained=False, widths=(128, 128), dtypes=(FLOAT32,) * 2)
+    )
     yield problem("kl d32 and d96", Attention(widths=(32, 96)))
     yield problem("kl d256", Attention(widths=(256, 256)), may_refuse=True)
     yield problem("kl d256 bool", Attention(widths=(256, 256), mask="bool"), may_refuse=True)
