@@ -322,6 +322,7 @@ def cases() -> Iterator[Case]:
     yield attention("mse", Attention(**image, kind="mse"))
     yield attention("kl mean 12 to 16", Attention(**image, heads=(12, 16), matching="mean"))
     yield attention("kl 4096 tokens", Attention(2, (16, 16), None, 4096, 4096, gated=False))
+    yield attention("kl causal 4096 tokens", Attention(2, (16, 16), None, 4096, 4096, gated=False, causal=True))
     for normalize, layers in (("layernorm", 6), (None, 6), ("layernorm", 1)):
         words = f"{normalize or 'plain'}, {layers} layer{'s' if layers > 1 else ''}"
         yield hidden(words, Hidden(normalize=normalize, layers=layers, gated=False))
