@@ -222,7 +222,7 @@ def attention(name: str, call: Attention) -> Case:
     maps_s, maps_t = of_head * heads_s, of_head * heads_t
     states = 2.0 * call.layers * call.batch * (call.queries + call.keys)
     means = call.matching == "mean"
-    tiles = tiles_of(TARGET, padded(max(call.widths)), torch.bfloat16, reads_maps=means, grouped=False)
+    tiles = tiles_of(TARGET, padded(max(call.widths)), torch.bfloat16, call.queries, reads_maps=means, grouped=False)
     assert tiles is not None
 
     def in_tiles(tiling: Tiling | None, owner: str) -> float:

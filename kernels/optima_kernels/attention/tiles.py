@@ -38,7 +38,9 @@ COUNTING = Tiling(32, 64, 4, 1)
 REGISTERS = 255
 
 
-def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
+def tiles_of(
+    target: str, width: int, dtype: torch.dtype, queries: int, *, reads_maps: bool, grouped: bool
+) -> Tiles | None:
     """The tilings for "sm_80", ..., "gfx942" or "interpreter"; None where the kernels do not fit the chip.
 
     `width` is the wider side's padded head width and `dtype` the wider dtype; `reads_maps` says that tiles of something
@@ -55,7 +57,7 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     bytes to stay below 64 or 128. But `online_kernel`, and a `key_kernel` of `mma.sync` that loads ahead, spill if they
     are told so.
     """
-    tiles = _cut(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
+    tiles = _cut(target, width, dtype, queries, reads_maps=reads_maps, grouped=grouped)
     measured = target.startswith("sm_9") and dtype != torch.float32
     if tiles is None or measured or not target.startswith("sm_"):
         return tiles
@@ -65,7 +67,7 @@ def tiles_of(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, g
     return Tiles(lse, query, tiles.key if chooses else key, mean, tiles.online)
 
 
-def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiles | None:
+def _cut(target: str, width: int, dtype: torch.dtype, queries: int, *, reads_maps: bool, grouped: bool) -> Tiles | None:
     if target == "interpreter":
         return Tiles(*(Tiling(32, 32, 4, 1),) * 5)
     if dtype == torch.float32:
@@ -90,7 +92,7 @@ def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, group
         key = Tiling(16, 64, 4, 1) if target.startswith("sm_10") else Tiling(32, 32, 4, 1)
         return Tiles(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), key, Tiling(64, 32, 4, 1), None)
     ahead = 1 if reads_maps else 3
-    key = _key_tiling(target, width, dtype, reads_maps=reads_maps, grouped=grouped)
+    key = _key_tiling(target, width, dtype, queries, reads_maps=reads_maps, grouped=grouped)
     # Two sums of products: only on Hopper do those of wider heads fit, and of others a third block a multiprocessor.
     online = None
     if not reads_maps and (roomy or width <= 64):
@@ -98,16 +100,24 @@ def _cut(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, group
     return Tiles(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, ahead), key, Tiling(64, 64, 4, 2), online)
 
 
-def _key_tiling(target: str, width: int, dtype: torch.dtype, *, reads_maps: bool, grouped: bool) -> Tiling:
+def _key_tiling(
+    target: str, width: int, dtype: torch.dtype, queries: int, *, reads_maps: bool, grouped: bool
+) -> Tiling:
     """Of `key_kernel` in 16 bits, up to a width of 128."""
     roomy, tensor_memory = target.startswith("sm_9"), target.startswith("sm_10")
-    if width > 64 and roomy and not (reads_maps or grouped or dtype == torch.float16):
-        return Tiling(64, 64, 4, 2)
+    if roomy and not (reads_maps or grouped or dtype == torch.float16):
+        if width > 64:
+            return Tiling(64, 64, 4, 2)
+        # By count a tenth less than in tiles of 32, where queries fill the last one; told so, four blocks fit.
+        if queries % 64 == 0 or queries >= 1024:
+            return Tiling(64, 64, 4, 2, 128)
     if not (roomy or tensor_memory) and (reads_maps or (width > 64 and grouped)):
         return Tiling(32, 32, 4, 1)
     # On Hopper the gains of float16, multiplied between products, make those that loads are made ahead for wait, too.
     waits = reads_maps or (grouped and (width > 64 or not roomy)) or (roomy and dtype == torch.float16)
-    return Tiling(32, 64, 4, 1 if waits else 3 if roomy or tensor_memory else 2)
+    if waits or roomy or tensor_memory:
+        return Tiling(32, 64, 4, 1 if waits else 3)
+    return Tiling(32, 64, 4, 2, 168 if target.startswith("sm_8") and width <= 64 else 0)
 
 
 def padded(width: int) -> int:

@@ -115,6 +115,7 @@ def _tiles(layer: Layer, options: Options) -> Tiles | None:
         target_of(layer.q_s.device),
         max(padded(layer.q_s.shape[3]), padded(layer.q_t.shape[3])),
         torch.promote_types(layer.q_s.dtype, layer.q_t.dtype),
+        layer.q_s.shape[2],
         reads_maps=options.mean_heads or _per_element(layer.mask),
         grouped=layer.k_s.shape[1] < layer.q_s.shape[1],
     )

@@ -218,6 +218,10 @@ def _attention() -> Iterator[Problem]:
         yield problem(f"{kind} float32 keys", Attention(kind=kind, key_dtype=FLOAT32), may_refuse=True)
     yield problem("kl without gate d64", Attention(gated=False), fills_chip=True)
     yield problem("kl without gradients d64", Attention(trained=False), fills_chip=True)
+    long = functools.partial(Attention, batch=4, queries=2048, keys=2048)
+    yield problem("kl long, 12 layers", long(layers=12), fills_chip=True)
+    for kind in ("kl", "mse"):
+        yield problem(f"{kind} long causal lengths", long(kind=kind, causal=True, mask="lengths"), fills_chip=True)
     yield problem("kl bool without gradients d64", Attention(trained=False, mask="bool"), fills_chip=True)
     yield problem(
         "kl float32 without gradients d128", Attention(trained=False, widths=(128, 128), dtypes=(FLOAT32,) * 2)
