@@ -106,7 +106,7 @@ def walk(
         b_z_t += tl.sum(b_e_t, 1)
         b_total += sum_within_lanes(b_e_t * (b_log_t - b_log_s), BI, BJ)
         if GRAD:
-            b_next_ratio = tl.where(b_z_t > 0, b_z_s / b_z_t, 0.0)
+            b_next_ratio = b_z_s / tl.maximum(b_z_t, 1.0 / LARGEST_SUM)
             b_products += (b_ratio - b_next_ratio)[:, None] * b_products_t
             b_ratio = b_next_ratio
             b_grad_scores = b_e_s - b_ratio[:, None] * b_e_t
