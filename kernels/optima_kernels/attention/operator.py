@@ -35,8 +35,8 @@ def _forward(
     backend: str,
     with_grad: bool,
 ) -> list[Tensor]:
-    """Losses [L], the factor to multiply gradients by, and those (q and k of every layer): [L, B], or, where they are
-    those of the losses and it would be 1, [L, 0].
+    """Losses [L], the factor to multiply gradients by, and those (q and k of every layer). The factor is [L, B]; where
+    the gradients are those of the losses before their gates [L, 1], and without gates [L, 0].
 
     Lists have one entry a layer: q and k [B, H, tokens, d], mask [B or 1, maps or 1, N or 1, M], key_lengths [B], lse
     [B, maps, N], sample_weight [B]; gate is [L].
@@ -46,21 +46,19 @@ def _forward(
     options = Options(cast(Kind, kind), mean_heads, causal, with_grad, evenly)
     solutions = _solve(layers, options, gate, backend)
     total, terms = _stacked([x.total for x in solutions]), [x.terms for x in solutions]
-    if _are_final(layers, options, gate):
-        losses, factor = (
-            total.sum(1) * (1.0 / (total.shape[1] * cast(float, terms[0]))),
-            total.new_empty((len(total), 0)),
-        )
+    if _are_final(layers, options):
+        losses = total.sum(1) * (1.0 / (total.shape[1] * cast(float, terms[0])))
+        factor = total.new_empty((len(total), 0)) if gate is None else gate[:, None].to(total.dtype, copy=True)
     else:
         losses, factor = _weighted_means(total, terms, sample_weight)
-        losses = apply_gate(losses, gate)
         factor = factor if gate is None else factor * gate[:, None].to(factor.dtype)
+    losses = apply_gate(losses, gate)
     return [losses, factor, *(x for layer in solutions for x in (layer.grad_q, layer.grad_k) if x is not None)]
 
 
-def _are_final(layers: Sequence[Layer], options: Options, gate: Tensor | None) -> bool:
-    """Whether a backend's gradients are those of the losses: without gates and weights, of layers of as many terms."""
-    if gate is not None or not options.evenly:
+def _are_final(layers: Sequence[Layer], options: Options) -> bool:
+    """Whether a backend's gradients are those of the losses: without weights, of layers of as many terms."""
+    if not options.evenly:
         return False
     first, *others = (known_terms(layer, options) for layer in layers)
     return first is not None and all(terms == first for terms in others)  # symbols have no hash
@@ -122,8 +120,10 @@ def _fake(
     layers = list(map(Layer, q_s, k_s, q_t, k_t, mask, key_lengths, lse_s, lse_t, scales_s, scales_t))
     options = Options(cast(Kind, kind), mean_heads, causal, with_grad, all(w is None for w in sample_weight))
     dtype = compute_dtype(*(x for layer in layers for x in layer[:4]))
-    samples = 0 if _are_final(layers, options, gate) else q_s[0].shape[0]
-    factor = q_s[0].new_empty((len(layers), samples), dtype=dtype)
+    factors = q_s[0].shape[0]
+    if _are_final(layers, options):
+        factors = 0 if gate is None else 1
+    factor = q_s[0].new_empty((len(layers), factors), dtype=dtype)
     gradients = [x for layer in layers for x in empty_gradients(layer, backend)] if with_grad else []
     return [factor.new_empty(len(layers)), factor, *gradients]
 
@@ -159,7 +159,7 @@ def _backward(in_graph: bool, ctx: Any, d_losses: Tensor | None, *_: Tensor | No
 def _scale_together(
     gradients: Sequence[Tensor], factors: Tensor, dtypes: Sequence[torch.dtype]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of q and of k, q and k in turn, times a factor a layer [L], or a layer and sample [L, B]."""
+    """The gradients of q and of k, q and k in turn, times a factor a layer, [L] or [L, 1], or also a sample, [L, B]."""
     from optima_kernels.shared.scaling import scaled
 
     keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another backward pass may come to read them
