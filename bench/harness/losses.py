@@ -86,10 +86,12 @@ class LossContest:
         work: Work | None = None,
         rounds: int = 5,
         variants: bool = True,
+        rounded: bool = False,
     ) -> Contest:
         """Eager torch first, ours, the peers, and `runs`, contenders that are no losses; on a GPU our variants.
 
-        bars: beside those of `self.bars`, the shares of eager's time or memory that ours may take.
+        bars: beside those of `self.bars`, the shares of eager's time or memory that ours may take. rounded: contenders
+        compute in 16 bits, as they do on a GPU.
         """
         contenders = {"eager": self.of(eager), "optima": self.of(ours)}
         contenders |= {peer: self.of(make) for peer, make in peers.items()} | dict(runs or {})
@@ -103,7 +105,7 @@ class LossContest:
             name=name,
             contenders=contenders,
             unequal=("optima, gate closed",),
-            tolerance=1e-4 if on_cpu or not variants else 5e-2,
+            tolerance=5e-2 if rounded or (variants and not on_cpu) else 1e-4,
             rounds=rounds,
             bars=(*bars, *(Bar("optima", "eager", quantity, most) for quantity, most in self.bars.items())),  # type: ignore[arg-type]
             work=work,

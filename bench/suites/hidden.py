@@ -21,6 +21,8 @@ def contests(device: torch.device) -> list[Contest]:
         return [
             contest(device, None, 1, 64 * 257, 768, 1024, {"time": 1.0, "extra": 0.6}),
             contest(device, "layernorm", 1, 4 * 577, 768, 1024),
+            contest(device, None, 1, 64 * 257, 768, 1024, autocast=True),
+            contest(device, "layernorm", 1, 4 * 577, 768, 1024, autocast=True),
         ]
     return [
         contest(device, normalize, 6, 16 * 577, 768, 1024, autocast=autocast)
@@ -107,6 +109,7 @@ def contest(
         of_states(lambda: F.mse_loss),
         ours,
         others,
+        rounded=autocast,
         work=Work(6.0 * layers * tokens * d_s * d_t, 0.0, moved),
     )
 

@@ -3,7 +3,8 @@
 A tile of the projected state becomes the difference from the teacher, then the gradient of the loss in it, and is spent
 at once on the gradients of state, weight and bias: the same three matrix products as the usual way, a few tiles of
 scratch, and nothing of the teacher's width kept for the backward pass, which only multiplies by the incoming gradient.
-When no gradient is wanted it stops at the difference.
+When no gradient is wanted it stops at the difference. Products are of float32, whose factors may have been rounded; of
+bfloat16 ones, with results rounded as autocast's are, where those are given and the CPU multiplies them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optima_kernels.hidden.problem import L2_EPS, LAYERNORM_EPS, NARROW, Layer, Options, Solution
-from optima_kernels.shared.cpu_products import add_product, linear, product
+from optima_kernels.shared.cpu_products import add_product, in_bfloat16, linear, product
 from optima_kernels.shared.gates import closed_gates
 
 # 2 MB of float32: large enough for matrix products at full speed, small enough to stay in the cache. Measured on one
@@ -41,26 +42,38 @@ def _solve(layer: Layer, normalize: str | None) -> Solution:
     h_s, h_t, weight, bias, token_weight, (wants_state, wants_weight, wants_bias), _ = layer
     (tokens, d_s), d_t = h_s.shape, h_t.shape[1]
     dtype = layer.dtype
-    wide_weight, wide_bias = (None if x is None else x.to(dtype) for x in (weight, bias))
-    scaled_weight = None if wide_weight is None else wide_weight * layer.factor
+    tile = max(TILE_ELEMENTS // max(d_s, d_t), 1)
+    narrow = weight is not None and in_bfloat16(min(tile, tokens) * weight.numel(), h_s, weight)
+    of_products = h_s.dtype if narrow else dtype
+    wide_bias = None if bias is None else bias.to(dtype)
+    factor_weight = None if weight is None else weight.to(of_products)
+    scaled_weight = None if factor_weight is None or narrow else factor_weight * layer.factor
     solution = layer.empty_solution()
     for sums in (solution.loss, solution.weight, solution.bias):
         sums.zero_()
 
-    tile = max(TILE_ELEMENTS // max(d_s, d_t), 1)
     for start in range(0, tokens, tile):
         rows = slice(start, start + tile)
-        state, teacher = h_s[rows].to(dtype), h_t[rows].to(dtype)
+        state, teacher = h_s[rows].to(of_products), h_t[rows].to(dtype)
         weights = None if token_weight is None else token_weight[rows, None]
         if weights is not None:
             state, teacher = (x.masked_fill(weights == 0, 0.0) for x in (state, teacher))
-        difference, pull_back = _difference(state, teacher, wide_weight, wide_bias, normalize)
+        difference, pull_back = _difference(state, teacher, factor_weight, wide_bias, normalize)
         squares = torch.linalg.vecdot(difference, difference).to(dtype)
         solution.loss.add_(squares.sum() if weights is None else squares.dot(weights[:, 0]))
 
         if not any(layer.wants):
             continue
         gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
+        if narrow and factor_weight is not None:
+            if wants_bias:
+                solution.bias.add_(gradient.sum(0))
+            gradient = gradient.mul_(layer.factor).to(of_products)
+            if wants_state:
+                torch.mm(gradient, factor_weight, out=solution.state[rows])
+            if wants_weight:
+                solution.weight.add_(gradient.t() @ state)
+            continue
         if wants_state:
             solution.state[rows] = (
                 gradient.mul_(layer.factor) if scaled_weight is None else product(gradient, scaled_weight)
@@ -69,7 +82,7 @@ def _solve(layer: Layer, normalize: str | None) -> Solution:
             add_product(solution.weight, gradient.t(), state)
         if wants_bias:
             solution.bias.add_(gradient.sum(0))
-    for sums in (solution.weight, solution.bias):
+    for sums in (solution.bias,) if narrow else (solution.weight, solution.bias):
         sums.mul_(layer.factor)
     return solution._replace(loss=solution.loss / max(tokens * d_t, 1))
 
@@ -82,8 +95,10 @@ def _difference(
         if weight is None:
             return state - teacher, _identity
         start = torch.neg(teacher) if bias is None else bias - teacher
+        if weight.dtype != start.dtype:
+            return start.add_(state @ weight.t()), _identity
         return add_product(start, state, weight.t()), _identity
-    projected = state if weight is None else linear(state, weight, bias)
+    projected = state if weight is None else _projected(state, weight, bias, teacher.dtype)
     if teacher.shape[1] <= NARROW:
         projected, teacher = projected.double(), teacher.double()
     if normalize == "layernorm":
@@ -91,6 +106,13 @@ def _difference(
         return normalized.sub_(F.layer_norm(teacher, teacher.shape[-1:], eps=LAYERNORM_EPS)), pull_back
     normalized, pull_back = _l2(projected)
     return normalized - F.normalize(teacher, dim=-1, eps=L2_EPS), pull_back
+
+
+def _projected(state: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if weight.dtype == dtype:
+        return linear(state, weight, bias)
+    projected = (state @ weight.t()).to(dtype)
+    return projected if bias is None else projected.add_(bias)
 
 
 def _identity(gradient: Tensor) -> Tensor:

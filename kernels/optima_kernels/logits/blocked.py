@@ -57,10 +57,13 @@ def _solve(layer: Layer, options: Options) -> Solution:
         z_s = _logits(state_s * scale, head_s, bias_s, scratch_s)
         z_t = _logits(state_t * scale, head_t, bias_t, scratch_t)
         _compare(layer, options, start, z_s, z_t, weights, solution.losses)
-        if options.wants[0]:
-            solution.state[rows] = cpu_products.product(z_s, head_s)
-        if options.wants[1]:
-            _add_head_gradient(z_s, state_s, solution.head)
+        if cpu_products.in_bfloat16(z_s.numel() * layer.h_s.shape[1], layer.h_s, layer.w_s):
+            _spend_in_bfloat16(z_s, _counted(layer.h_s[rows], ignored), layer.w_s, solution, rows, options)
+        else:
+            if options.wants[0]:
+                solution.state[rows] = cpu_products.product(z_s, head_s)
+            if options.wants[1]:
+                _add_head_gradient(z_s, state_s, solution.head)
         if options.wants[2]:
             solution.bias.add_(z_s.sum(0))
     solution.losses[0] *= temperature
@@ -150,6 +153,21 @@ def _add_head_gradient(d_logits: Tensor, state: Tensor, out: Tensor) -> None:
         out.addmm_(d_logits.t(), state)
 
 
+def _spend_in_bfloat16(
+    d_logits: Tensor, state: Tensor, head: Tensor, solution: Solution, rows: slice, options: Options
+) -> None:
+    """The gradients of state and head by products of bfloat16, a slice of words at a time, summed in float32."""
+    of_state = torch.zeros_like(state, dtype=d_logits.dtype)
+    for words in _slices(len(head)):
+        narrow = d_logits[:, words].to(state.dtype)
+        if options.wants[0]:
+            of_state += narrow @ head[words]
+        if options.wants[1]:
+            solution.head[words] += narrow.t() @ state
+    if options.wants[0]:
+        solution.state[rows] = of_state
+
+
 def _slices(vocabulary: int) -> list[slice]:
-    """Products by oneDNN come in fresh memory: of so many words at a time it stays in the cache."""
+    """Some products come in fresh memory: of so many words at a time it stays in the cache."""
     return [slice(start, start + SLICE_WORDS) for start in range(0, vocabulary, SLICE_WORDS)]
