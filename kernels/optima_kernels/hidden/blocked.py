@@ -3,8 +3,8 @@
 A tile of the projected state becomes the difference from the teacher, then the gradient of the loss in it, and is spent
 at once on the gradients of state, weight and bias: the same three matrix products as the usual way, a few tiles of
 scratch, and nothing of the teacher's width kept for the backward pass, which only multiplies by the incoming gradient.
-When no gradient is wanted it stops at the difference. Products are of float32, whose factors may have been rounded; of
-bfloat16 ones, with results rounded as autocast's are, where those are given and the CPU multiplies them.
+When no gradient is wanted it stops at the difference. Products are float32's, or, of large bfloat16 factors on a CPU
+that multiplies those, bfloat16's, rounded as autocast's are.
 """
 
 from collections.abc import Callable, Sequence
