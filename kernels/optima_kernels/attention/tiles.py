@@ -54,8 +54,8 @@ def tiles_of(
     64 queries in two stages take 0.84 of the time of 32 in three, because a key's row is read from shared memory less.
 
     Where nothing was measured, kernels are told that they may take every register: left to itself, ptxas spills a few
-    bytes to stay below 64 or 128. But `online_kernel`, and a `key_kernel` of `mma.sync` that loads ahead, spill if they
-    are told so.
+    bytes to stay below 64 or 128. But `online_kernel`, and on sm_120 a `key_kernel` that loads ahead, spill if they are
+    told so.
     """
     tiles = _cut(target, width, dtype, queries, reads_maps=reads_maps, grouped=grouped)
     measured = target.startswith("sm_9") and dtype != torch.float32
@@ -117,7 +117,9 @@ def _key_tiling(
     waits = reads_maps or (grouped and (width > 64 or not roomy)) or (roomy and dtype == torch.float16)
     if waits or roomy or tensor_memory:
         return Tiling(32, 64, 4, 1 if waits else 3)
-    return Tiling(32, 64, 4, 2, 168 if target.startswith("sm_8") and width <= 64 else 0)
+    if target.startswith("sm_8"):  # both limits keep both Triton versions from spilling a few bytes
+        return Tiling(32, 64, 4, 2, 176 if width <= 64 else REGISTERS)
+    return Tiling(32, 64, 4, 2)
 
 
 def padded(width: int) -> int:
