@@ -81,7 +81,8 @@ def attention_map_loss(
         scale_s: of the student's scores; by default d ** -0.5, d being the width after any regrouping.
         scale_t: of the teacher's scores, likewise.
         lse_s: log-sum-exp (natural) of the student's masked, scaled scores [B, H, N], if the forward attention kept
-            it. It saves the other backends a pass and changes nothing else; rows without a key may hold anything.
+            it. With the teacher's it saves the other backends a pass, and changes nothing else; rows without a key may
+            hold anything.
         lse_t: the teacher's.
         sample_weight: w, [B]; 1 if not given.
         gate: 0-d tensor that multiplies the loss; where it is 0, loss and gradients are 0 and no work is done, on a
