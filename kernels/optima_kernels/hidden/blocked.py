@@ -47,7 +47,7 @@ def _solve(layer: Layer, normalize: str | None) -> Solution:
     of_products = h_s.dtype if narrow else dtype
     wide_bias = None if bias is None else bias.to(dtype)
     factor_weight = None if weight is None else weight.to(of_products)
-    scaled_weight = None if factor_weight is None or narrow else factor_weight * layer.factor
+    scaled_weight = None if factor_weight is None else factor_weight * layer.factor
     solution = layer.empty_solution()
     for sums in (solution.loss, solution.weight, solution.bias):
         sums.zero_()
@@ -65,24 +65,16 @@ def _solve(layer: Layer, normalize: str | None) -> Solution:
         if not any(layer.wants):
             continue
         gradient = pull_back(difference if weights is None else difference.mul_(weights)).to(dtype)
-        if narrow and factor_weight is not None:
-            if wants_bias:
-                solution.bias.add_(gradient.sum(0))
-            gradient = gradient.mul_(layer.factor).to(of_products)
-            if wants_state:
-                torch.mm(gradient, factor_weight, out=solution.state[rows])
-            if wants_weight:
-                solution.weight.add_(gradient.t() @ state)
-            continue
+        if wants_bias:
+            solution.bias.add_(gradient.sum(0))
+        gradient = gradient.to(of_products)
         if wants_state:
             solution.state[rows] = (
                 gradient.mul_(layer.factor) if scaled_weight is None else product(gradient, scaled_weight)
             )
         if wants_weight:
             add_product(solution.weight, gradient.t(), state)
-        if wants_bias:
-            solution.bias.add_(gradient.sum(0))
-    for sums in (solution.bias,) if narrow else (solution.weight, solution.bias):
+    for sums in (solution.weight, solution.bias):
         sums.mul_(layer.factor)
     return solution._replace(loss=solution.loss / max(tokens * d_t, 1))
 
@@ -95,10 +87,9 @@ def _difference(
         if weight is None:
             return state - teacher, _identity
         start = torch.neg(teacher) if bias is None else bias - teacher
-        if weight.dtype != start.dtype:
-            return start.add_(state @ weight.t()), _identity
         return add_product(start, state, weight.t()), _identity
-    projected = state if weight is None else _projected(state, weight, bias, teacher.dtype)
+    of_state = None if bias is None else bias.to(state.dtype)
+    projected = state if weight is None else linear(state, weight, of_state).to(teacher.dtype)
     if teacher.shape[1] <= NARROW:
         projected, teacher = projected.double(), teacher.double()
     if normalize == "layernorm":
@@ -106,13 +97,6 @@ def _difference(
         return normalized.sub_(F.layer_norm(teacher, teacher.shape[-1:], eps=LAYERNORM_EPS)), pull_back
     normalized, pull_back = _l2(projected)
     return normalized - F.normalize(teacher, dim=-1, eps=L2_EPS), pull_back
-
-
-def _projected(state: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if weight.dtype == dtype:
-        return linear(state, weight, bias)
-    projected = (state @ weight.t()).to(dtype)
-    return projected if bias is None else projected.add_(bias)
 
 
 def _identity(gradient: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ def products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out [N, M] += a [N, K] times b [K, M]."""
+    """out [N, M] += a [N, K] times b [K, M]; a product of narrower factors is rounded to their dtype before."""
+    if a.dtype != out.dtype:
+        return out.add_(a @ b)
     if is_faster(a.numel() * b.shape[1], out, a, b):
         return out.add_(_by_onednn(a, b.t(), None))
     return out.addmm_(a, b)
