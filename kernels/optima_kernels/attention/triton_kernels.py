@@ -41,6 +41,7 @@ from optima_kernels.attention.triton_parts import (
     allowed,
     allowed_keys,
     dot,
+    edge_scores,
     ends,
     head,
     length_of,
@@ -60,12 +61,10 @@ def lse_tile(
     PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the sums of rows [BI], which are relative to their maxima so far."""
-    o_j = j_0 + tl.arange(0, BJ)
-    b_k = rows(k, j_0, s_k, o_j < length, BJ, D, BD, WIDEN, True)  # [BJ, BD]
-    m_ij, b_bias = allowed(
-        mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+    b_scores = edge_scores(
+        b_q, k, s_k, mask, s_mask, i_0, j_0, N, length, scale,
+        D, BD, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
     )  # fmt: skip
-    b_scores = tl.where(m_ij, dot(b_q, tl.trans(b_k)) * scale + b_bias, -float("inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
     b_powers = tl.exp2(b_scores - b_new_max[:, None])
     return b_new_max, b_sum * tl.exp2(b_max - b_new_max) + tl.sum(b_powers, 1)

@@ -27,6 +27,7 @@ from optima_kernels.attention.triton_parts import (
     SIZES,
     allowed,
     dot,
+    edge_scores,
     ends,
     head,
     length_of,
@@ -43,22 +44,6 @@ LEAST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def largest_scores(
-    b_largest, b_q, k, s_k, mask, s_mask, i_0, j_0, N, length, scale,
-    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of keys and those before: [BI]."""
-    o_j = j_0 + tl.arange(0, BJ)
-    b_k = rows(k, j_0, s_k, o_j < length, BJ, D, BD, WIDEN, True)  # [BJ, BD]
-    m_ij, b_bias = allowed(
-        mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
-    )  # fmt: skip
-    b_scores = tl.where(m_ij, dot(b_q, tl.trans(b_k)) * scale + b_bias, LEAST)
-    return tl.maximum(b_largest, tl.max(b_scores, 1))
-
-
-@triton.jit
 def walk(
     b_q_s, b_q_t, k_s, k_t, s_s, s_t, reach, mask, s_mask, i_0, whole, end, N, length,
     scale_s, scale_t,
@@ -72,14 +57,16 @@ def walk(
     b_largest_s = tl.full([BI], LEAST, tl.float32)
     b_largest_t = tl.full([BI], LEAST, tl.float32)
     for j_0 in tl.range(0, reach, BJ, num_stages=1):
-        b_largest_s = largest_scores(
-            b_largest_s, b_q_s, k_s, s_s, mask, s_mask, i_0, j_0, N, length, scale_s,
+        b_scores_s = edge_scores(
+            b_q_s, k_s, s_s, mask, s_mask, i_0, j_0, N, length, scale_s,
             D_S, BD_S, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
         )  # fmt: skip
-        b_largest_t = largest_scores(
-            b_largest_t, b_q_t, k_t, s_t, mask, s_mask, i_0, j_0, N, length, scale_t,
+        b_largest_s = tl.maximum(b_largest_s, tl.max(b_scores_s, 1))
+        b_scores_t = edge_scores(
+            b_q_t, k_t, s_t, mask, s_mask, i_0, j_0, N, length, scale_t,
             D_T, BD_T, BI, BJ, CAUSAL, MASK, PER_ELEMENT, LOWEST, WIDEN,
         )  # fmt: skip
+        b_largest_t = tl.maximum(b_largest_t, tl.max(b_scores_t, 1))
     b_largest_s = tl.where(b_largest_s > LEAST, b_largest_s, 0.0)
     b_largest_t = tl.where(b_largest_t > LEAST, b_largest_t, 0.0)
     b_z_s = tl.zeros([BI], tl.float32)

@@ -23,6 +23,21 @@ def head(pointers, i_l, i_b, i_h, strides, LAYERS: tl.constexpr):
 
 
 @triton.jit
+def load_rows(pointers, m_row, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr):
+    """What lies there, [BR, BD]: zeros beyond D columns and, if MASKED, in rows where m_row is not."""
+    m_d = (tl.arange(0, BD) < D)[None, :]
+    if MASKED:
+        b_x = tl.load(pointers, mask=m_row[:, None] & m_d if D < BD else m_row[:, None], other=0.0)
+    elif D < BD:
+        b_x = tl.load(pointers, mask=m_d, other=0.0)
+    else:
+        b_x = tl.load(pointers)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
 def rows(
     base, i_0, s_row, m_row, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -31,16 +46,7 @@ def rows(
     o_d = tl.arange(0, BD)
     # 32-bit offsets from a 64-bit row, which do not change in a loop.
     pointers = base + tl.cast(i_0, tl.int64) * s_row + (tl.arange(0, BR)[:, None] * s_row + o_d[None, :])
-    if D < BD:
-        m_d = (o_d < D)[None, :]
-        b_x = tl.load(pointers, mask=m_row[:, None] & m_d if MASKED else m_d, other=0.0)
-    elif MASKED:
-        b_x = tl.load(pointers, mask=m_row[:, None], other=0.0)
-    else:
-        b_x = tl.load(pointers)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
+    return load_rows(pointers, m_row, D, BD, WIDEN, MASKED)
 
 
 @triton.jit
@@ -57,16 +63,7 @@ def next_rows(base, s_row, left, BR: tl.constexpr, D: tl.constexpr, BD: tl.const
     if repeats:
         o_r = tl.minimum(o_r, left - 1)
     pointers = base + (o_r[:, None] * tl.cast(s_row, tl.int32) + o_d[None, :])
-    m_d = (o_d < D)[None, :]
-    if not repeats:
-        b_x = tl.load(pointers, mask=(o_r < left)[:, None] & m_d, other=0.0)
-    elif D < BD:
-        b_x = tl.load(pointers, mask=m_d, other=0.0)
-    else:
-        b_x = tl.load(pointers)
-    if WIDEN:
-        b_x = b_x.to(tl.float32)
-    return b_x
+    return load_rows(pointers, o_r < left, D, BD, WIDEN, not repeats)
 
 
 @triton.jit
@@ -129,6 +126,21 @@ def allowed(
             m_ij = m_ij & (b_mask > LOWEST)
             b_bias = tl.where(b_mask > LOWEST, b_mask, 0.0) * 1.4426950408889634
     return m_ij, b_bias
+
+
+@triton.jit
+def edge_scores(
+    b_q, k, s_k, mask, s_mask, i_0, j_0, N, length, scale,
+    D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    PER_ELEMENT: tl.constexpr, LOWEST: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores of a tile that may lie on the edge, -inf where nothing is attended to: [BI, BJ]."""
+    o_j = j_0 + tl.arange(0, BJ)
+    b_k = rows(k, j_0, s_k, o_j < length, BJ, D, BD, WIDEN, True)  # [BJ, BD]
+    m_ij, b_bias = allowed(
+        mask, s_mask, i_0, tl.arange(0, BI)[:, None], o_j[None, :], N, length, CAUSAL, MASK, PER_ELEMENT, LOWEST
+    )  # fmt: skip
+    return tl.where(m_ij, dot(b_q, tl.trans(b_k)) * scale + b_bias, -float("inf"))
 
 
 @triton.jit
